@@ -1,0 +1,27 @@
+# make help lists the targets. Each one sets up .venv by itself; a second run does not install again.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
+
+.PHONY: help pretrain test lint
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "attnzoo needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+pretrain: $(READY)  ## train a small knocking-heads decoder on real text (about three minutes on 2 cores)
+	$(BIN)/attnzoo-pretrain fit --config configs/pretrain.yaml --config configs/quickstart.yaml --config configs/attention/kha.yaml
+
+test: $(READY)  ## run the test suite (slow tests: .venv/bin/pytest -m slow)
+	$(BIN)/pytest -q -n 2 --dist worksteal
+
+lint: $(READY)  ## ruff format and lint, mypy --strict on attnzoo
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

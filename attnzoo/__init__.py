@@ -1,0 +1,39 @@
+"""attnzoo: head-level attention mechanisms as drop-in PyTorch modules.
+
+Every mechanism has the same call, `y = attn(x)` with x (B, T, E) -> (B, T, E); see the README.
+"""
+
+from torch import Tensor, nn
+
+from attnzoo.backends import BackendUnavailable
+from attnzoo.masks import AttentionMask
+from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gta import GroupedTiedAttention
+from attnzoo.modules.kha import KnockingHeadsAttention
+from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.rotary import Rotary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "GroupedQueryAttention",
+    "GroupedTiedAttention",
+    "KnockingHeadsAttention",
+    "AttentionMask",
+    "Rotary",
+    "BackendUnavailable",
+    "aux_loss",
+    "__version__",
+]
+
+
+def aux_loss(model: nn.Module) -> Tensor | None:
+    """Sum of the auxiliary losses that a model's attention modules left in their last training forward.
+
+    None if no module has one; each module's own coefficient is already in its `aux_loss`.
+    """
+    losses = [loss for module in model.modules() if isinstance(loss := getattr(module, "aux_loss", None), Tensor)]
+    return sum(losses[1:], losses[0]) if losses else None

@@ -1,0 +1,95 @@
+"""What can run an operation here, and why the rest cannot.
+
+An operation's name is its meaning; a backend is a way to run it. `python -m attnzoo` prints the table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "eager", "sdpa", "flash", "triton")
+"""Names that a module's `backend` argument takes."""
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818  (the public name users catch)
+    """A backend that was asked for by name cannot serve the call; the message says which condition fails."""
+
+
+def check_name(backend: str) -> str:
+    """Return backend if it is one of BACKENDS, else raise ValueError."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def choose(backend: str, operation: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
+    """Pick the backend that runs a call.
+
+    obstacles holds the operation's backends from fastest to slowest, each with a function that returns
+    None or one sentence why it cannot serve this call. "auto" takes the first without an obstacle; a named
+    backend is taken or `BackendUnavailable` is raised, and nothing falls back in silence.
+    """
+    if backend == "auto":
+        for name, obstacle in obstacles.items():
+            if obstacle() is None:
+                return name
+        reasons = "; ".join(f"{name}: {obstacle()}" for name, obstacle in obstacles.items())
+        raise BackendUnavailable(f"no backend can run {operation}: {reasons}")
+    if backend not in obstacles:
+        check_name(backend)
+        raise BackendUnavailable(f"{operation} has no {backend} backend, only {', '.join(obstacles)}")
+    reason = obstacles[backend]()
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run {operation}: {reason}")
+    return backend
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of the table: a backend, whether it can run on this machine, and why or why not."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def triton_obstacle() -> str | None:
+    """Why our Triton kernels cannot run softmax attention on this machine, or None."""
+    return None if _HAS_KERNEL else "this version of attnzoo has no Triton kernel for it yet"
+
+
+# Looked up once: asking the import system costs as much as a whole decoding step's attention.
+_HAS_KERNEL = importlib.util.find_spec("attnzoo_kernels.softmax_attention") is not None
+
+
+def status() -> list[BackendStatus]:
+    """The state of every backend on this machine, fastest first."""
+    from attnzoo.ops.flash import installed
+
+    packages = ", ".join(f"{name} {version}" for name, version in installed())
+    cuda = torch.cuda.is_available()
+    if not packages:
+        flash = BackendStatus("flash", False, "flash-attn 2, 3 or 4 is not installed")
+    elif not cuda:
+        flash = BackendStatus("flash", False, f"needs a CUDA device; installed: {packages}")
+    else:
+        flash = BackendStatus("flash", True, packages)
+    obstacle = triton_obstacle()
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    return [
+        flash,
+        BackendStatus("triton", obstacle is None, obstacle or device),
+        BackendStatus("sdpa", True, f"torch {torch.__version__} scaled_dot_product_attention on {device}"),
+        BackendStatus("eager", True, "plain PyTorch, the definition; any device, float64 too"),
+    ]
+
+
+def table() -> str:
+    """The table that `python -m attnzoo` prints."""
+    rows = [(s.name, "yes" if s.available else "no", s.detail) for s in status()]
+    rows.insert(0, ("backend", "runs", "with, or why not"))
+    return "\n".join(f"{name:<8} {runs:<5} {detail}" for name, runs, detail in rows)

@@ -1,0 +1,302 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): what is rotated, by which angle, in which layout.
+
+Angles are computed in float64 and rounded once. No table is a module buffer, so `module.to(torch.bfloat16)` cannot
+damage the frequencies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STYLES = ("half", "interleaved", "interleaved_to_half")
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "max_position_embeddings"),
+    "ntk": ("factor",),
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+_OPTIONAL = {
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor"),
+}
+_ALWAYS = ("rope_type", "type", "max_position_embeddings", "original_max_position_embeddings", "rope_theta")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys are rotated.
+
+    With r the rotary width, n = r / 2 and position p, pair i of features turns by p f_i, f_i = theta^(-2i/r),
+    unless scaled:
+
+        u' = a (u cos - v sin),   v' = a (v cos + u sin)
+
+    Args:
+        theta: base of the frequencies.
+        dim: rotary width r; the first r features of a head rotate. Default: the whole head.
+        style: "half" pairs feature i with i + n (Llama, GPT-NeoX); "interleaved" pairs 2i with 2i + 1 (GPT-J,
+            DeepSeek); "interleaved_to_half" reads the latter and writes the former, for cached keys of
+            DeepSeek checkpoints.
+        scaling: None or a mapping with transformers' key names: rope_type "linear", "dynamic", "ntk", "yarn",
+            "llama3" or "longrope", and that type's numbers. A yarn or longrope without `factor` takes
+            max_position_embeddings / original_max_position_embeddings.
+
+    Raises:
+        ValueError: for a value outside its rule; a missing key of `scaling` is named.
+    """
+
+    theta: float = 10000.0
+    dim: int | None = None
+    style: str = "half"
+    scaling: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.theta) and self.theta > 1):
+            raise ValueError(f"theta must be finite and greater than 1, got {self.theta}")
+        if self.style not in STYLES:
+            raise ValueError(f"style must be one of {', '.join(map(repr, STYLES))}, got {self.style!r}")
+        if self.dim is not None:
+            _check_width("dim", self.dim)
+        if self.scaling is not None:
+            scaling = dict(self.scaling)
+            scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", None))
+            object.__setattr__(self, "scaling", scaling)
+            _check_scaling(scaling)
+
+    def __hash__(self) -> int:
+        return hash((self.theta, self.dim, self.style, json.dumps(self.scaling, sort_keys=True, default=list)))
+
+    @property
+    def kind(self) -> str:
+        """The scaling type."""
+        return "default" if self.scaling is None else str(self.scaling["rope_type"])
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies of all positions change with the current length."""
+        return self.kind in ("dynamic", "longrope")
+
+    def width(self, head_dim: int) -> int:
+        """The rotary width r of a head of that many features; refuses what does not fit it."""
+        width = head_dim if self.dim is None else self.dim
+        _check_width("head_dim" if self.dim is None else "dim", width)
+        if width > head_dim:
+            raise ValueError(f"dim must be at most head_dim, got {width} and {head_dim}")
+        if self.kind in ("dynamic", "ntk") and width == 2:
+            raise ValueError(f"dim must be more than 2 for scaling {self.kind!r}, got 2")
+        if self.scaling is not None and self.kind == "longrope":
+            for key in ("short_factor", "long_factor"):
+                if len(self.scaling[key]) != width // 2:
+                    raise ValueError(f"scaling[{key!r}] must hold {width // 2} numbers, got {len(self.scaling[key])}")
+        return width
+
+    def frequencies(self, width: int, length: int | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies (n,) in float64 on the CPU, and the attention factor a.
+
+        Args:
+            width: rotary width r.
+            length: current sequence length, which "dynamic" and "longrope" ask for; None counts as short.
+        """
+        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+        plain = self.theta**-exponents
+        if self.scaling is None:
+            return plain, 1.0
+        s = self.scaling
+        factor = _factor(s)
+        if self.kind == "linear":
+            return plain / factor, 1.0
+        if self.kind in ("dynamic", "ntk"):
+            stretch = factor
+            if self.kind == "dynamic":
+                longest = s["max_position_embeddings"]
+                stretch = factor * max(length or 0, longest) / longest - (factor - 1)
+            return (self.theta * stretch ** (width / (width - 2))) ** -exponents, 1.0
+        original = s["original_max_position_embeddings"]
+        if self.kind == "yarn":
+            return _yarn(plain, self.theta, width, factor, original, s), _yarn_attention_factor(factor, s)
+        if self.kind == "llama3":
+            return _llama3(plain, factor, original, s), 1.0
+        if self.kind == "longrope":
+            extend = s["long_factor"] if (length or 0) > original else s["short_factor"]
+            given = s.get("attention_factor")
+            if given is None:
+                given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            return plain / torch.tensor(extend, dtype=torch.float64), float(given)
+        return plain, 1.0
+
+
+def rotary_table(
+    rotary: Rotary,
+    width: int,
+    positions: Tensor,
+    *,
+    length: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """Factors of every rotated feature and of its partner, each (*positions.shape, r), for `rotate`.
+
+    They are a cos and, with the sign of its place in the pair, a sin. float64 for dtype float64, else float32.
+
+    Args:
+        rotary: what to rotate by.
+        width: rotary width r.
+        positions: integers, not negative.
+        length: see `Rotary.frequencies`.
+        dtype: of the tensors to be rotated.
+        device: where the table is to be.
+    """
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest = int(positions.min()) if positions.numel() else 0
+        if lowest < 0:
+            raise ValueError(f"positions must not be negative, got {lowest}")
+    frequencies, factor = rotary.frequencies(width, length)
+    with torch.autocast(torch.device(device).type, enabled=False):
+        angles = positions.to(device)[..., None].double() * frequencies.to(device)
+        cos, sin = factor * torch.cos(angles), factor * torch.sin(angles)
+        if rotary.style == "interleaved":
+            own, other = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+        else:
+            own, other = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        precision = torch.promote_types(dtype, torch.float32)
+        return own.to(precision), other.to(precision)
+
+
+_Key = tuple[Rotary, int, int | None, torch.dtype, torch.device]
+_tables: OrderedDict[_Key, tuple[Tensor, Tensor]] = OrderedDict()
+_TABLES_KEPT = 32
+
+
+def rotary_range_table(
+    rotary: Rotary,
+    width: int,
+    start: int,
+    stop: int,
+    *,
+    length: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`rotary_table` for positions start .. stop - 1, a slice of a remembered table that grows by doubling."""
+    length = length if rotary.depends_on_length else None
+    if torch.compiler.is_compiling():
+        positions = torch.arange(start, stop, device=device)
+        return rotary_table(rotary, width, positions, length=length, dtype=dtype, device=device)
+    key = (rotary, width, length, torch.promote_types(dtype, torch.float32), device)
+    table = _tables.get(key)
+    if table is None or table[0].shape[0] < stop:
+        rows = max(256, 1 << max(stop - 1, 1).bit_length())
+        with torch.inference_mode(False), torch.no_grad():
+            positions = torch.arange(rows, device=device)
+            table = rotary_table(rotary, width, positions, length=length, dtype=dtype, device=device)
+        _tables[key] = table
+        while len(_tables) > _TABLES_KEPT:
+            _tables.popitem(last=False)
+    return table[0][start:stop], table[1][start:stop]
+
+
+def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half") -> Tensor:
+    """Rotate the first r features of x (B, T, N, D); the others pass through.
+
+    Args:
+        x: queries or keys.
+        own: (T, r) or (B, T, r), from `rotary_table`.
+        other: likewise.
+        style: the layout that the table was made for.
+
+    Returns:
+        A tensor of x's shape and dtype; half-precision input is rotated in float32.
+    """
+    width = own.shape[-1]
+    rotated = x if width == x.shape[-1] else x[..., :width]
+    if style == "interleaved":
+        partner = rotated.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
+    else:
+        if style == "interleaved_to_half":
+            rotated = torch.cat([rotated[..., 0::2], rotated[..., 1::2]], dim=-1)
+        u, v = rotated.chunk(2, dim=-1)
+        partner = torch.cat([v, u], dim=-1)
+    y = torch.addcmul(rotated * own.unsqueeze(-2), partner, other.unsqueeze(-2)).to(x.dtype)
+    return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
+
+
+def _check_width(name: str, width: int) -> None:
+    if width < 2 or width % 2:
+        raise ValueError(f"{name} must be even and at least 2 to be rotated, got {width}")
+
+
+def _check_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = scaling["rope_type"]
+    if kind not in _REQUIRED:
+        raise ValueError(f"scaling['rope_type'] must be one of {', '.join(_REQUIRED)}, got {kind!r}")
+    for key in _REQUIRED[kind]:
+        if scaling.get(key) is None:
+            raise ValueError(f"scaling of type {kind!r} needs the key {key!r}, got {sorted(scaling)}")
+    known = {*_ALWAYS, *_REQUIRED[kind], *_OPTIONAL.get(kind, ())}
+    unknown = sorted(set(scaling) - known)
+    if unknown:
+        raise ValueError(f"scaling of type {kind!r} has no key {unknown[0]!r}")
+    sizes = (scaling.get("factor"), scaling.get("max_position_embeddings"))
+    if kind in ("yarn", "longrope") and sizes == (None, None):
+        raise ValueError(f"scaling of type {kind!r} needs the key 'factor' or 'max_position_embeddings'")
+    if kind != "default" and _factor(scaling) < 1:
+        raise ValueError(f"scaling['factor'] must be at least 1, got {_factor(scaling)}")
+    if kind == "llama3" and scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+        raise ValueError(
+            f"scaling['low_freq_factor'] must differ from high_freq_factor, got {scaling['low_freq_factor']}"
+        )
+
+
+def _factor(s: Mapping[str, Any]) -> float:
+    if s.get("factor") is not None:
+        return float(s["factor"])
+    if s["rope_type"] in ("yarn", "longrope"):
+        return float(s["max_position_embeddings"] / s["original_max_position_embeddings"])
+    return 1.0
+
+
+def _yarn(plain: Tensor, theta: float, width: int, factor: float, original: int, s: Mapping[str, Any]) -> Tensor:
+    """YaRN's frequencies (Peng et al. 2023, arXiv:2309.00071): low ones interpolated, high ones kept."""
+
+    def turning_index(rotations: float) -> float:
+        return width * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+    low, high = turning_index(s.get("beta_fast") or 32), turning_index(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001
+    index = torch.arange(plain.shape[0], dtype=torch.float64)
+    interpolated = ((index - low) / (high - low)).clamp(0, 1)
+    return plain / factor * interpolated + plain * (1 - interpolated)
+
+
+def _yarn_attention_factor(factor: float, s: Mapping[str, Any]) -> float:
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if s.get("attention_factor") is not None:
+        return float(s["attention_factor"])
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        return scale(s["mscale"]) / scale(s["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _llama3(plain: Tensor, factor: float, original: int, s: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: long wavelengths divided by factor, short ones kept, a ramp between."""
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    ramp = ((original * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    scaled: Tensor = (1 - ramp) * plain / factor + ramp * plain
+    return scaled

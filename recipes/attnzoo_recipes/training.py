@@ -1,0 +1,302 @@
+"""Loss, optimiser and schedule of the pretraining recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo_recipes.lm import DecoderLM
+from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention
+
+IGNORED = -100
+"""Target of a token that is not predicted, as torch.nn.functional.cross_entropy has it."""
+
+
+class Pretraining(L.LightningModule):
+    """Next-token prediction with a decoder whose attention mechanism is given from outside.
+
+    A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, where documents are
+    packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token), lr, val_loss and
+    val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, so that tokenisers compare); test likewise.
+
+    Args:
+        attention: the mechanism; makes one attention module from embed_dim.
+        vocab_size: number of token ids. Default: that of the data module's tokenizer.
+        embed_dim: width E.
+        num_layers: blocks L.
+        mlp_dim: hidden width of the SwiGLU. Default: 8/3 E, rounded to a multiple of 64.
+        tie_embeddings: logits use the embedding matrix.
+        norm_eps: added to the mean square in every norm.
+        dropout: of the embedding and the branches; that of attention weights is the attention's own option.
+        init_std: standard deviation of the initialisation.
+        lr: peak learning rate.
+        betas: AdamW's moment factors.
+        adam_eps: AdamW's epsilon.
+        weight_decay: of matrices. Norms, biases, sinks and everything else of one dimension are not decayed.
+        knock_weight_decay: of knocking-heads maps, whose decay pulls to 0 and not to their start, the identity.
+            Default: weight_decay.
+        warmup_steps: optimiser steps of linear warm-up.
+        min_lr_ratio: the cosine ends at this fraction of lr, at the trainer's last step.
+        aux_loss_weight: factor of the mechanism's auxiliary losses; their own coefficients are in them already.
+        compile: torch.compile the decoder.
+        activation_checkpointing: recompute blocks in the backward pass instead of storing them.
+
+    Raises:
+        ValueError: for an argument outside its rule.
+    """
+
+    model: DecoderLM
+
+    def __init__(
+        self,
+        attention: Callable[[int], nn.Module],
+        *,
+        vocab_size: int | None = None,
+        embed_dim: int = 256,
+        num_layers: int = 4,
+        mlp_dim: int | None = None,
+        tie_embeddings: bool = True,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        knock_weight_decay: float | None = None,
+        warmup_steps: int = 100,
+        min_lr_ratio: float = 0.1,
+        aux_loss_weight: float = 1.0,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        for name, value in (
+            ("weight_decay", weight_decay),
+            ("knock_weight_decay", knock_weight_decay or 0.0),
+            ("warmup_steps", warmup_steps),
+            ("aux_loss_weight", aux_loss_weight),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio must lie in [0, 1], got {min_lr_ratio}")
+        self.attention = attention
+        self.vocab_size = vocab_size
+        self.sizes: dict[str, Any] = {
+            "embed_dim": embed_dim, "num_layers": num_layers, "mlp_dim": mlp_dim, "tie_embeddings": tie_embeddings,
+            "norm_eps": norm_eps, "dropout": dropout, "init_std": init_std,
+            "activation_checkpointing": activation_checkpointing,
+        }  # fmt: skip
+        self.lr = lr
+        self.betas = betas
+        self.adam_eps = adam_eps
+        self.weight_decay = weight_decay
+        self.knock_weight_decay = weight_decay if knock_weight_decay is None else knock_weight_decay
+        self.warmup_steps = warmup_steps
+        self.min_lr_ratio = min_lr_ratio
+        self.aux_loss_weight = aux_loss_weight
+        self.compile_model = compile
+        self._totals: Tensor | None = None
+
+    # model
+
+    def configure_model(self) -> None:
+        """Build the decoder, once; the data module knows the vocabulary by now."""
+        if "model" in self._modules:
+            return
+        if self.vocab_size is None:
+            self.vocab_size = int(self._data().tokenizer.vocab_size)
+        self.model = DecoderLM(self.vocab_size, self.attention, **self.sizes)
+        if self.compile_model:
+            self.model.compile()
+
+    def model_config(self) -> dict[str, Any]:
+        """What `model_config.build_model` makes the same decoder from; plain types."""
+        return {"vocab_size": self.vocab_size, **self.sizes, "attention": describe_attention(self.attention)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what generation needs: the model's configuration and the tokenizer's settings."""
+        saved: dict[str, Any] = {"model": self.model_config()}
+        tokenizer = getattr(self._data(), "tokenizer", None)
+        if tokenizer is not None:
+            saved["tokenizer"] = tokenizer.to_dict()
+        checkpoint[KEY] = saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another mechanism, of other sizes or of another tokenizer, in one sentence."""
+        if KEY not in checkpoint:
+            raise ValueError("the checkpoint was not written by attnzoo-pretrain: it names no attnzoo model")
+        self.configure_model()
+        saved = checkpoint[KEY]
+        check_same_model(saved["model"], self.model_config())
+        tokenizer = getattr(self._data(), "tokenizer", None)
+        if tokenizer is not None and saved.get("tokenizer", tokenizer.to_dict()) != tokenizer.to_dict():
+            raise ValueError("the checkpoint's tokenizer differs from the one that the data settings give")
+        check_state(self, checkpoint["state_dict"])
+
+    def _data(self) -> Any:
+        """The trainer's data module, or None."""
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    # loss
+
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); options as `DecoderLM.forward` takes them."""
+        return self.model(tokens, **options)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the predicted tokens, plus auxiliary losses."""
+        loss = self._mean_loss(batch)
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        aux = attnzoo.aux_loss(self.model)
+        if aux is not None:
+            self.log("train_aux_loss", aux.detach())
+            loss = loss + self.aux_loss_weight * aux
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"])
+        return loss
+
+    def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
+        boundaries = batch.get("cu_seqlens")
+        mask = None if boundaries is None else attnzoo.AttentionMask.packed(boundaries)
+        logits = self.model(batch["tokens"], mask=mask)
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction=reduction
+        )
+
+    def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the predicted tokens of all processes, so that the average of the gradients is its gradient.
+
+        Processes hold differently many of them where targets are ignored, so a mean of means would be off.
+        """
+        if self.trainer.world_size == 1:
+            return self._cross_entropy(batch, "mean")
+        predicted = (batch["targets"] != IGNORED).sum()
+        dist.all_reduce(predicted)
+        return self._cross_entropy(batch, "sum") * (self.trainer.world_size / predicted)
+
+    # evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._start_totals()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count nats, predicted tokens and bytes."""
+        self._count(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val_loss and val_bits_per_byte."""
+        self._log_totals("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        self._start_totals()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count nats, predicted tokens and bytes."""
+        self._count(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test_loss and test_bits_per_byte."""
+        self._log_totals("test")
+
+    def _start_totals(self) -> None:
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._totals = torch.zeros(2, dtype=wide, device=self.device)
+
+    def _count(self, batch: dict[str, Tensor]) -> None:
+        nats = self._cross_entropy(batch, "sum")
+        predicted = (batch["targets"] != IGNORED).sum()
+        self._totals += torch.stack([nats, predicted]).to(self._totals)
+
+    def _log_totals(self, split: str) -> None:
+        totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
+        nats, predicted = totals.tolist()
+        if predicted:
+            self.log(f"{split}_loss", nats / predicted)
+            per_byte = nats / (predicted * self._data().bytes_per_token(split)) / math.log(2)
+            self.log(f"{split}_bits_per_byte", per_byte, prog_bar=True)
+
+    # optimiser
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the decay groups, linear warm-up and cosine, one scheduler step an optimiser step."""
+        # The fused step unscales gradients by itself, which float16's gradient scaler does not leave room to clip.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(
+            self.parameter_groups(), lr=self.lr, betas=self.betas, eps=self.adam_eps, fused=fused
+        )
+        factor = warmup_cosine(self.warmup_steps, self._last_step(), self.min_lr_ratio)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Named groups "decay", "no_decay" and "knock"; one without parameters is left out."""
+        knock = {
+            id(parameter)
+            for module in self.model.modules()
+            if hasattr(module, "knock_parameters")
+            for parameter in module.knock_parameters()
+        }
+        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "knock": []}
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in knock:
+                groups["knock"].append(parameter)
+            else:
+                groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
+        decay = {"decay": self.weight_decay, "no_decay": 0.0, "knock": self.knock_weight_decay}
+        return [
+            {"name": name, "params": parameters, "weight_decay": decay[name]}
+            for name, parameters in groups.items()
+            if parameters
+        ]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; Lightning refuses fused AdamW in mixed precision, though bfloat16 has no gradient scaler."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _last_step(self) -> int:
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("trainer.max_steps must be given: the learning rate's cosine ends there, got no end")
+        return int(steps)
+
+
+def warmup_cosine(warmup_steps: int, last_step: int, min_ratio: float) -> Callable[[int], float]:
+    """Factor of the learning rate in each step: (step + 1) / warmup_steps, then a half cosine from 1 to min_ratio."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, last_step - warmup_steps))
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,51 @@
+"""The examples in docs/ run, and what the pages link to is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def examples(page: Path) -> list[str]:
+    """The page's Python blocks; one that shows a signature only imports nothing and is left out."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if "import" in block]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page, capsys):
+    torch.manual_seed(0)
+    blocks = examples(page)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), {"__name__": "__main__"})
+    # "# 10 10 5120" behind a print, and comment lines after a block's prints, are what is printed.
+    printed = capsys.readouterr().out.split()
+    for line in re.findall(r"print\(.*?\)  # (.*)$", "\n".join(blocks), re.MULTILINE):
+        for value in re.findall(r"[\d.]+", line):
+            assert value in printed, f"{page.name} promises {value}, printed {printed}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"], ids=lambda page: page.stem)
+def test_links_and_commands_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
+    for path in re.findall(r"\b((?:tests|attnzoo|configs|benchmarks|kernels|recipes|docs)/[\w./-]+)", text):
+        # NAME stands for a mechanism's short name.
+        wanted = path.rstrip(".").replace("NAME", "kha")
+        assert (ROOT / wanted).exists(), f"{page.name} names {path}"

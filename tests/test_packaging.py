@@ -1,0 +1,279 @@
+"""What ships, what importing costs, which way imports point, and what no file may do."""
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+import attnzoo
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = {
+    "attnzoo": ROOT / "attnzoo",
+    "attnzoo_kernels": ROOT / "kernels" / "attnzoo_kernels",
+    "attnzoo_recipes": ROOT / "recipes" / "attnzoo_recipes",
+}
+STANDARD = sys.stdlib_module_names
+
+
+def sources(*packages: str) -> list[Path]:
+    """Every Python file of these packages."""
+    return sorted(path for name in packages for path in PACKAGES[name].rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    """Each import below tree: its node and the dotted module it names."""
+    found: list[tuple[ast.AST, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node, "." * node.level + (node.module or "")))
+    return found
+
+
+def top_level_imports(tree: ast.Module) -> set[str]:
+    """Top packages that importing the file imports: everything outside functions and TYPE_CHECKING."""
+    inside: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            inside |= set(ast.walk(node))
+    return {name.split(".")[0] for node, name in imports(tree) if node not in inside}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(directory), versions=["standard"])
+    return Path(built)
+
+
+def test_wheel_holds_the_packages_the_configs_and_nothing_else(wheel):
+    expected = {"attnzoo/py.typed"}
+    for name, folder in PACKAGES.items():
+        expected |= {f"{name}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+    configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert {"pretrain.yaml", "attention/kha.yaml"} <= configs
+    expected |= {f"attnzoo_recipes/configs/{name}" for name in configs}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert held == expected
+        assert not any("test" in Path(name).name for name in held)
+        metadata = archive.read(f"attnzoo-{attnzoo.__version__}.dist-info/METADATA").decode()
+        names = archive.namelist()
+    assert f"attnzoo-{attnzoo.__version__}.dist-info/licenses/LICENSE" in names
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    assert sorted(required) == ["einops", "torch"]
+
+
+def test_wheel_imports_without_the_repository(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = "import attnzoo; print(attnzoo.__file__); print(attnzoo.__version__)"
+    file, version = run(code, tmp_path).split()
+    assert Path(file).is_relative_to(tmp_path)
+    assert version == PYPROJECT["project"]["version"]
+
+
+def run(code: str, *paths: Path) -> str:
+    """Output of a fresh interpreter that sees these folders before everything installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=paths[0],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_in_nothing_but_itself():
+    code = """
+import json, sys
+import torch, einops
+before = {name.split(".")[0] for name in sys.modules}
+import attnzoo
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
+"""
+    new = set(json.loads(run(code, ROOT, ROOT / "kernels", ROOT / "recipes")))
+    assert "attnzoo" in new
+    assert new - STANDARD <= {"attnzoo", "attnzoo_kernels"}
+
+
+@pytest.mark.parametrize("extra", ["triton", "lightning", "transformers", "datasets", "matplotlib", "scipy", "pandas"])
+def test_import_works_where_an_extra_is_missing(extra):
+    code = f"import sys; sys.modules[{extra!r}] = None; import attnzoo; print(attnzoo.MultiHeadAttention(8, 2))"
+    assert "8, 2" in run(code, ROOT, ROOT / "kernels")
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("attnzoo", {"attnzoo", "torch", "einops"}),
+        ("attnzoo_kernels", {"attnzoo_kernels", "torch", "triton"}),
+    ],
+)
+def test_files_import_only_what_their_layer_may(package, allowed):
+    for path in sources(package):
+        foreign = top_level_imports(parsed(path)) - allowed - STANDARD
+        assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_imports_point_one_way():
+    assert sources("attnzoo_kernels")
+    for package, forbidden in (
+        ("attnzoo_kernels", ("attnzoo", "attnzoo_recipes")),
+        ("attnzoo", ("attnzoo_recipes",)),
+    ):
+        for path in sources(package):
+            for _, name in imports(parsed(path)):
+                assert name.split(".")[0] not in forbidden, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import a.b, c\nfrom d import e", {"a", "c", "d"}),
+        ("def f():\n    import a\n    from b import c", set()),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a", {"typing"}),
+        ("try:\n    import a\nexcept ImportError:\n    a = None", {"a"}),
+        ("class A:\n    import b", {"b"}),
+    ],
+)
+def test_the_import_check_sees(source, names):
+    assert top_level_imports(ast.parse(source)) == names
+
+
+def offences(tree: ast.AST) -> list[str]:
+    """Ways to run code that came as data."""
+    found = [
+        f"import of {name}"
+        for _, name in imports(tree)
+        if name.split(".")[0] in {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in {"eval", "exec", "compile", "os.system", "builtins.eval", "builtins.exec"}:
+            found.append(f"{called}()")
+        loads = called == "torch.load" or called.endswith(".load_from_checkpoint")
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        safe = "weights_only" in keywords and ast.unparse(keywords["weights_only"]) == "True"
+        if loads and not safe:
+            found.append(f"{called} without weights_only=True")
+        if "trust_remote_code" in keywords:
+            found.append("trust_remote_code")
+        if ast.unparse(keywords.get("shell", ast.Constant(False))) != "False":
+            found.append("a shell command")
+    return found
+
+
+def test_no_data_is_executed():
+    for path in sources(*PACKAGES):
+        assert not offences(parsed(path)), f"{path.relative_to(ROOT)}: {offences(parsed(path))}"
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("import pickle", 1),
+        ("from pickle import loads", 1),
+        ("torch.load(f)", 1),
+        ("torch.load(f, weights_only=False)", 1),
+        ("torch.load(f, weights_only=True)", 0),
+        ("Model.load_from_checkpoint(f)", 1),
+        ("eval('1')", 1),
+        ("model.eval()", 0),
+        ("re.compile('a')", 0),
+        ("load(name, trust_remote_code=True)", 1),
+        ("subprocess.run('ls', shell=True)", 1),
+    ],
+)
+def test_the_security_check_sees(source, count):
+    assert len(offences(ast.parse(source))) == count
+
+
+def test_trust_remote_code_is_nowhere():
+    folders = ("attnzoo", "kernels", "recipes", "configs", "benchmarks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*")):
+        if path.suffix in {".py", ".yaml", ".toml", ".sh"}:
+            assert "trust_remote_code" not in path.read_text(), path.relative_to(ROOT)
+
+
+def test_public_names_resolve_and_are_documented():
+    for name in attnzoo.__all__:
+        thing = getattr(attnzoo, name)
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        assert vars(thing)["__doc__"] if inspect.isclass(thing) else thing.__doc__, name
+        members = vars(thing).items() if inspect.isclass(thing) else ()
+        for member, value in members:
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if not member.startswith("_") and inspect.isfunction(function):
+                assert function.__doc__, f"{name}.{member}"
+
+
+def test_every_module_class_and_public_function_is_documented():
+    for path in sources(*PACKAGES):
+        tree = parsed(path)
+        assert ast.get_docstring(tree), path.relative_to(ROOT)
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name}"
+
+
+def test_source_roots_are_no_packages():
+    for root in ("kernels", "recipes", "."):
+        assert not (ROOT / root / "__init__.py").exists(), root
+
+
+def test_version_is_the_same_everywhere():
+    assert PYPROJECT["project"]["version"] == attnzoo.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r'^version: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == attnzoo.__version__
+
+
+def test_types_are_shipped():
+    assert (ROOT / "attnzoo" / "py.typed").read_text() == ""
+
+
+def test_console_scripts_resolve():
+    scripts = PYPROJECT["project"]["scripts"]
+    assert set(scripts) == {"attnzoo-pretrain", "attnzoo-generate"}
+    for name, target in scripts.items():
+        entry = importlib.metadata.EntryPoint(name, target, "console_scripts")
+        (path,) = (p for p in sources("attnzoo_recipes") if p.stem == entry.module.split(".")[-1])
+        functions = {node.name: node for node in parsed(path).body if isinstance(node, ast.FunctionDef)}
+        assert entry.attr in functions, f"{name}: no {entry.attr} in {path.relative_to(ROOT)}"
+        # A console script calls it without arguments.
+        arguments = functions[entry.attr].args
+        required = len(arguments.args) - len(arguments.defaults) + arguments.kw_defaults.count(None)
+        assert required == 0, name
+
+
+def test_constraints_are_exact_pins_from_a_registry():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    for pin in pins:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+( *;.*)?", pin), pin
