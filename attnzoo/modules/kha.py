@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,14 +119,6 @@ class KnockingHeadsAttention(nn.Module):
     _total_heads: int
     _group_size: int
 
-    def __new__(cls, *_sizes: Any, base: str = "gqa", **_options: Any) -> Self:
-        """An instance of the subclass for this base."""
-        if cls is KnockingHeadsAttention:
-            if base not in _BASES:
-                raise ValueError(f"base must be one of {', '.join(map(repr, _BASES))}, got {base!r}")
-            return super().__new__(_BASES[base])  # type: ignore[return-value]
-        return super().__new__(cls)
-
     def __init__(
         self,
         embed_dim: int,
@@ -164,6 +156,11 @@ class KnockingHeadsAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if base not in _BASES:
+            raise ValueError(f"base must be one of {', '.join(map(repr, _BASES))}, got {base!r}")
+        if type(self) is KnockingHeadsAttention:
+            # Here rather than in __new__, which would hide these arguments from inspect and from config parsers.
+            self.__class__ = _BASES[base]
         kinds = _kinds(variant, (knock_q, knock_k, knock_v))
         if knock_scope not in ("tied", "value"):
             raise ValueError(f"knock_scope must be 'tied' or 'value', got {knock_scope!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, check_arguments, enforce
+from attnzoo_recipes.callbacks import Checkpoints, LossCurve, Samples, StepProgress, Throughput
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data import TextDataModule
+from attnzoo_recipes.report import Report
+from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.training import Pretraining
 
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
 """Where named configs lie: in an installed wheel, and in the repository."""
+
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # a block is a slice of a memory map, which no worker would make faster
+    ".*is supported for historical reasons but its usage is discouraged.*",
+)
 
 
 class PretrainCLI(LightningCLI):
@@ -46,15 +56,31 @@ class PretrainCLI(LightningCLI):
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(trainer["accelerator"])
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the callbacks that every run has."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LossGuard, "loss_guard")
+        parser.add_lightning_class_args(Samples, "samples")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, which always logs to CSV."""
+        """The trainer, which always logs to CSV and writes checkpoints in one piece."""
         trainer = self._get(self.config_init, "trainer")
         csv = CSVLogger(trainer["default_root_dir"] or "runs", name="")
-        return super().instantiate_trainer(logger=[csv, *_listed(trainer["logger"])], **kwargs)
+        always = [RandomStates(), Throughput(), LossCurve(), Report(), GracefulStop()]
+        if trainer["enable_progress_bar"] is not False:
+            always.append(StepProgress(refresh_rate=10))
+        return super().instantiate_trainer(
+            logger=[csv, *_listed(trainer["logger"])],
+            plugins=[AtomicCheckpointIO(), *_listed(trainer["plugins"])],
+            callbacks=[*always, *_listed(trainer["callbacks"])],
+            **kwargs,
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -73,6 +99,9 @@ def main(args: Sequence[str] | None = None) -> None:
             load_from_checkpoint_support=False,
             args=words,
         )
+    except RunStoppedError as stop:
+        sys.stderr.write(f"attnzoo-pretrain: {stop}\n")
+        raise SystemExit(stop.exit_code) from None
     except Exception as error:
         if not is_user_mistake(error):
             raise

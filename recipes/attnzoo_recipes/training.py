@@ -15,11 +15,9 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo_recipes.data import IGNORED
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention
-
-IGNORED = -100
-"""Target of a token that is not predicted, as torch.nn.functional.cross_entropy has it."""
 
 
 class Pretraining(L.LightningModule):
@@ -109,7 +107,8 @@ class Pretraining(L.LightningModule):
         self.min_lr_ratio = min_lr_ratio
         self.aux_loss_weight = aux_loss_weight
         self.compile_model = compile
-        self._totals: Tensor | None = None
+        self._totals = torch.zeros(3)
+        self._token_bytes = torch.zeros(0)
 
     # model
 
@@ -216,20 +215,21 @@ class Pretraining(L.LightningModule):
 
     def _start_totals(self) -> None:
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self._totals = torch.zeros(2, dtype=wide, device=self.device)
+        self._totals = torch.zeros(3, dtype=wide, device=self.device)
+        self._token_bytes = self._data().token_bytes.to(self.device)
 
     def _count(self, batch: dict[str, Tensor]) -> None:
         nats = self._cross_entropy(batch, "sum")
-        predicted = (batch["targets"] != IGNORED).sum()
-        self._totals += torch.stack([nats, predicted]).to(self._totals)
+        predicted = batch["targets"][batch["targets"] != IGNORED]
+        counts = (nats, predicted.new_tensor(predicted.numel()), self._token_bytes[predicted].sum())
+        self._totals += torch.stack([count.to(self._totals) for count in counts])
 
     def _log_totals(self, split: str) -> None:
         totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
-        nats, predicted = totals.tolist()
-        if predicted:
+        nats, predicted, text_bytes = totals.tolist()
+        if text_bytes:
             self.log(f"{split}_loss", nats / predicted)
-            per_byte = nats / (predicted * self._data().bytes_per_token(split)) / math.log(2)
-            self.log(f"{split}_bits_per_byte", per_byte, prog_bar=True)
+            self.log(f"{split}_bits_per_byte", nats / text_bytes / math.log(2), prog_bar=True)
 
     # optimiser
 

@@ -1,0 +1,196 @@
+"""What a run shows and leaves: progress, tokens per second, loss curve, samples, and the summary at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from attnzoo_recipes.sampling import continue_text
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where this run's files lie: the first logger's folder."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class StepProgress(TQDMProgressBar):
+    """A progress bar over all steps of the run; training data have no end that it could show instead."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of the run."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The metrics without the logger's version number."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start the bar."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("training")
+
+
+class Checkpoints(ModelCheckpoint):
+    """Save every so many steps and at the end, and keep the newest.
+
+    Args:
+        every_n_train_steps: optimiser steps between two.
+        keep: number of checkpoints that stay.
+    """
+
+    def __init__(self, every_n_train_steps: int = 250, keep: int = 2) -> None:
+        super().__init__(
+            filename="{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step if it has not been saved."""
+        if trainer.global_step != self._last_global_step_saved and trainer.global_step > 0:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        super().on_train_end(trainer, pl_module)
+
+
+class Throughput(L.Callback):
+    """Log tokens_per_second over all devices, data and checkpoints included, validation not."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self._mark = 0.0
+        self._validation_began = 0.0
+        self._pending = 0
+
+    @property
+    def average(self) -> float:
+        """Tokens per second of this process's run so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every log_every_n_steps, log the rate since the last time."""
+        self._pending += batch["tokens"].numel() * trainer.world_size
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        now = time.perf_counter()
+        self.log("tokens_per_second", self._pending / (now - self._mark), prog_bar=True)
+        self.seconds += now - self._mark
+        self.tokens += self._pending
+        self._mark, self._pending = now, 0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        self._mark += time.perf_counter() - self._validation_began
+
+
+class LossCurve(L.Callback):
+    """Draw training and validation loss into loss_curve.png of the run's folder, at each validation and at the end.
+
+    The points travel in the checkpoint, so a resumed run draws the whole curve.
+    """
+
+    def __init__(self) -> None:
+        self.train: list[list[float]] = []
+        self.val: list[list[float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points so far."""
+        return {"train": self.train, "val": self.val}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a curve."""
+        self.train, self.val = state_dict["train"], state_dict["val"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the training loss every log_every_n_steps."""
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0 and isinstance(outputs, dict | Tensor):
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            self.train.append([trainer.global_step, float(loss)])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the validation loss, and draw."""
+        if "val_loss" in trainer.callback_metrics and trainer.state.fn == "fit":
+            self.val.append([trainer.global_step, float(trainer.callback_metrics["val_loss"])])
+            self.draw(run_folder(trainer) / "loss_curve.png")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw what came after the last validation."""
+        self.draw(run_folder(trainer) / "loss_curve.png")
+
+    @rank_zero_only
+    def draw(self, path: Path) -> None:
+        """Write the picture, in one piece."""
+        from matplotlib.figure import Figure
+
+        if not self.train:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*zip(*self.train, strict=True), linewidth=1, label="training batch")
+        if self.val:
+            axes.plot(*zip(*self.val, strict=True), marker="o", markersize=4, label="validation")
+        axes.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)", title="Loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}.png")
+        figure.savefig(unfinished, dpi=150)
+        os.replace(unfinished, path)
+
+
+class Samples(L.Callback):
+    """Append what the model writes to samples.txt of the run's folder, at each validation.
+
+    Args:
+        prompt: what it continues.
+        max_new_tokens: length.
+        temperature: divides the logits.
+    """
+
+    def __init__(self, prompt: str = "def ", max_new_tokens: int = 200, temperature: float = 0.8) -> None:
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write one; sampling has a random state of its own."""
+        if trainer.state.fn != "fit":
+            return
+        text = continue_text(
+            pl_module.model,
+            trainer.datamodule.tokenizer,
+            self.prompt,
+            self.max_new_tokens,
+            temperature=self.temperature,
+        )
+        path = run_folder(trainer) / "samples.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {trainer.global_step}\n{self.prompt}{text}\n")

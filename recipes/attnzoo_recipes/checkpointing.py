@@ -1,0 +1,365 @@
+"""Checkpoints that survive kill -9 at any instruction, a full disk and damaged bytes.
+
+Beside each checkpoint NAME lies a sidecar NAME.json with the SHA-256 and size of *every* version that NAME may be at
+this moment. A save
+
+1. streams the checkpoint to NAME.tmp-PID in the same folder, hashing as it writes, and syncs it to the disk;
+2. replaces the sidecar by one that lists the new version before those it listed already;
+3. replaces NAME by NAME.tmp-PID;
+4. replaces the sidecar by one that lists the new version alone.
+
+Each replacement is one atomic rename, followed by a sync of the folder. Killed before 2, the old checkpoint has its
+old sidecar. Killed between 2 and 4, the sidecar lists both, and NAME is one of them, whole. After 3 the new one is in
+place. So NAME is never half written and never without a line that vouches for it. What a kill leaves is a file
+NAME.tmp-PID; the next save into the folder removes those whose process is gone. One machine at a time may save into
+a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+SUFFIX = ".ckpt"
+"""How the names of checkpoints end, as Lightning has it."""
+
+_TEMPORARY = re.compile(r".+\.tmp-(\d+)")
+_LARGEST_SIDECAR = 1_000_000
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Saves as the module's docstring says; loads what its sidecar vouches for, and never runs code from a file.
+
+    A save that fails with an OSError, such as a full disk, leaves the old checkpoint as it was, and training goes on
+    until the next one. While saves fail, no older checkpoint is removed.
+
+    Args:
+        failures_allowed: training steps in a row whose save may fail; the last of them raises its OSError.
+
+    Raises:
+        ValueError: if failures_allowed is less than 1.
+    """
+
+    def __init__(self, *, failures_allowed: int = 3) -> None:
+        if failures_allowed < 1:
+            raise ValueError(f"failures_allowed must be at least 1, got {failures_allowed}")
+        self.failures_allowed = failures_allowed
+        self._failures = 0
+        self._failed_step: Any = None
+        self._saved_into: set[Path] = set()
+        self._to_remove: list[Path] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save to a local path.
+
+        Raises:
+            OSError: if this is the last failure that is allowed.
+            ValueError: if the path is not local, or storage_options are given.
+        """
+        if storage_options is not None:
+            raise ValueError(f"storage_options must be None: checkpoints are local files, got {storage_options!r}")
+        target = _local(path)
+        step = checkpoint.get("global_step")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
+            _save(checkpoint, target, step)
+        except OSError as error:
+            # Two files saved in one step, such as the best and the last, fail for one reason.
+            if step is None or step != self._failed_step:
+                self._failures += 1
+            self._failed_step = step
+            if self._failures >= self.failures_allowed:
+                raise
+            rank_zero_warn(
+                f"{target} could not be saved ({error}), failure {self._failures} of {self.failures_allowed} that "
+                "would end the run; the older checkpoints are kept and training goes on."
+            )
+            return
+        self._failures, self._failed_step = 0, None
+        self._saved_into.add(target.parent)
+        waiting, self._to_remove = self._to_remove, []
+        for old in waiting:
+            if old != target:
+                self.remove_checkpoint(old)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, or the newest valid one of its folder, with a warning, if it is not valid.
+
+        A folder means its newest valid checkpoint.
+
+        Raises:
+            FileNotFoundError: if there is no such file or folder.
+            ValueError: if no checkpoint is valid, or the valid one holds something else than tensors and plain
+                values; if weights_only is False.
+        """
+        if weights_only is False:
+            raise ValueError("weights_only must not be False: loading a checkpoint must not run code")
+        target = _local(path)
+        if target.is_dir():
+            return read_checkpoint(target, map_location)
+        if not target.exists():
+            raise FileNotFoundError(f"there is no checkpoint {target}")
+        with target.open("rb") as file:
+            wrong = _wrong(target, file)
+            if wrong is None:
+                return _load(target, file, map_location)
+        other = newest_valid(target.parent, recursive=False)
+        if other is None:
+            raise ValueError(f"{wrong}, and no other checkpoint in its folder is valid")
+        rank_zero_warn(f"{wrong}; loading {other}, the newest valid checkpoint beside {target}, instead.")
+        return read_checkpoint(other, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint and its sidecar; a file elsewhere than in a folder saved into before is left alone.
+
+        Lightning takes the names of files to remove from checkpoints too, which anybody may have written.
+        """
+        target = _local(path)
+        if self._failures:
+            self._to_remove.append(target)
+        elif target.parent in self._saved_into:
+            _remove(target)
+        else:
+            rank_zero_warn(f"{target} is not removed: this run has saved no checkpoint into its folder.")
+
+
+def verify(path: str | Path) -> str | None:
+    """None if the checkpoint is what was saved, by size and SHA-256, else one sentence that says what is wrong."""
+    target = _local(path)
+    if not target.is_file():
+        return f"there is no checkpoint {target}"
+    with target.open("rb") as file:
+        return _wrong(target, file)
+
+
+def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
+    """The checkpoint of a folder that was saved last among those that `verify` accepts, or None."""
+    folder = _local(folder)
+    found = [path for path in (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}") if path.is_file()]
+    # A link to a checkpoint counts as old as the checkpoint; the file itself goes before links to it.
+    for path in sorted(found, key=lambda path: (_saved_at(path), not path.is_symlink(), str(path)), reverse=True):
+        if verify(path) is None:
+            return path
+    return None
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The verified content of a checkpoint, or of the newest valid one below a folder; tensors and plain values.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: in one sentence, if it is not valid, no checkpoint below the folder is, or it holds anything else.
+    """
+    target = _local(path)
+    if target.is_dir():
+        newest = newest_valid(target)
+        if newest is None:
+            raise ValueError(f"there is no valid checkpoint in {target}")
+        target = newest
+    if not target.exists():
+        raise FileNotFoundError(f"there is no checkpoint {target}")
+    with target.open("rb") as file:
+        wrong = _wrong(target, file)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return _load(target, file, map_location)
+
+
+# saving
+
+
+class _HashingFile:
+    """What torch.save writes to: keeps the SHA-256 and size of what went through, and the first OSError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            _write_all(self.file, data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.sha256.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(checkpoint: dict[str, Any], target: Path, step: Any) -> None:
+    with _replacing(target) as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(checkpoint, hashing)
+        except RuntimeError as error:
+            # The writer's own complaint about a write that failed says nothing of a full disk.
+            if hashing.error is None:
+                raise
+            raise hashing.error from error
+        record = {
+            "sha256": hashing.sha256.hexdigest(),
+            "size": hashing.size,
+            "step": step if isinstance(step, int) else None,
+            "saved_at_ns": time.time_ns(),
+            "versions": {name: _version(name) for name in ("torch", "lightning", "attnzoo")},
+        }
+        _sync(file)
+        _write_sidecar(target, [record, *_records(target)])
+    _write_sidecar(target, [record])
+
+
+def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:
+    with _replacing(_sidecar(target)) as file:
+        _write_all(file, json.dumps({"may_be": records}, indent=1).encode())
+        _sync(file)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the target's place once the block is through, and is gone if it is not."""
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            yield file
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_all(file: BinaryIO, data: Any) -> None:
+    """An unbuffered file may take less than it is given."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of processes that are gone; those of this one are left from a namesake."""
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and path.is_file() and not path.is_symlink():
+            pid = int(match.group(1))
+            if pid == os.getpid() or not _is_alive(pid):
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(target: Path) -> None:
+    if target.is_file() or target.is_symlink():
+        target.unlink()
+    _sidecar(target).unlink(missing_ok=True)
+
+
+def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)
+    return L.__version__ if package == "lightning" else metadata.version(package)
+
+
+# loading
+
+
+def _local(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise ValueError(f"a checkpoint must be a local file, got {path}")
+    return Path(path).absolute()
+
+
+def _sidecar(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _records(target: Path) -> list[dict[str, Any]]:
+    """What the sidecar of a checkpoint, or of the one that it links to, lists; empty if it cannot be read."""
+    sidecar = _sidecar(target.resolve())
+    try:
+        if sidecar.stat().st_size > _LARGEST_SIDECAR:
+            return []
+        listed = json.loads(sidecar.read_bytes())["may_be"]
+        return [record for record in listed if isinstance(record["sha256"], str) and isinstance(record["size"], int)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _saved_at(target: Path) -> int:
+    """When the checkpoint was saved, in ns, by the record of its size, so that copying a run changes nothing."""
+    try:
+        size = target.stat().st_size
+    except OSError:
+        return 0
+    times = [record.get("saved_at_ns") for record in _records(target) if record["size"] == size]
+    return max((time for time in times if isinstance(time, int)), default=0)
+
+
+def _wrong(target: Path, file: BinaryIO) -> str | None:
+    records = _records(target)
+    if not records:
+        return f"{target} cannot be verified: its sidecar {_sidecar(target).name} is missing or unreadable"
+    size = os.fstat(file.fileno()).st_size
+    sizes = {record["size"] for record in records}
+    if size not in sizes:
+        return f"{target} is damaged: it has {size} bytes instead of {' or '.join(map(str, sorted(sizes)))}"
+    try:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{target} cannot be read ({error})"
+    if digest not in {record["sha256"] for record in records}:
+        return f"{target} is damaged: its SHA-256 is not the one that its sidecar lists"
+    return None
+
+
+def _load(target: Path, file: BinaryIO, map_location: Any) -> dict[str, Any]:
+    """Read from the very file that was verified, whatever its name stands for by now."""
+    file.seek(0)
+    try:
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{target} is not a checkpoint of tensors and plain values: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{target} must hold a dictionary, got {type(checkpoint).__name__}")
+    return checkpoint
