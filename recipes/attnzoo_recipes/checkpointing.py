@@ -1,10 +1,10 @@
 """Checkpoints that survive kill -9 at any instruction, a full disk and damaged bytes.
 
-Beside each checkpoint NAME lies a sidecar NAME.json with the SHA-256 and size of *every* version that NAME may be at
-this moment. A save
+Beside each checkpoint NAME lies a sidecar NAME.json with the SHA-256 and size of *each* version that NAME may be at
+this moment: one, or two while a save is under way. A save
 
 1. streams the checkpoint to NAME.tmp-PID in the same folder, hashing as it writes, and syncs it to the disk;
-2. replaces the sidecar by one that lists the new version before those it listed already;
+2. replaces the sidecar by one that lists the new version and the one in place;
 3. replaces NAME by NAME.tmp-PID;
 4. replaces the sidecar by one that lists the new version alone.
 
@@ -225,8 +225,18 @@ def _save(checkpoint: dict[str, Any], target: Path, step: Any) -> None:
             "versions": {name: _version(name) for name in ("torch", "lightning", "attnzoo")},
         }
         _sync(file)
-        _write_sidecar(target, [record, *_records(target)])
+        _write_sidecar(target, [record, *_in_place(target)])
     _write_sidecar(target, [record])
+
+
+def _in_place(target: Path) -> list[dict[str, Any]]:
+    """The record of the checkpoint as it is; where a killed save has left two, the file's hash decides."""
+    records = _records(target)
+    if len(records) < 2 or not target.is_file():
+        return records[:1]
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return [record for record in records if record["sha256"] == digest]
 
 
 def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:

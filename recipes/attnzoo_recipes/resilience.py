@@ -49,7 +49,8 @@ class RandomStates(L.Callback):
 
     A checkpoint holds those of every process. A run that resumes with another number of processes is warned, and
     seeds them from the saved states, so that it repeats itself at least. Validation draws nothing from the training's
-    states: what it draws is taken back, since a resumed run does not repeat it.
+    states: what it draws is taken back, since a resumed run does not repeat it. Exact resuming also needs batches
+    that are a function of their number, as `data.TextDataModule` makes them.
     """
 
     def __init__(self) -> None:
@@ -67,12 +68,11 @@ class RandomStates(L.Callback):
         return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training starts: setting up draws from them."""
+        """Keep the states until the first step: setting up draws from them."""
         self._loaded = state_dict
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the loaded states back."""
-        self._after_batch, self._validating = None, False
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Set the loaded states back; any earlier, and Lightning still sets up the validation that it leaves out."""
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -89,6 +89,10 @@ class RandomStates(L.Callback):
         torch.manual_seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget an earlier run of the same trainer."""
+        self._after_batch, self._validating = None, False
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Remember where training was, in case that validation follows."""

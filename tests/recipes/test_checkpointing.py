@@ -17,17 +17,17 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from attnzoo_recipes import checkpointing
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from attnzoo_recipes import checkpointing
-from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
 ]
 
 processes = multiprocessing.get_context("forkserver")
@@ -153,12 +153,13 @@ def save_and_die(path, step, lines):
 def test_kill_before_every_line_of_a_save(tmp_path):
     path = write(tmp_path / "last.ckpt", 0)
     expected, replaced, lines = 0, 0, 0
-    while True:
+    while lines < 500:
         step = lines + 1
         process = processes.Process(target=save_and_die, args=(path, step, lines))
         process.start()
         process.join()
         assert verify(path) is None, f"killed before executed line {lines}"
+        assert len(json.loads((tmp_path / "last.ckpt.json").read_text())["may_be"]) <= 2
         found = saved_step(path)
         assert found in (expected, step), f"killed before executed line {lines}"
         replaced += found == step
@@ -169,6 +170,7 @@ def test_kill_before_every_line_of_a_save(tmp_path):
         assert process.exitcode == -signal.SIGKILL
     assert lines > 60, "every line of the save was tried"
     assert replaced > 5, "some kills came after the new checkpoint was in place"
+    assert process.exitcode == 0
     assert found == step
     assert len(json.loads((tmp_path / "last.ckpt.json").read_text())["may_be"]) == 1
     assert len(list(tmp_path.iterdir())) == 2
@@ -440,9 +442,6 @@ def test_a_trainer_saves_removes_and_resumes(tmp_path):
     again, model = trainer(tmp_path, 8), Tiny()
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged.*loading .*step=6.ckpt"):
         again.fit(model, ckpt_path=folder / "last.ckpt")
-    straight = Tiny()
-    torch.manual_seed(0)
-    trainer(tmp_path / "straight", 8).fit(straight)
     assert again.global_step == 8
     assert read_checkpoint(folder)["global_step"] == 8
 

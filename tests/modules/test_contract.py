@@ -1,0 +1,469 @@
+"""What every mechanism promises, whatever its options: shapes, gradients, visibility, layouts, state, backends."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnzoo import AttentionMask, BackendUnavailable
+from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build, exact_numbers, gradients
+
+B, T = 2, 12
+EXACT = 1e-12
+NOT_TAKEN = {(name, option) for name in ("gta", "kha-gta") for option in ("qk-norm", "alibi")}
+CASES = [(name, option) for name in MECHANISMS for option in OPTIONS if (name, option) not in NOT_TAKEN]
+NOT_ON_SDPA = ("softcap", "learned-sink")
+
+every_case = pytest.mark.parametrize(("name", "option"), CASES)
+every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
+either_direction = pytest.mark.parametrize("causal", [True, False])
+
+
+def make(name: str, option: str = "plain", **more: object) -> nn.Module:
+    """A mechanism with a named option, in float64 unless told otherwise; the same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return build(name, **OPTIONS[option] | more)
+
+
+def sample(*shape: int) -> Tensor:
+    return torch.randn(shape or (B, T, E), dtype=torch.float64)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
+    assert found.keys() == expected.keys()
+    errors = {key: apart(found[key], expected[key]) for key in found}
+    assert max(errors.values()) <= tolerance, errors
+
+
+# Shapes and gradients
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_output_has_the_shape_and_dtype_of_the_input(name: str, option: str, dtype: torch.dtype) -> None:
+    y = make(name, option, dtype=dtype)(sample().to(dtype))
+    assert y.shape == (B, T, E)
+    assert y.dtype == dtype
+
+
+@every_case
+def test_gradient_reaches_the_input_and_every_parameter(name: str, option: str) -> None:
+    module = make(name, option)
+    module(x := sample().requires_grad_()).square().sum().backward()
+    found = {"x": x.grad} | {key: parameter.grad for key, parameter in module.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+    without = {key for key, gradient in found.items() if float(gradient.abs().max()) < 1e-10}
+    # A softmax ignores what is added to all of its logits, and without a rotation the key's bias is just that.
+    assert without == ({"k_proj.bias"} if name == "mha" and option in ("no-rope", "alibi") else set())
+
+
+@every_mechanism
+def test_gradients_agree_with_differences(name: str) -> None:
+    module = make(name, "learned-sink", backend="eager")
+    named = dict(module.named_parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(named, values, strict=True)), x)
+
+    x = sample(1, 4, E).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *named.values()), fast_mode=True)
+
+
+@every_case
+def test_empty_batch_runs_forward_and_backward(name: str, option: str) -> None:
+    found = gradients(make(name, option), sample(0, T, E), sample(0, T, E))
+    assert found.pop("y").shape == found.pop("x").shape == (0, T, E)
+    assert all(not gradient.any() for gradient in found.values())
+
+
+@every_case
+def test_a_single_token_is_the_first_of_many(name: str, option: str) -> None:
+    module, x = make(name, option), sample()
+    assert apart(module(x[:, :1]), module(x)[:, :1]) <= EXACT
+
+
+@every_mechanism
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(T, E), rf"x must have shape \(B, T, {E}\), got \({T}, {E}\)"),
+        (torch.ones(B, T, E + 1), rf"x must have shape \(B, T, {E}\), got \({B}, {T}, {E + 1}\)"),
+        (torch.ones(B, T, E, dtype=torch.long), r"x must hold real floating-point numbers, got torch.int64"),
+    ],
+    ids=["two-dimensional", "wrong-width", "integers"],
+)
+def test_a_wrong_input_is_refused(name: str, x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MECHANISMS[name]()(x)
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(NOT_TAKEN))
+def test_an_option_that_a_mechanism_lacks_is_refused_by_name(name: str, option: str) -> None:
+    with pytest.raises((ValueError, TypeError), match={"qk-norm": "qk_norm", "alibi": "alibi"}[option]):
+        make(name, option)
+
+
+# Who sees whom
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_later_tokens_change_no_earlier_output(name: str, option: str, backend: str) -> None:
+    module, x = make(name, option, backend=backend), sample()
+    before = module(x)
+    for t in (1, 4, T - 1):
+        changed = torch.cat([x[:, :t], 10 * sample(B, T - t, E)], dim=1)
+        after = module(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+@every_case
+@either_direction
+def test_rows_of_a_batch_are_independent(name: str, option: str, causal: bool) -> None:
+    module, x = make(name, option, causal=causal), sample(3, T, E)
+    y = module(x)
+    assert apart(torch.cat([module(row) for row in x.split(1)]), y) <= EXACT
+    changed = torch.cat([x[:1], 10 * sample(2, T, E)])
+    assert torch.equal(module(changed)[0], y[0])
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(module(x[order]), y[order])
+
+
+@every_case
+@either_direction
+def test_right_padding_is_a_shorter_batch(name: str, option: str, causal: bool) -> None:
+    module, x, lengths = make(name, option, causal=causal), sample(3, T, E), [T, 7, 1]
+    y = module(x, mask=AttentionMask.padding(lengths))
+    for row, length in enumerate(lengths):
+        assert apart(y[row : row + 1, :length], module(x[row : row + 1, :length])) <= EXACT
+    assert causal or apart(y, module(x)) > 1e-3
+
+
+PACKINGS = {
+    "row-ends-listed": [0, 5, T, 20, 2 * T],
+    "row-ends-inside": [0, 5, 17, 2 * T],
+    "one-document": [0, 2 * T],
+    "single-tokens": [0, 1, 2, T, T + 1, 2 * T],
+    "all-single-tokens": list(range(2 * T + 1)),
+    "empty-document": [0, 5, 5, 2 * T],
+}
+
+
+def documents(packing: str) -> list[tuple[int, int, int]]:
+    """Row, start and stop of each document; a row's end always ends one."""
+    ends = sorted({*PACKINGS[packing], T})
+    return [(a // T, a % T, a % T + b - a) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@every_case
+@either_direction
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_documents_are_separate_calls(name: str, option: str, causal: bool, packing: str) -> None:
+    module, x = make(name, option, causal=causal), sample()
+    y = module(x, mask=AttentionMask.packed(PACKINGS[packing]))
+    for row, start, stop in documents(packing):
+        alone = module(x[row : row + 1, start:stop])
+        assert apart(y[row : row + 1, start:stop], alone) <= EXACT
+
+
+@every_mechanism
+def test_packed_gradients_are_the_sum_over_documents(name: str) -> None:
+    module, x, weight = make(name), sample(), sample()
+    found = gradients(module, x, weight, mask=AttentionMask.packed(PACKINGS["row-ends-inside"]))
+    expected = {key: torch.zeros_like(value) for key, value in found.items()}
+    for row, start, stop in documents("row-ends-inside"):
+        at = (slice(row, row + 1), slice(start, stop))
+        for key, value in gradients(module, x[at], weight[at]).items():
+            (expected[key][at] if key in ("x", "y") else expected[key]).add_(value)
+    assert_same(found, expected)
+
+
+@every_case
+@either_direction
+def test_a_structured_mask_equals_its_dense_form(name: str, option: str, causal: bool) -> None:
+    module, x, lengths = make(name, option, causal=causal), sample(), torch.tensor([9, T])
+    keep = torch.rand(B, H, T, T) < 0.7
+    real = (torch.arange(T) < lengths[:, None])[:, None, None, :]
+    combined = module(x, mask=AttentionMask.padding(lengths) & AttentionMask.dense(keep))
+    assert torch.equal(combined, module(x, mask=AttentionMask.padding(lengths) & keep))
+    assert torch.equal(combined, module(x, mask=AttentionMask.dense(keep & real)))
+    assert torch.equal(combined, module(x, mask=keep & real))
+    assert apart(combined, module(x, mask=keep)) > 1e-3 or causal
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_rows_that_see_nothing_give_the_output_bias_and_no_gradient(name: str, option: str, backend: str) -> None:
+    module = make(name, option, backend=backend)
+    blind = gradients(module, sample(), weight := sample(), mask=torch.zeros(T, T, dtype=torch.bool))
+    bias = module.o_proj.bias
+    assert torch.equal(blind.pop("y"), (torch.zeros(E) if bias is None else bias.detach()).expand(B, T, E).double())
+    if bias is not None:
+        assert apart(blind.pop("o_proj.bias"), weight.sum((0, 1))) <= EXACT
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in blind.values())
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_blind_row_leaves_the_others_alone(name: str, option: str, backend: str) -> None:
+    module, x, weight = make(name, option, backend=backend), sample(), sample()
+    found = gradients(module, x, weight, mask=AttentionMask.padding([0, T]))
+    expected = gradients(module, x[1:], weight[1:])
+    if module.o_proj.bias is not None:
+        expected["o_proj.bias"] = weight.sum((0, 1))
+    assert not found["x"][0].any()
+    found["x"], found["y"] = found["x"][1:], found["y"][1:]
+    assert_same(found, expected)
+
+
+# Symmetries
+
+
+def permuted(state: dict[str, Tensor], heads: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    """Weights with query heads and groups in another order; what all heads share stays as it is."""
+
+    def rows(tensor: Tensor, order: Tensor) -> Tensor:
+        return tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+
+    result = {}
+    for key, value in state.items():
+        layer = key.split(".")[0]
+        if layer in ("q_proj", "sinks"):
+            value = rows(value, heads)
+        elif layer in ("k_proj", "v_proj", "kv_proj"):
+            value = rows(value, groups)
+        elif key == "o_proj.weight":
+            value = rows(value.T, heads).T
+        result[key] = value
+    return result
+
+
+@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] != "alibi"])  # its slopes go by number
+def test_the_order_of_heads_and_groups_means_nothing(name: str, option: str) -> None:
+    module, x = make(name, option), sample()
+    groups = torch.arange(module.num_kv_heads).flip(0)
+    size = H // len(groups)
+    heads = (groups[:, None] * size + torch.arange(size).flip(0)).flatten()
+    assert heads.tolist() == list(range(H))[::-1]
+    other = make(name, option, perturbed=False)
+    other.load_state_dict(permuted(module.state_dict(), heads, groups))
+    assert not torch.equal(other.q_proj.weight, module.q_proj.weight)
+    assert apart(other(x), module(x)) <= EXACT
+
+
+# State
+
+
+@every_case
+def test_a_state_dict_makes_an_equal_module(name: str, option: str) -> None:
+    module, other, x = make(name, option), make(name, option, perturbed=False), sample()
+    assert not torch.equal(other(x), module(x))
+    other.load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(other(x), module(x))
+
+
+@every_case
+def test_a_state_dict_with_a_missing_a_foreign_or_a_misshapen_key_is_refused(name: str, option: str) -> None:
+    module = make(name, option)
+    for key, value in module.state_dict().items():
+        state = {other: tensor for other, tensor in module.state_dict().items() if other != key}
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+            module.load_state_dict(state)
+        with pytest.raises(RuntimeError, match=f"size mismatch for {key}"):
+            module.load_state_dict(state | {key: torch.zeros(value.shape[0] + 1, *value.shape[1:])})
+    with pytest.raises(RuntimeError, match='Unexpected key.*"foreign"'):
+        module.load_state_dict(module.state_dict() | {"foreign": torch.zeros(1)})
+
+
+@every_case
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_computes_the_same_and_shares_nothing(
+    name: str, option: str, duplicate: Callable[[nn.Module], nn.Module]
+) -> None:
+    module, x, weight = make(name, option), sample(), sample()
+    module(x)  # whatever a call remembers has to survive the copy
+    other = duplicate(module)
+    assert type(other) is type(module)
+    assert_same(gradients(other, x, weight), before := gradients(module, x, weight), 0.0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert_same(gradients(module, x, weight), before, 0.0)
+
+
+@every_case
+def test_a_module_is_built_on_the_meta_device_and_filled_later(name: str, option: str) -> None:
+    module, x = make(name, option, perturbed=False, device="meta"), sample()
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert module(x.to("meta")).shape == x.shape
+    original = make(name, option)
+    filled = module.to_empty(device="cpu")
+    filled.load_state_dict(original.state_dict())
+    assert torch.equal(filled(x), original(x))
+
+
+# Layout
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "width-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one-row-expanded": lambda x: x[:1].expand(B, -1, -1),
+    "one-token-expanded": lambda x: x[:, :1].expand(-1, T, -1),
+    "one-number-expanded": lambda x: x[..., :1].expand(-1, -1, E),
+    "every-second": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "offset": lambda x: torch.cat([-x, x], dim=1)[:, T:],
+}
+
+
+@every_mechanism
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_the_input_does_not_matter(name: str, layout: str) -> None:
+    module, weight = make(name), sample()
+    view = LAYOUTS[layout](sample())
+    assert not view.is_contiguous()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = module(x)
+        return y.detach(), torch.autograd.grad((y * weight).sum(), x)[0]
+
+    y, gradient = run(view)
+    expected_y, expected_gradient = run(view.contiguous())
+    assert apart(y, expected_y) <= EXACT
+    assert apart(gradient, expected_gradient) <= EXACT
+
+
+# Backends, precision, compilation
+
+
+@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] not in NOT_ON_SDPA])
+@either_direction
+def test_eager_equals_sdpa(name: str, option: str, causal: bool) -> None:
+    x, weight = sample(), sample()
+    eager, sdpa = (
+        gradients(make(name, option, causal=causal, backend=backend), x, weight) for backend in ("eager", "sdpa")
+    )
+    assert_same(sdpa, eager)
+
+
+@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] in NOT_ON_SDPA])
+def test_sdpa_refuses_what_it_cannot_do(name: str, option: str) -> None:
+    with pytest.raises(BackendUnavailable, match="backend 'sdpa' cannot run softmax_attention: "):
+        make(name, option, backend="sdpa")(sample())
+
+
+def exact_and_rounded(name: str, option: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Input in dtype, output in float64, and the error of the eager module in dtype: the budget of all others."""
+    eager = make(name, option, backend="eager", dtype=dtype)
+    x = sample(4, T, E).to(dtype)
+    exact = copy.deepcopy(eager).double()(x.double()).detach()
+    return x, exact, apart(eager(x).double(), exact)
+
+
+def allowed(budget: float, exact: Tensor, dtype: torch.dtype) -> float:
+    """Twice the eager error, and half a unit in the last place of the largest output."""
+    return 2 * budget + torch.finfo(dtype).eps / 2 * float(exact.abs().max())
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_eager(name: str, option: str, dtype: torch.dtype) -> None:
+    x, exact, budget = exact_and_rounded(name, option, dtype)
+    y = make(name, option, dtype=dtype)(x)
+    assert y.dtype == dtype
+    assert apart(y.double(), exact) <= allowed(budget, exact, dtype)
+
+
+@every_case
+def test_autocast_is_as_good_as_eager_bfloat16(name: str, option: str) -> None:
+    x, exact, budget = exact_and_rounded(name, option, torch.bfloat16)
+    module = make(name, option, dtype=torch.bfloat16).float()
+    x = x.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert apart(y.double(), exact) <= allowed(budget, exact, torch.bfloat16)
+    found = [x.grad, *(parameter.grad for parameter in module.parameters())]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found)
+
+
+COMPILED = [(name, "plain") for name in MECHANISMS] + [("gqa", option) for option in OPTIONS if option != "plain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "compiler"),
+    [(*case, "aot_eager") for case in COMPILED]
+    + [pytest.param(name, "plain", "inductor", marks=pytest.mark.slow) for name in ("gqa", "kha-gta")],
+)
+def test_compiles_without_a_graph_break(name: str, option: str, compiler: str) -> None:
+    torch.compiler.reset()
+    module, x, weight = make(name, option), sample(), sample()
+    compiled = torch.compile(make(name, option), fullgraph=True, backend=compiler)
+    found = gradients(compiled, x, weight)
+    assert_same({key.removeprefix("_orig_mod."): value for key, value in found.items()}, gradients(module, x, weight))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [AttentionMask.padding([9, T]), AttentionMask.packed(PACKINGS["row-ends-inside"]), torch.ones(T, T).bool().tril()],
+    ids=["padding", "packed", "dense"],
+)
+def test_compiles_with_a_mask(mask: Tensor | AttentionMask) -> None:
+    torch.compiler.reset()
+    module, x = make("gqa"), sample()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert apart(compiled(x, mask=mask), module(x, mask=mask)) <= EXACT
+
+
+# Chance
+
+
+@every_case
+def test_two_runs_are_bitwise_equal(name: str, option: str) -> None:
+    x, weight = sample(), sample()
+    with exact_numbers():
+        assert_same(gradients(make(name, option), x, weight), gradients(make(name, option), x, weight), 0.0)
+
+
+@every_case
+def test_dropout_acts_in_training_only(name: str, option: str) -> None:
+    module, x = make(name, option, dropout=0.5), sample()
+    first, second = module(x), module(x)
+    torch.manual_seed(3)
+    third = module(x)
+    torch.manual_seed(3)
+    assert torch.equal(module(x), third)
+    assert not torch.equal(first, second)
+    assert torch.equal(module.eval()(x), make(name, option)(x))
+
+
+@every_mechanism
+def test_dropout_keeps_the_mean(name: str) -> None:
+    module, x = make(name, dropout=0.3, bias=False), sample(1, T, E)
+    with torch.no_grad():
+        draws = torch.cat([module(x.expand(500, -1, -1)) for _ in range(4)])
+        spread = draws.std(0) / math.sqrt(len(draws))
+        assert bool(((draws.mean(0) - module.eval()(x)[0]).abs() <= 6 * spread + EXACT).all())
+        assert float(draws.std(0).min()) > 0
+
+
+def test_the_zoo_has_the_sizes_that_these_tests_rely_on() -> None:
+    assert E % H == 0
+    assert 1 < G < H
+    assert T > max(option.get("sliding_window", 0) for option in OPTIONS.values())
