@@ -162,15 +162,15 @@ def rotary_table(
         if lowest < 0:
             raise ValueError(f"positions must not be negative, got {lowest}")
     frequencies, factor = rotary.frequencies(width, length)
-    with torch.autocast(torch.device(device).type, enabled=False):
-        angles = positions.to(device)[..., None].double() * frequencies.to(device)
-        cos, sin = factor * torch.cos(angles), factor * torch.sin(angles)
-        if rotary.style == "interleaved":
-            own, other = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
-        else:
-            own, other = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        precision = torch.promote_types(dtype, torch.float32)
-        return own.to(precision), other.to(precision)
+    # Autocast leaves float64 alone, so the angles need no protection from it.
+    angles = positions.to(device)[..., None].double() * frequencies.to(device)
+    cos, sin = factor * torch.cos(angles), factor * torch.sin(angles)
+    if rotary.style == "interleaved":
+        own, other = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+    else:
+        own, other = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    precision = torch.promote_types(dtype, torch.float32)
+    return own.to(precision), other.to(precision)
 
 
 _Key = tuple[Rotary, int, int | None, torch.dtype, torch.device]

@@ -232,7 +232,9 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             check_cache(cache, KeyValueCache, self.causal, context, mask)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
+            # In the weights' dtype: under autocast q and k are half precision and the norms are float32.
+            high = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(high)).to(q.dtype), self.k_norm(k.to(high)).to(k.dtype)
         if self.rope is not None:
             limit = None if cache is None else cache.max_length
             q_table, k_table = rotary_tables(

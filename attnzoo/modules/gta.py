@@ -193,7 +193,7 @@ class GroupedTiedAttention(nn.Module):
         past = 0 if cache is None else cache.length
         q, k, v, k_rope = self.project(x, context)
         if cache is not None:
-            check_cache(cache, (TiedCache, UntiedCache), self.causal, context, mask)
+            check_cache(cache, self.cache_type, self.causal, context, mask)
         q_rope = None
         if self.rope is not None:
             limit = None if cache is None else cache.max_length
@@ -203,6 +203,9 @@ class GroupedTiedAttention(nn.Module):
             )  # fmt: skip
             q_rope = rotate(q[..., self.nope_head_dim :], *q_table, self.rope.style)
             k_rope = rotate(k_rope, *k_table, self.rope.style)
+        else:
+            # Empty, and made in the input's dtype, which under autocast is not that of the projections.
+            k_rope = k_rope.to(v.dtype)
         key_positions = None
         if isinstance(cache, TiedCache | UntiedCache):
             k, v, k_rope, key_positions = cache.append(k, v, k_rope)
@@ -261,6 +264,11 @@ class GroupedTiedAttention(nn.Module):
         if not isinstance(context, Tensor):
             raise ValueError("context must be one tensor: key and value are tied, so they have one input")
         return split_context(context, x, self.kdim, self.kdim)[0]
+
+    @property
+    def cache_type(self) -> type[TokenCache]:
+        """The class of this module's caches; no other is taken."""
+        return TiedCache
 
     def init_cache(
         self,

@@ -348,6 +348,11 @@ class _KnockingTied(KnockingHeadsAttention, GroupedTiedAttention):
             v = k if self.v_knock is None else self.v_knock(k)
         return q, k[..., : self.nope_head_dim], v, self.rotary_key(source)
 
+    @property
+    def cache_type(self) -> type[TokenCache]:
+        """That of the base; with scope "value" the one that holds key and value apart."""
+        return UntiedCache if self.knock_scope == "value" else super().cache_type
+
     def init_cache(
         self,
         batch_size: int,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -146,7 +147,9 @@ def softmax_attention_reference(
     """
     high = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[2] // max(k.shape[2], 1)
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    # The meta device has no autocast to switch off.
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
         v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
         s = torch.einsum("bthd,bshd->bhts", q.to(high), k.to(high))
@@ -196,6 +199,7 @@ def _sdpa(
         # The CPU kernel returns zeros for a row without keys; elsewhere let it see all and clear it after.
         blind = ~visible.any(-1, keepdim=True)
         attn_mask = visible | blind
+        blind = blind[None] if blind.ndim == 2 else blind
     if bias is not None:
         # float32 next to half-precision queries: a distance of hundreds would be rounded in bfloat16.
         bias = bias.to(torch.promote_types(q.dtype, torch.float32))

@@ -39,7 +39,7 @@ def sample(*shape: int) -> Tensor:
 def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference."""
     assert a.shape == b.shape
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return float((a - b).detach().abs().max()) if a.numel() else 0.0
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
