@@ -1,6 +1,6 @@
 """What survives kill -9, a folder on another disk and a bad batch: counts, not times.
 
-    python benchmarks/reliability.py                                   everything; about five minutes
+    python benchmarks/reliability.py                                   everything; about seven minutes
     python benchmarks/reliability.py --only save resume --runs 4       a part of it
     python benchmarks/reliability.py --out benchmarks/results/reliability.jsonl
 
@@ -35,7 +35,7 @@ from typing import Any
 import lightning as L
 import torch
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
-from timing import ROOT, append_lines, environment
+from timing import append_lines, environment
 
 Row = dict[str, Any]
 PACKAGES = ("attnzoo", "lightning")
@@ -68,7 +68,7 @@ class SpoilLoss(L.Callback):
         self.steps = range(first, last + 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def spoil(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        def spoil(module: torch.nn.Module, _: Any, logits: torch.Tensor) -> torch.Tensor:
             return logits * math.nan if module.training and trainer.global_step in self.steps else logits
 
         pl_module.model.register_forward_hook(spoil)
@@ -148,7 +148,7 @@ def resume_suite(runs: int, folder: Path) -> Iterator[Row]:
     for name, results in outcomes.items():
         times = [seconds for _, seconds, _ in results]
         good = sum(equal for equal, _, _ in results)
-        yield row("resume", name, "kill -9, resume", times, good, steps=STEPS, attempts=[what for *_, what in results])
+        yield row("resume", name, "kill -9, resume", times, good, steps=STEPS, kills=[what for *_, what in results])
 
 
 def nan_suite(runs: int, folder: Path) -> Iterator[Row]:
@@ -186,8 +186,9 @@ def callback(kind: type[L.Callback], **arguments: Any) -> list[str]:
 def pretrain(name: str, folder: Path, *words: str) -> int:
     """attnzoo-pretrain fit with the smoke settings and dropout; returns the exit code, -9 for a killed one."""
     configs = [
-        word for path in ("pretrain.yaml", "smoke.yaml", f"attention/{name}.yaml") for word in ("--config", path)
+        word for config in ("pretrain.yaml", "smoke.yaml", f"attention/{name}.yaml") for word in ("--config", config)
     ]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     code = "import sys; from attnzoo_recipes.pretrain import main; main(sys.argv[1:])"
     done = subprocess.run(
         [
@@ -197,8 +198,7 @@ def pretrain(name: str, folder: Path, *words: str) -> int:
             "--checkpoints.every_n_train_steps", str(EVERY), "--model.dropout", "0.1",
             "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *words,
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode not in (0, 3, -signal.SIGKILL):
         sys.stderr.write(done.stderr)
@@ -251,7 +251,8 @@ def row(suite: str, case: str, phase: str, seconds: Sequence[float], good: int, 
     mean = statistics.fmean(seconds)
     return {
         "suite": suite, "case": case, "phase": phase, "shape": {"attempts": attempts, "good": good, **shape},
-        "ms": round(1e3 * mean, 1), "ratio": good / attempts, "noise": max(seconds) / mean, "error": 1 - good / attempts,
+        "ms": round(1e3 * mean, 1), "ratio": good / attempts, "noise": max(seconds) / mean,
+        "error": 1 - good / attempts,
         **environment(PACKAGES),
     }  # fmt: skip
 

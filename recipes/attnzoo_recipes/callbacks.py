@@ -57,6 +57,9 @@ class Checkpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: a resumed run has a folder of its own, and leaves the other run's checkpoints alone."""
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step if it has not been saved."""
         if trainer.global_step != self._last_global_step_saved and trainer.global_step > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -31,7 +32,7 @@ CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] /
 
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # a block is a slice of a memory map, which no worker would make faster
-    ".*is supported for historical reasons but its usage is discouraged.*",
+    ".*LeafSpec.*is deprecated.*",  # Lightning's own use of a class that torch is about to remove
 )
 
 
@@ -81,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -88,13 +90,13 @@ def main(args: Sequence[str] | None = None) -> None:
         words = find_configs(words)
         check_arguments(words, allowed)
         enforce(allowed)
-        keep_exceptions: dict[str, Any] = {"exit_on_error": False}
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         PretrainCLI(
             Pretraining,
             TextDataModule,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={**keep_exceptions, **dict.fromkeys(PretrainCLI.subcommands(), keep_exceptions)},
+            parser_kwargs={**strict, **dict.fromkeys(PretrainCLI.subcommands(), strict)},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=words,
@@ -107,6 +109,10 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"attnzoo-pretrain: error: {one_sentence(error)}\n")
         raise SystemExit(2) from None
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def take_allowed_imports(words: list[str]) -> tuple[list[str], tuple[str, ...]]:

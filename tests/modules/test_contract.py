@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def test_right_padding_is_a_shorter_batch(name: str, option: str, causal: bool) 
     y = module(x, mask=AttentionMask.padding(lengths))
     for row, length in enumerate(lengths):
         assert apart(y[row : row + 1, :length], module(x[row : row + 1, :length])) <= EXACT
-    assert causal or apart(y, module(x)) > 1e-3
+    assert causal or apart(y[1, :7], module(x)[1, :7]) > 1e-3
 
 
 PACKINGS = {
@@ -166,7 +167,7 @@ PACKINGS = {
 def documents(packing: str) -> list[tuple[int, int, int]]:
     """Row, start and stop of each document; a row's end always ends one."""
     ends = sorted({*PACKINGS[packing], T})
-    return [(a // T, a % T, a % T + b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(a // T, a % T, a % T + b - a) for a, b in itertools.pairwise(ends)]
 
 
 @every_case
@@ -202,7 +203,7 @@ def test_a_structured_mask_equals_its_dense_form(name: str, option: str, causal:
     assert torch.equal(combined, module(x, mask=AttentionMask.padding(lengths) & keep))
     assert torch.equal(combined, module(x, mask=AttentionMask.dense(keep & real)))
     assert torch.equal(combined, module(x, mask=keep & real))
-    assert apart(combined, module(x, mask=keep)) > 1e-3 or causal
+    assert apart(combined, module(x, mask=keep)) > 1e-3
 
 
 @every_case
@@ -285,7 +286,7 @@ def test_a_state_dict_with_a_missing_a_foreign_or_a_misshapen_key_is_refused(nam
             module.load_state_dict(state)
         with pytest.raises(RuntimeError, match=f"size mismatch for {key}"):
             module.load_state_dict(state | {key: torch.zeros(value.shape[0] + 1, *value.shape[1:])})
-    with pytest.raises(RuntimeError, match='Unexpected key.*"foreign"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"foreign"'):
         module.load_state_dict(module.state_dict() | {"foreign": torch.zeros(1)})
 
 
@@ -466,4 +467,4 @@ def test_dropout_keeps_the_mean(name: str) -> None:
 def test_the_zoo_has_the_sizes_that_these_tests_rely_on() -> None:
     assert E % H == 0
     assert 1 < G < H
-    assert T > max(option.get("sliding_window", 0) for option in OPTIONS.values())
+    assert max(option.get("sliding_window", 0) for option in OPTIONS.values()) < T
