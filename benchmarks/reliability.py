@@ -34,8 +34,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 from timing import append_lines, environment
+
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 
 Row = dict[str, Any]
 PACKAGES = ("attnzoo", "lightning")

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-WORDS = "the cat sat on a mat and the dog ran to see what it was that the cat had found under its mat".split()
+TEXT = "the cat sat on a mat and the dog ran to see what it was that the cat had found under its mat"
 
 SMALL = [
     "fit",
@@ -23,7 +23,8 @@ SMALL = [
 def corpus_file(tmp_path_factory):
     """60 short documents, one a line."""
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    lines = [" ".join(WORDS[(3 * i + j * j) % len(WORDS)] for j in range(20 + i % 7)) for i in range(60)]
+    words = TEXT.split()
+    lines = [" ".join(words[(3 * i + j * j) % len(words)] for j in range(20 + i % 7)) for i in range(60)]
     path.write_text("\n".join(lines))
     return path
 

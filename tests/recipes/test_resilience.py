@@ -12,12 +12,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
-from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
+
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
+from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),

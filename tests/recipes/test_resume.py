@@ -1,0 +1,137 @@
+"""A run that was killed and resumed equals the one that was not, bit for bit."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
+
+STEPS = 14
+# Dropout, so that the random states matter; a checkpoint every 3 steps, validation every 5.
+OPTIONS = ["--model.dropout=0.1", "--checkpoints.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from attnzoo_recipes import checkpointing, pretrain
+synced, sync = [], checkpointing._sync
+def killing(file):
+    sync(file)
+    synced.append(file)
+    if len(synced) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpointing._sync = killing
+pretrain.main(sys.argv[2:])
+"""
+
+
+def command(words):
+    return [sys.executable, "-W", "ignore", "-m", "attnzoo_recipes.pretrain", *words]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def finish(words):
+    subprocess.run(command(words), env=environment(), check=True, capture_output=True, timeout=120)
+
+
+def kill_when(condition, words):
+    """Start a run, kill it as soon as the condition holds."""
+    with subprocess.Popen(command(words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        try:
+            for _ in range(6000):
+                if condition() or run.poll() is not None:
+                    break
+                time.sleep(0.01)
+        finally:
+            run.send_signal(signal.SIGKILL)
+        return run.wait()
+
+
+def losses(folder):
+    """Step to training loss, of all runs in a folder; a later run overwrites."""
+    found = {}
+    for path in sorted(folder.rglob("metrics.csv")):
+        with path.open(newline="") as file:
+            found |= {row["step"]: row["train_loss"] for row in csv.DictReader(file) if row.get("train_loss")}
+    return found
+
+
+def assert_equal_runs(whole, resumed):
+    ours, theirs = read_checkpoint(newest_valid(whole)), read_checkpoint(newest_valid(resumed))
+    assert ours["global_step"] == theirs["global_step"] == STEPS
+    for name, value in ours["state_dict"].items():
+        assert torch.equal(value, theirs["state_dict"][name]), name
+    moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs)]
+    for index, state in moments[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][index][name])), name
+    final = str(STEPS - 1)
+    assert losses(whole)[final] == losses(resumed)[final]
+
+
+@pytest.mark.parametrize("mechanism", ["kha", pytest.param("gta", marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_a_run(mechanism, arguments, tmp_path):
+    words = arguments(mechanism, *OPTIONS, steps=STEPS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish([*words, f"--trainer.default_root_dir={whole}"])
+    words = [*words, f"--trainer.default_root_dir={killed}"]
+    code = kill_when(lambda: any("step=6" in path.name for path in killed.rglob("*.ckpt.json")), words)
+    assert code == -signal.SIGKILL
+    path = newest_valid(killed)
+    assert read_checkpoint(path)["global_step"] < STEPS
+    finish([*words, f"--ckpt_path={path}"])
+    assert_equal_runs(whole, killed)
+
+
+@pytest.mark.parametrize("sync", [4, 5, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_a_save(sync, arguments, tmp_path):
+    words = arguments("mqa", *OPTIONS, steps=STEPS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish([*words, f"--trainer.default_root_dir={whole}"])
+    words = [*words, f"--trainer.default_root_dir={killed}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED_IN_A_SAVE, str(sync), *words],
+        env=environment(),
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
+    path = newest_valid(killed)
+    assert read_checkpoint(path)["global_step"] in (3, 6)
+    finish([*words, f"--ckpt_path={path}"])
+    assert_equal_runs(whole, killed)
+
+
+def test_a_flipped_bit_in_the_last_checkpoint_is_noticed(arguments, run, tmp_path):
+    words = arguments("gqa", "--checkpoints.every_n_train_steps=2", steps=4)
+    run(words)
+    folder = newest_valid(tmp_path / "run").parent
+    last, before = folder / "step=4.ckpt", folder / "step=2.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)
+    assert newest_valid(folder) == before
+    with pytest.warns(UserWarning, match=r"step=4\.ckpt.*step=2\.ckpt"):
+        run([*words, "--trainer.max_steps=5", f"--ckpt_path={last}"])
+    assert read_checkpoint(tmp_path / "run" / "version_1")["global_step"] == 5
+
+
+def test_two_processes_equal_one(arguments, tmp_path):
+    words = arguments("kha", "--trainer.accelerator=cpu", steps=4)
+    for devices in (1, 2):
+        strategy = "ddp" if devices == 2 else "auto"
+        folder = f"--trainer.default_root_dir={tmp_path / str(devices)}"
+        finish([*words, folder, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"])
+    alone, together = (read_checkpoint(tmp_path / str(devices))["state_dict"] for devices in (1, 2))
+    for name, value in alone.items():
+        torch.testing.assert_close(value, together[name], atol=2e-6, rtol=1e-5, msg=name)
+    rows = [losses(tmp_path / str(devices)) for devices in (1, 2)]
+    assert rows[0].keys() == rows[1].keys()
