@@ -17,8 +17,12 @@ from attnzoo_recipes.sampling import continue_text
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Where this run's files lie: the first logger's folder."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where this run's files lie: the first logger's folder, as the first process sees it.
+
+    `Trainer.log_dir` is the same but has to be called by all processes at once.
+    """
+    folder = trainer.loggers[0].log_dir if trainer.loggers else None
+    return Path(folder or trainer.default_root_dir)
 
 
 class StepProgress(TQDMProgressBar):

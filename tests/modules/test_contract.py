@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnzoo import AttentionMask, BackendUnavailable
+from attnzoo import AttentionMask, BackendUnavailable, Rotary
 from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build, exact_numbers, gradients
 
 B, T = 2, 12
@@ -231,6 +231,18 @@ def test_a_blind_row_leaves_the_others_alone(name: str, option: str, backend: st
     assert_same(found, expected)
 
 
+@every_mechanism
+def test_positions_restart_in_every_packed_document(name: str) -> None:
+    # Rotation is relative, so only frequencies that depend on the largest position can tell.
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "max_position_embeddings": 4}
+    module, x = make(name, rope=Rotary(scaling=dynamic)), sample()
+    halves = x.unflatten(1, (2, T // 2)).flatten(0, 1)
+    packed = module(x, mask=AttentionMask.packed([0, T // 2, T, T + T // 2, 2 * T]))
+    assert apart(packed, module(halves).view(B, T, E)) <= EXACT
+    apart_by_mask = torch.block_diag(*[torch.ones(T // 2, T // 2)] * 2).bool()
+    assert apart(packed, module(x, mask=apart_by_mask)) > 1e-6
+
+
 # Symmetries
 
 
@@ -404,13 +416,17 @@ def test_autocast_is_as_good_as_eager_bfloat16(name: str, option: str) -> None:
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found)
 
 
+INDUCTOR = (
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch warns about its own import
+)
 COMPILED = [(name, "plain") for name in MECHANISMS] + [("gqa", option) for option in OPTIONS if option != "plain"]
 
 
 @pytest.mark.parametrize(
     ("name", "option", "compiler"),
     [(*case, "aot_eager") for case in COMPILED]
-    + [pytest.param(name, "plain", "inductor", marks=pytest.mark.slow) for name in ("gqa", "kha-gta")],
+    + [pytest.param(name, "plain", "inductor", marks=INDUCTOR) for name in ("gqa", "kha-gta")],
 )
 def test_compiles_without_a_graph_break(name: str, option: str, compiler: str) -> None:
     torch.compiler.reset()
