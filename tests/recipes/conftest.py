@@ -52,11 +52,15 @@ def arguments(corpus_file, tmp_path):
     return made
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """attnzoo-pretrain in this process."""
-    # Lightning calls what jsonargparse is about to rename.
+@pytest.fixture(autouse=True)
+def quiet_jsonargparse(monkeypatch):
+    """Lightning calls what jsonargparse is about to rename."""
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture
+def run():
+    """attnzoo-pretrain in this process."""
 
     def called(arguments):
         from attnzoo_recipes.pretrain import main

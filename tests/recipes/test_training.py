@@ -1,0 +1,127 @@
+"""Loss, groups, schedule and figures."""
+
+import csv
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attnzoo
+from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.model_config import build_model, describe_attention, model_from_checkpoint
+from attnzoo_recipes.packing import PackedCorpus
+from attnzoo_recipes.training import Pretraining, warmup_cosine
+
+
+def test_the_schedule_warms_up_and_ends_at_its_floor():
+    factor = warmup_cosine(10, 110, 0.1)
+    assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert factor(10) == 1.0
+    assert factor(60) == pytest.approx(0.55)
+    assert factor(110) == pytest.approx(0.1)
+    assert factor(500) == pytest.approx(0.1)
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    attention = functools.partial(attnzoo.KnockingHeadsAttention, num_heads=4, bias=True, sink="learned")
+    module = Pretraining(attention, vocab_size=20, embed_dim=32, num_layers=2, knock_weight_decay=0.01)
+    module.configure_model()
+    groups = {group["name"]: group for group in module.parameter_groups()}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "decay": 0.1,
+        "no_decay": 0.0,
+        "knock": 0.01,
+    }
+    assert all(parameter.ndim == 1 for parameter in groups["no_decay"]["params"])
+    assert all(parameter.ndim == 2 for parameter in groups["decay"]["params"])
+    assert len(groups["knock"]["params"]) == 2 * 3
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        ({"min_lr_ratio": 2.0}, r"min_lr_ratio must lie in \[0, 1\], got 2"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        Pretraining(functools.partial(attnzoo.MultiHeadAttention, num_heads=4), **options)
+
+
+def test_bits_per_byte_are_nats_over_bytes_of_the_whole_split(arguments, run, tmp_path, capsys):
+    words = arguments("gqa", "--data.tokenizer=bpe", "--data.vocab_size=300", "--trainer.limit_val_batches=1.0")
+    run([*words, "--trainer.val_check_interval=2"])
+    (metrics,) = (tmp_path / "run").rglob("metrics.csv")
+    with metrics.open(newline="") as file:
+        (logged,) = [row for row in csv.DictReader(file) if row["val_bits_per_byte"]]
+    model = model_from_checkpoint(read_checkpoint(tmp_path / "run"))
+    (folder,) = (tmp_path / "data").iterdir()
+    packed = PackedCorpus.open(folder)
+    ids = torch.from_numpy(packed.tokens("val").astype("int64"))
+    lengths = torch.from_numpy(packed.tokenizer.token_bytes())
+    nats, count = 0.0, 0
+    for start in range(0, len(ids) - 32, 32):
+        tokens, targets = ids[start : start + 32], ids[start + 1 : start + 33]
+        begins = [0, *[i for i in range(1, 32) if tokens[i] == packed.tokenizer.document_id], 32]
+        logits = [model(tokens[None, a:b])[0] for a, b in itertools.pairwise(begins)]
+        nats += F.cross_entropy(torch.cat(logits), targets, reduction="sum").item()
+        count += lengths[targets].sum().item()
+    assert float(logged["val_bits_per_byte"]) == pytest.approx(nats / count / math.log(2), rel=1e-5)
+
+
+def test_the_report_compares_with_the_entropies_and_names_the_files(arguments, run, tmp_path, capsys):
+    run([*arguments("kha"), "--trainer.val_check_interval=2"])
+    printed = capsys.readouterr().out
+    for words in ("bits per byte", "unigram entropy", "bigram entropy", "tokens/s", "parameters", "bytes per token"):
+        assert words in printed
+    for name in ("step=2.ckpt", "metrics.csv", "loss_curve.png"):
+        (path,) = (tmp_path / "run").rglob(name)
+        assert str(path) in printed
+    (picture,) = (tmp_path / "run").rglob("loss_curve.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gradient_accumulation_equals_the_larger_batch(arguments, run, tmp_path):
+    states = []
+    for batch, accumulated in ((8, 1), (4, 2)):
+        folder = tmp_path / str(batch)
+        words = [f"--data.batch_size={batch}", f"--trainer.accumulate_grad_batches={accumulated}"]
+        run(arguments("mha", *words, f"--trainer.default_root_dir={folder}", steps=3))
+        states.append(read_checkpoint(folder)["state_dict"])
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_precision_compile_and_loggers_are_options(arguments, run, tmp_path):
+    run(
+        arguments(
+            "kha",
+            "--trainer.precision=bf16-mixed",
+            "--model.activation_checkpointing=true",
+            "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+            f"--trainer.logger.save_dir={tmp_path / 'board'}",
+        )
+    )
+    assert list((tmp_path / "board").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "run").rglob("metrics.csv"))
+
+
+def test_an_attention_is_described_by_what_makes_it():
+    rotary = attnzoo.Rotary(theta=5e5, scaling={"rope_type": "linear", "factor": 2.0})
+    attention = functools.partial(attnzoo.GroupedTiedAttention, num_heads=4, num_kv_heads=2, rope=rotary)
+    config = {"vocab_size": 11, "embed_dim": 32, "num_layers": 1, "attention": describe_attention(attention)}
+    assert config["attention"]["class_path"] == "attnzoo.GroupedTiedAttention"
+    assert build_model(config).blocks[0].attn.rope == rotary
+
+
+def test_a_lambda_is_no_description():
+    with pytest.raises(ValueError, match=r"attention must be a class or functools\.partial"):
+        describe_attention(lambda width: attnzoo.MultiHeadAttention(width, 4))
