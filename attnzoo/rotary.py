@@ -110,7 +110,7 @@ class Rotary:
         """
         exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         plain = self.theta**-exponents
-        if self.scaling is None:
+        if self.scaling is None or self.kind == "default":
             return plain, 1.0
         s = self.scaling
         factor = _factor(s)
@@ -133,7 +133,7 @@ class Rotary:
             if given is None:
                 given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return plain / torch.tensor(extend, dtype=torch.float64), float(given)
-        return plain, 1.0
+        raise AssertionError(f"no frequencies for {self.kind}")
 
 
 def rotary_table(
