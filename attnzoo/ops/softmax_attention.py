@@ -91,6 +91,9 @@ def softmax_attention(
         "sink_tokens": sink_tokens, "sinks": sinks, "dropout": dropout, "key_positions": key_positions,
     }  # fmt: skip
     chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, q_extra, features))
+    if scale <= 0 and chosen in ("flash", "sdpa"):
+        # These kernels scale after masking, and -inf times such a scale is inf or nan.
+        q, q_extra, scale = q * scale, None if q_extra is None else q_extra * scale, 1.0
     if chosen == "flash":
         q, k = _join(q, k, q_extra, k_extra)
         out = flash_attention(
