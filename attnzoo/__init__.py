@@ -5,6 +5,7 @@ Every mechanism has the same call, `y = attn(x)` with x (B, T, E) -> (B, T, E); 
 
 from torch import Tensor, nn
 
+from attnzoo import adapters, conversion
 from attnzoo.backends import BackendUnavailable
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.gqa import GroupedQueryAttention
@@ -25,7 +26,9 @@ __all__ = [
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",
+    "adapters",
     "aux_loss",
+    "conversion",
     "__version__",
 ]
 

@@ -1,0 +1,51 @@
+"""The choice of a backend and the table that shows it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends import BACKENDS, check_name, choose, status, table
+
+
+def test_auto_takes_the_first_without_an_obstacle():
+    obstacles = {"flash": lambda: "no card", "sdpa": lambda: None, "eager": lambda: pytest.fail("asked too far")}
+    assert choose("auto", "op", obstacles) == "sdpa"
+
+
+def test_a_named_backend_runs_or_says_why_not():
+    obstacles = {"flash": lambda: "no card", "eager": lambda: None}
+    assert choose("eager", "op", obstacles) == "eager"
+    with pytest.raises(attnzoo.BackendUnavailable, match="backend 'flash' cannot run op: no card"):
+        choose("flash", "op", obstacles)
+    with pytest.raises(attnzoo.BackendUnavailable, match="op has no triton backend, only flash, eager"):
+        choose("triton", "op", obstacles)
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, sdpa, flash, triton, got 'cudnn'"):
+        choose("cudnn", "op", obstacles)
+    with pytest.raises(attnzoo.BackendUnavailable, match="no backend can run op: flash: no card"):
+        choose("auto", "op", {"flash": lambda: "no card"})
+
+
+def test_names():
+    assert [check_name(name) for name in BACKENDS] == list(BACKENDS)
+
+
+def test_every_backend_has_a_line_with_a_reason():
+    lines = {s.name: s for s in status()}
+    assert set(lines) == set(BACKENDS) - {"auto"}
+    assert all(s.detail for s in lines.values())
+    assert lines["eager"].available
+    assert lines["sdpa"].available
+    if not torch.cuda.is_available():
+        assert not lines["flash"].available
+    assert table().splitlines()[0].split() == ["backend", "runs", "with,", "or", "why", "not"]
+
+
+def test_the_module_prints_the_table():
+    out = subprocess.run([sys.executable, "-m", "attnzoo"], capture_output=True, text=True, check=True, timeout=120)
+    first, *rows = out.stdout.splitlines()
+    assert first.startswith(f"attnzoo {attnzoo.__version__}, torch {torch.__version__}")
+    assert [row.split()[0] for row in rows] == ["backend", "flash", "triton", "sdpa", "eager"]
+    assert out.stderr == ""
