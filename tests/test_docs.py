@@ -1,6 +1,7 @@
-"""The examples in docs/ run, and what the pages link to is there."""
+"""The examples in docs/ and the README run, what the pages link to is there, tables are those of the results."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def test_examples_run(page, capsys):
     for line in re.findall(r"print\(.*?\)  # (.*)$", "\n".join(blocks), re.MULTILINE):
         for value in re.findall(r"[\d.]+", line):
             assert value in printed, f"{page.name} promises {value}, printed {printed}"
+
+
+def test_the_readme_runs_from_top_to_bottom():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["y"].shape == (2, 100, 512)
+    assert names["layer"](names["x"]).shape == (2, 100, 512)
+
+
+def test_the_speed_tables_are_those_of_the_committed_results():
+    path = ROOT / "benchmarks" / "readme_table.py"
+    made = runpy.run_path(str(path))
+    readme = (ROOT / "README.md").read_text()
+    assert made["written"](readme, made["tables"]()) == readme, f"run {path.name} --write"
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"], ids=lambda page: page.stem)

@@ -15,7 +15,7 @@ from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.sampling import continue_text
 
-WRITTEN_TOKENS = 200
+WRITTEN = 200  # characters
 
 
 class Report(L.Callback):
@@ -77,8 +77,13 @@ class Report(L.Callback):
             return []
         model = model_from_checkpoint(read_checkpoint(path))
         tokenizer = trainer.datamodule.tokenizer
-        text = continue_text(model, tokenizer, self.prompt, WRITTEN_TOKENS, temperature=self.temperature)
-        return ["", f"sample ({WRITTEN_TOKENS} tokens at most):", f"{self.prompt}{text}"]
+        # Every token but the last of a split character is at least one character.
+        text = continue_text(model, tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature)
+        return [
+            "",
+            f"sample, {len(text[:WRITTEN])} characters after {self.prompt!r}:",
+            f"{self.prompt}{text[:WRITTEN]}",
+        ]
 
 
 def _checkpoint(trainer: L.Trainer) -> Path | None:
