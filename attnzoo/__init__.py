@@ -12,6 +12,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
 from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.rotary import Rotary
 
@@ -22,6 +23,7 @@ __all__ = [
     "MultiQueryAttention",
     "GroupedQueryAttention",
     "GroupedTiedAttention",
+    "MultiHeadLatentAttention",
     "KnockingHeadsAttention",
     "AttentionMask",
     "Rotary",

@@ -164,6 +164,15 @@ class KeyValueCache(TokenCache):
         return k, v, positions
 
 
+class LatentCache(TokenCache):
+    """Latent attention: latents and rotary keys side by side, (B, 1, S, R + Gr Dr)."""
+
+    def append(self, latent: Tensor) -> Tensor:
+        """Store latent (B, T, 1, R + Gr Dr) and return those of all tokens."""
+        (latent,), _ = self._append(latent)
+        return latent
+
+
 class TiedCache(TokenCache):
     """Grouped-tied attention: the tied state (B, G, S, D) and one rotated key (B, 1, S, Dr) for all heads.
 

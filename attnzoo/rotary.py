@@ -83,6 +83,11 @@ class Rotary:
         return "default" if self.scaling is None else str(self.scaling["rope_type"])
 
     @property
+    def scaling_factor(self) -> float:
+        """By how much the context is stretched; 1 without a factor."""
+        return 1.0 if self.scaling is None else _factor(self.scaling)
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether the frequencies of all positions change with the current length."""
         return self.kind in ("dynamic", "longrope")
@@ -163,9 +168,13 @@ def rotary_table(
             raise ValueError(f"positions must not be negative, got {lowest}")
     frequencies, factor = rotary.frequencies(width, length)
     # Autocast leaves float64 alone, so the angles need no protection from it.
-    angles = positions.to(device)[..., None].double() * frequencies.to(device)
+    return layout(positions.to(device)[..., None].double() * frequencies.to(device), factor, rotary.style, dtype)
+
+
+def layout(angles: Tensor, factor: float, style: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two tables that `rotate` takes, (..., r), from the angles (..., r / 2) in float64."""
     cos, sin = factor * torch.cos(angles), factor * torch.sin(angles)
-    if rotary.style == "interleaved":
+    if style == "interleaved":
         own, other = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
     else:
         own, other = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -206,7 +215,7 @@ def rotary_range_table(
     return table[0][start:stop], table[1][start:stop]
 
 
-def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half") -> Tensor:
+def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half", *, per_head: bool = False) -> Tensor:
     """Rotate the first r features of x (B, T, N, D); the others pass through.
 
     Args:
@@ -214,6 +223,7 @@ def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half") -> Tensor
         own: (T, r) or (B, T, r), from `rotary_table`.
         other: likewise.
         style: the layout that the table was made for.
+        per_head: whether the tables hold angles for every head, (T, N, r) or (B, T, N, r).
 
     Returns:
         A tensor of x's shape and dtype; half-precision input is rotated in float32.
@@ -227,7 +237,9 @@ def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half") -> Tensor
             rotated = torch.cat([rotated[..., 0::2], rotated[..., 1::2]], dim=-1)
         u, v = rotated.chunk(2, dim=-1)
         partner = torch.cat([v, u], dim=-1)
-    y = torch.addcmul(rotated * own.unsqueeze(-2), partner, other.unsqueeze(-2)).to(x.dtype)
+    if not per_head:
+        own, other = own.unsqueeze(-2), other.unsqueeze(-2)
+    y = torch.addcmul(rotated * own, partner, other).to(x.dtype)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
 

@@ -39,13 +39,7 @@ def rotary_tables(
             decoding equals the full forward of that length.
     """
     if cross:
-        if not isinstance(positions, tuple | list) or len(positions) != 2:
-            raise ValueError(
-                "positions must be a pair (query positions, key positions) when context is given and rope is "
-                "set; or construct the module with rope=None"
-            )
-        for name, part, x in (("query", positions[0], q), ("key", positions[1], k)):
-            _check(f"positions ({name})", part, x)
+        positions = _pair(positions, q, k)
         length = max(_length(rope, positions[0], limit), _length(rope, positions[1], limit))
         q_table = rotary_table(rope, width, positions[0], length=length, dtype=q.dtype, device=q.device)
         k_table = rotary_table(rope, width, positions[1], length=length, dtype=q.dtype, device=q.device)
@@ -67,6 +61,44 @@ def rotary_tables(
     cos, sin = rotary_range_table(rope, width, 0, tokens, length=length, dtype=q.dtype, device=q.device)
     table = cos[packed], sin[packed]
     return table, table
+
+
+def token_positions(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor | tuple[Tensor, Tensor] | None,
+    mask: AttentionMask | None,
+    *,
+    cross: bool,
+    past: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Positions of queries and keys, (T,) or (B, T), by the rules of `rotary_tables`."""
+    if cross:
+        query, key = _pair(positions, q, k)
+        return query.to(q.device), key.to(q.device)
+    if isinstance(positions, tuple | list):
+        raise ValueError("positions must be one tensor unless context is given, got a pair")
+    batch, tokens = q.shape[:2]
+    if positions is not None:
+        _check("positions", positions, q)
+        positions = positions.to(q.device)
+    else:
+        positions = None if mask is None else mask.positions(batch, tokens)
+    if positions is None:
+        positions = torch.arange(past, past + tokens, device=q.device)
+    return positions, positions
+
+
+def _pair(positions: Tensor | tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of queries and keys in cross-attention."""
+    if not isinstance(positions, tuple | list) or len(positions) != 2:
+        raise ValueError(
+            "positions must be a pair (query positions, key positions) when context is given and rope is "
+            "set; or construct the module with rope=None"
+        )
+    for name, part, x in (("query", positions[0], q), ("key", positions[1], k)):
+        _check(f"positions ({name})", part, x)
+    return positions[0], positions[1]
 
 
 def _length(rope: Rotary, positions: Tensor, limit: int | None) -> int:
