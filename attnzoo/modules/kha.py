@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from attnzoo.cache import TokenCache, UntiedCache
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
+from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.ops.head_mixing import compose_projection, knock_linear, knock_mlp
 from attnzoo.rotary import Rotary
 
@@ -84,22 +86,29 @@ class KnockingHeadsAttention(nn.Module):
     cache stays that of grouped-tied attention), or on the value alone ("value", G (D + Dn) + Dr numbers a
     token). The paper leaves open which.
 
+    On base "mla" maps are linear and act on the expanded, non-rotary queries and keys and on the values: the reading
+    that keeps the absorbed form exact and the rotary key shared.
+
     Args:
         embed_dim: width E of input and output.
         num_heads: query heads H.
         num_kv_heads: key/value heads G; must divide H. Default: H.
         head_dim: width D of a head. Default: E / H.
-        base: "gqa" or "gta".
-        variant: "mlp" (values only; the default where no kind is given), "linear" (queries, keys, values),
-            "linear_v" or "mlp_qkv".
+        base: "gqa", "gta" or "mla".
+        variant: "mlp" (values only; the default where no kind is given), "linear" (queries, keys, values; the default
+            of base "mla"), "linear_v" or "mlp_qkv".
         knock_q: instead of a variant, the kind of map on queries: None, "linear" or "mlp".
         knock_k: on keys.
         knock_v: on values.
         knock_scope: for base "gta", "tied" or "value".
         rope_head_dim: for base "gta", see `GroupedTiedAttention`.
         k_rope_bias: for base "gta".
+        kv_lora_rank: for base "mla", see `MultiHeadLatentAttention`, as the next three.
+        q_lora_rank: see there.
+        qk_nope_head_dim: see there; in place of head_dim.
+        qk_rope_head_dim: see there.
         v_head_dim: this and every following argument as in `GroupedQueryAttention`; base "gta" takes those
-            that `GroupedTiedAttention` has.
+            that `GroupedTiedAttention` has, base "mla" those of `MultiHeadLatentAttention`.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -109,15 +118,13 @@ class KnockingHeadsAttention(nn.Module):
     k_knock: HeadMap | GatedHeadMap | None
     v_knock: HeadMap | GatedHeadMap | None
     # What the base's class brings in the subclasses below:
-    _base: type[GroupedQueryAttention] | type[GroupedTiedAttention]
+    _base: type[GroupedQueryAttention] | type[GroupedTiedAttention] | type[MultiHeadLatentAttention]
     _folded_projections: Callable[[], dict[str, dict[str, Tensor]]]
     embed_dim: int
     head_dim: int
     v_head_dim: int
     pruned_heads: tuple[int, ...]
-    q_proj: nn.Linear
-    _total_heads: int
-    _group_size: int
+    o_proj: nn.Linear
 
     def __init__(
         self,
@@ -134,6 +141,10 @@ class KnockingHeadsAttention(nn.Module):
         knock_scope: str = "tied",
         rope_head_dim: int | None = None,
         k_rope_bias: bool | None = None,
+        kv_lora_rank: int | None = None,
+        q_lora_rank: int | None = None,
+        qk_nope_head_dim: int | None = None,
+        qk_rope_head_dim: int | None = None,
         v_head_dim: int | None = None,
         kdim: int | None = None,
         vdim: int | None = None,
@@ -161,30 +172,32 @@ class KnockingHeadsAttention(nn.Module):
         if type(self) is KnockingHeadsAttention:
             # Here rather than in __new__, which would hide these arguments from inspect and from config parsers.
             self.__class__ = _BASES[base]
-        kinds = _kinds(variant, (knock_q, knock_k, knock_v))
+        kinds = _kinds(variant, (knock_q, knock_k, knock_v), base)
         if knock_scope not in ("tied", "value"):
             raise ValueError(f"knock_scope must be 'tied' or 'value', got {knock_scope!r}")
-        options: dict[str, Any] = {
-            "v_head_dim": v_head_dim, "kdim": kdim, "bias": bias, "o_bias": o_bias, "qk_norm": qk_norm,
-            "rope": rope, "scale": scale, "logit_softcap": logit_softcap, "sliding_window": sliding_window,
-            "sink_tokens": sink_tokens, "sink": sink, "causal": causal, "dropout": dropout,
-            "init_std": init_std, "backend": backend, "device": device, "dtype": dtype,
+        given: dict[str, Any] = {
+            "v_head_dim": v_head_dim, "kdim": kdim, "vdim": vdim, "bias": bias, "o_bias": o_bias, "qk_norm": qk_norm,
+            "qk_norm_eps": qk_norm_eps, "rope": rope, "scale": scale, "logit_softcap": logit_softcap, "alibi": alibi,
+            "sliding_window": sliding_window, "sink_tokens": sink_tokens, "sink": sink, "causal": causal,
+            "dropout": dropout, "init": init, "init_std": init_std, "backend": backend, "device": device,
+            "dtype": dtype, "rope_head_dim": rope_head_dim, "k_rope_bias": k_rope_bias, "kv_lora_rank": kv_lora_rank,
+            "q_lora_rank": q_lora_rank, "qk_nope_head_dim": qk_nope_head_dim, "qk_rope_head_dim": qk_rope_head_dim,
         }  # fmt: skip
-        grouped = {"vdim": vdim, "qk_norm_eps": qk_norm_eps, "alibi": alibi, "init": init}
-        tied = {"rope_head_dim": rope_head_dim, "k_rope_bias": k_rope_bias}
-        if base == "gta":
-            if kinds[0] is not None or kinds[1] is not None:
-                raise ValueError(f"knock_q and knock_k must be None with base 'gta', got {kinds[:2]}")
-            _refuse_foreign(base, grouped, {"vdim": None, "qk_norm_eps": 1e-6, "alibi": False, "init": "normal"})
-            options |= tied
+        if base != "gta":
+            _refuse_foreign(base, {"knock_scope": knock_scope}, {"knock_scope": "tied"})
+        sizes: tuple[Any, ...] = (embed_dim, num_heads)
+        if base == "mla":
+            _refuse_foreign(base, {"head_dim": head_dim}, {})
+            given["num_kv_heads"] = num_kv_heads
         else:
-            _refuse_foreign(base, {**tied, "knock_scope": knock_scope}, {"knock_scope": "tied"})
-            options |= grouped
-        super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, **options)
+            sizes = (*sizes, num_kv_heads, head_dim)
+        options = _options_of(base, self._base, given)
+        super().__init__(*sizes, **options)
+        self._base_arguments = (sizes, options)
         self.knock_scope = knock_scope
-        self._base_options = options
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        widths = (self.head_dim, self.head_dim, self.v_head_dim)
+        width = self.qk_nope_head_dim if isinstance(self, MultiHeadLatentAttention) else self.head_dim
+        widths = (width, width, self.v_head_dim)
         for name, kind, width in zip(("q_knock", "k_knock", "v_knock"), kinds, widths, strict=True):
             shared: nn.Module | None = None
             if kind is not None:
@@ -206,7 +219,7 @@ class KnockingHeadsAttention(nn.Module):
     def _get_name(self) -> str:
         return "KnockingHeadsAttention"
 
-    def fold(self) -> GroupedQueryAttention | GroupedTiedAttention:
+    def fold(self) -> GroupedQueryAttention | GroupedTiedAttention | MultiHeadLatentAttention:
         """An equal module without the maps: exact, since norm and rotation come after them.
 
         Maps are multiplied into the projection before them, or with knock_scope="value" into the output's.
@@ -215,32 +228,37 @@ class KnockingHeadsAttention(nn.Module):
             ValueError: if a map is of kind "mlp".
         """
         projections = self._folded_projections()
-        base = self._base(
-            self.embed_dim,
-            self._total_heads,
-            self._total_heads // self._group_size,
-            self.head_dim,
-            **self._base_options,
-        )
+        sizes, options = self._base_arguments
+        base = self._base(*sizes, **options)
         base.prune_heads(self.pruned_heads)
         state = {name: value for name, value in self.state_dict().items() if "_knock." not in name}
         for layer, values in projections.items():
             state |= {f"{layer}.{name}": value.detach() for name, value in values.items()}
-        weight = self.q_proj.weight
+        weight = self.o_proj.weight
         base.to(device=weight.device, dtype=weight.dtype).load_state_dict(state)
         return base.train(self.training)
 
 
-def _kinds(
-    variant: str | None, explicit: tuple[str | None, str | None, str | None]
-) -> tuple[str | None, str | None, str | None]:
+Kinds = tuple[str | None, str | None, str | None]
+
+
+def _kinds(variant: str | None, explicit: Kinds, base: str) -> Kinds:
     """Kind of map on q, k, v from the variant, or from the explicit kinds."""
+    kinds = _chosen_kinds(variant, explicit, "linear" if base == "mla" else "mlp")
+    if base == "gta" and (kinds[0] is not None or kinds[1] is not None):
+        raise ValueError(f"knock_q and knock_k must be None with base 'gta', got {kinds[:2]}")
+    if base == "mla" and "mlp" in kinds:
+        raise ValueError(f"kinds must be linear with base 'mla', which never makes queries and keys, got {kinds}")
+    return kinds
+
+
+def _chosen_kinds(variant: str | None, explicit: Kinds, default: str) -> Kinds:
     for name, kind in zip(("knock_q", "knock_k", "knock_v"), explicit, strict=True):
         if kind not in (None, "linear", "mlp"):
             raise ValueError(f"{name} must be None, 'linear' or 'mlp', got {kind!r}")
     given = any(kind is not None for kind in explicit)
     if variant == "auto":
-        variant = None if given else "mlp"
+        variant = None if given else default
     if variant is None:
         if not given:
             raise ValueError("knock_q, knock_k or knock_v must be given when variant is None, got none of them")
@@ -257,6 +275,15 @@ def _refuse_foreign(base: str, values: dict[str, Any], defaults: dict[str, Any])
     for name, value in values.items():
         if value != defaults.get(name):
             raise ValueError(f"{name} is no option of base {base!r}, got {value!r}")
+
+
+def _options_of(base: str, kind: type[nn.Module], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given options that the base's constructor has; refuses others that are not at their defaults."""
+    own = inspect.signature(kind).parameters
+    ours = inspect.signature(KnockingHeadsAttention).parameters
+    foreign = {name: value for name, value in given.items() if name not in own}
+    _refuse_foreign(base, foreign, {name: ours[name].default for name in foreign})
+    return {name: value for name, value in given.items() if name in own}
 
 
 def _map_after(projection: nn.Linear, head_map: HeadMap | GatedHeadMap | None, source: Tensor, width: int) -> Tensor:
@@ -404,4 +431,70 @@ class _KnockingTied(KnockingHeadsAttention, GroupedTiedAttention):
         return {"o_proj": {**self.o_proj.state_dict(), "weight": (blocks @ self.v_knock.weight).flatten(1)}}
 
 
-_BASES: dict[str, type[KnockingHeadsAttention]] = {"gqa": _KnockingGrouped, "gta": _KnockingTied}
+class _KnockingLatent(KnockingHeadsAttention, MultiHeadLatentAttention):
+    """Knocking heads over latent attention: linear maps behind the expansion, which folds into the absorbed form."""
+
+    _base = MultiHeadLatentAttention
+
+    def queries(self, x: Tensor) -> Tensor:
+        """As the base's, the non-rotary features after the shared map."""
+        q = super().queries(x)
+        if self.q_knock is None:
+            return q
+        width = self.qk_nope_head_dim
+        return torch.cat([self.q_knock(q[..., :width]), q[..., width:]], dim=-1)
+
+    def expand(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """As the base's, after the shared maps."""
+        k, v = super().expand(c)
+        return (k if self.k_knock is None else self.k_knock(k)), (v if self.v_knock is None else self.v_knock(v))
+
+    def expansion(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As the base's, with the maps multiplied in."""
+        key, value, bias = super().expansion()
+        if isinstance(self.k_knock, HeadMap):
+            key = self.k_knock.weight @ key
+        if isinstance(self.v_knock, HeadMap):
+            value = self.v_knock.weight @ value
+            bias = None if bias is None else self.v_knock(bias)
+        return key, value, bias
+
+    def query_weights(self) -> Tensor:
+        """As the base's, with the map multiplied in."""
+        weight, width = super().query_weights(), self.qk_nope_head_dim
+        if not isinstance(self.q_knock, HeadMap):
+            return weight
+        return torch.cat([self.q_knock.weight.detach() @ weight[:, :width], weight[:, width:]], dim=1)
+
+    def flops(self, T: int, S: int | None = None) -> int:
+        """As the base's, and every expanded head through its map."""
+        keys = T if S is None else S
+        q = T * self.num_heads * _linear_flops(self.q_knock, self.qk_nope_head_dim)
+        k = keys * self.num_kv_heads * _linear_flops(self.k_knock, self.qk_nope_head_dim)
+        v = keys * self.num_kv_heads * _linear_flops(self.v_knock, self.v_head_dim)
+        return super().flops(T, S) + q + k + v
+
+    def _folded_projections(self) -> dict[str, dict[str, Tensor]]:
+        key, value, _ = self.expansion()
+        folded = {"kv_b_proj": {"weight": torch.cat([key, value], dim=1).flatten(0, 1)}}
+        query = self.q_proj if self.q_lora_rank is None else self.q_b_proj
+        width = self.qk_nope_head_dim
+
+        def mapped(rows: Tensor) -> Tensor:
+            """Rows (H (dn + dr), ...) with the first dn of each head after the map."""
+            heads = rows.view(self.num_heads, self.head_dim, -1)
+            if not isinstance(self.q_knock, HeadMap):
+                return rows
+            return torch.cat([self.q_knock.weight @ heads[:, :width], heads[:, width:]], 1).flatten(0, 1)
+
+        folded["q_proj" if self.q_lora_rank is None else "q_b_proj"] = {
+            name: mapped(rows).view(rows.shape) for name, rows in query.state_dict().items()
+        }
+        return folded
+
+
+_BASES: dict[str, type[KnockingHeadsAttention]] = {
+    "gqa": _KnockingGrouped,
+    "gta": _KnockingTied,
+    "mla": _KnockingLatent,
+}

@@ -9,8 +9,8 @@ from tests.zoo import E, G, H, build
 
 def base_of(kha):
     """The base mechanism with the same projections."""
-    kind = attnzoo.GroupedTiedAttention if hasattr(kha, "kv_proj") else attnzoo.GroupedQueryAttention
-    base = kind(E, H, G, dtype=torch.float64)
+    sizes, options = kha._base_arguments
+    base = kha._base(*sizes, **options)
     base.load_state_dict({name: value for name, value in kha.state_dict().items() if "_knock." not in name})
     return base
 
@@ -24,6 +24,8 @@ def base_of(kha):
         {"variant": "mlp_qkv"},
         {"base": "gta"},
         {"base": "gta", "knock_scope": "value"},
+        {"base": "mla"},
+        {"base": "mla", "q_lora_rank": 6, "variant": None, "knock_k": "linear"},
     ],
 )
 def test_it_starts_as_its_base_in_output_and_gradients(options):
@@ -47,18 +49,43 @@ def test_it_starts_as_its_base_in_output_and_gradients(options):
         {"variant": "linear", "qk_norm": True, "bias": True},
         {"base": "gta", "variant": None, "knock_v": "linear"},
         {"base": "gta", "variant": None, "knock_v": "linear", "knock_scope": "value"},
+        {"base": "mla", "kv_lora_rank": 12},
+        {"base": "mla", "kv_lora_rank": 12, "q_lora_rank": 5, "qk_nope_head_dim": 6, "v_head_dim": 3, "bias": True},
+        {"base": "mla", "kv_lora_rank": 12, "variant": None, "knock_q": "linear"},
     ],
 )
 @pytest.mark.parametrize("T", [3, 40])
-def test_linear_maps_fold_away(options, T):
-    torch.manual_seed(3)
-    kha = attnzoo.KnockingHeadsAttention(E, H, G, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for parameter in kha.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+@pytest.mark.parametrize("pruned", [[], [1]])
+def test_linear_maps_fold_away(options, T, pruned):
+    kha = moved(attnzoo.KnockingHeadsAttention(E, H, G, dtype=torch.float64, **options))
+    kha.prune_heads(pruned)
     folded, x = kha.fold(), torch.randn(2, T, E).double()
     assert not isinstance(folded, attnzoo.KnockingHeadsAttention)
     torch.testing.assert_close(folded(x), kha(x), atol=1e-12, rtol=0)
+
+
+def moved(kha):
+    """Parameters off their start."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in kha.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return kha
+
+
+def test_over_latent_attention_the_absorbed_form_stays_exact():
+    kha = moved(attnzoo.KnockingHeadsAttention(E, H, G, base="mla", kv_lora_rank=12, dtype=torch.float64))
+    x = torch.randn(2, 9, E).double()
+    kha.absorb = False
+    expected = kha(x)
+    kha.absorb = True
+    torch.testing.assert_close(kha(x), expected, atol=1e-12, rtol=0)
+    kha.absorb, cache = "auto", kha.init_cache(2, 9)
+    with torch.no_grad():
+        y = torch.cat([kha(part, cache=cache) for part in x.split(1, 1)], 1)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    for (wq, wk), (q, k) in zip(kha.effective_qk(), kha.fold().effective_qk(), strict=True):
+        torch.testing.assert_close(wq.T @ wk, q.T @ k, atol=1e-12, rtol=0)
 
 
 def test_an_mlp_does_not_fold():
@@ -90,7 +117,11 @@ def test_maps_are_few_and_survive_an_initialisation_of_linear_layers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "mla"}, "base must be one of 'gqa', 'gta', got 'mla'"),
+        ({"base": "moh"}, "base must be one of 'gqa', 'gta', 'mla', got 'moh'"),
+        ({"base": "mla", "variant": "mlp"}, "kinds must be linear with base 'mla', .*'mlp'"),
+        ({"base": "mla", "head_dim": 8}, "head_dim is no option of base 'mla', got 8"),
+        ({"base": "mla", "sliding_window": 3}, "sliding_window is no option of base 'mla', got 3"),
+        ({"kv_lora_rank": 8}, "kv_lora_rank is no option of base 'gqa', got 8"),
         ({"variant": "conv"}, "variant must be one of .*got 'conv'"),
         ({"variant": None}, "knock_q, knock_k or knock_v must be given when variant is None"),
         ({"knock_v": "conv"}, "knock_v must be None, 'linear' or 'mlp', got 'conv'"),
