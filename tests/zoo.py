@@ -24,6 +24,13 @@ MECHANISMS: dict[str, Make] = {
         embed_dim, H, G, variant="linear", **options
     ),
     "kha-gta": lambda embed_dim=E, **options: attnzoo.KnockingHeadsAttention(embed_dim, H, G, base="gta", **options),
+    "kha-mla": lambda embed_dim=E, **options: attnzoo.KnockingHeadsAttention(
+        embed_dim, H, base="mla", kv_lora_rank=20, **options
+    ),
+    "mla": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(embed_dim, H, kv_lora_rank=20, **options),
+    "mla-pre": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(
+        embed_dim, H, kv_lora_rank=20, rope_mode="pre", **options
+    ),
 }
 
 # Options that change what attention sees or computes; each is run with each mechanism that takes it.
@@ -38,6 +45,30 @@ OPTIONS: dict[str, dict[str, object]] = {
     "softcap": {"logit_softcap": 3.0},
     "alibi": {"alibi": True, "rope": None},
 }
+
+# What a mechanism takes of these, where it is not everything.
+TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gta", "kha-gta"), tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi"))),
+    **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
+    "mla-pre": ("plain",),
+}
+REFUSED = [(name, option) for name in TAKES for option in OPTIONS if option not in TAKES[name]]
+"""Options that a mechanism's constructor refuses."""
+
+# What a mechanism cannot do, by the words that `cases` and `names` take; its own page and tests say why.
+LACKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
+}
+
+
+def names(*needs: str) -> list[str]:
+    """Mechanisms that can do all of that."""
+    return [name for name in MECHANISMS if not set(needs) & set(LACKS.get(name, ()))]
+
+
+def cases(*needs: str) -> list[tuple[str, str]]:
+    """Those mechanisms with every option that they take."""
+    return [(name, option) for name in names(*needs) for option in TAKES.get(name, tuple(OPTIONS))]
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float64, perturbed: bool = True, **options: object) -> nn.Module:

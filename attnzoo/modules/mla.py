@@ -149,10 +149,11 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError(f"absorb must be True, False or 'auto', got {absorb!r}")
         if causal and kdim is not None:
             raise ValueError(f"kdim needs causal=False, got kdim={kdim}")
-        if kv_lora_rank is not None and kv_lora_rank >= num_kv_heads * (sizes.nope + sizes.value):
+        features = num_kv_heads * (sizes.nope + sizes.value)
+        if kv_lora_rank is not None and kv_lora_rank >= min(features, self.kdim + 1):
             warnings.warn(
-                f"kv_lora_rank {kv_lora_rank} compresses nothing: keys and values have "
-                f"{num_kv_heads * (sizes.nope + sizes.value)} features",
+                f"kv_lora_rank {kv_lora_rank} compresses nothing: keys and values have {features} features, made "
+                f"from {self.kdim}",
                 stacklevel=2,
             )
         self.embed_dim = embed_dim
@@ -293,7 +294,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the cache holds, (B, S, 1, R + Gr dr), and the rotated queries (B, T, H, dr), or (.., dn) for "pre"."""
         B, S = source.shape[:2]
-        like = source.view(B, S, 1, -1)
+        like = source.unsqueeze(2)
         if self.rope_mode == "pre" and self.rope is not None:
             # Pruned heads are still compressed: the latent is that of all.
             k = self.k_proj(source).view(B, S, self._total_heads, self.head_dim)

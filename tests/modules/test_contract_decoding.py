@@ -12,18 +12,13 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.cache import TokenCache
-from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build
+from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build, cases
 
 B, T = 2, 12
 EXACT = 1e-12
 WINDOWED = [option for option in OPTIONS if "sliding_window" in OPTIONS[option]]
 BY_INDEX = [*WINDOWED, "alibi"]  # these go by the index of a token, padding included, not by its position
-CASES = [
-    (name, option)
-    for name in MECHANISMS
-    for option in OPTIONS
-    if not (name in ("gta", "kha-gta") and option in ("qk-norm", "alibi"))
-]
+CASES = cases()
 
 every_case = pytest.mark.parametrize(("name", "option"), CASES)
 every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
@@ -327,7 +322,7 @@ def test_tied_and_untied_caches_are_not_interchangeable() -> None:
     ("options", "call", "message"),
     [
         ({"causal": False}, {}, "cache needs a module with causal=True, got causal=False"),
-        ({"rope": None}, {"context": torch.ones(B, 3, E)}, "context needs a module with causal=False"),
+        ({}, {"context": torch.ones(B, 3, E)}, "context needs a module with causal=False"),
         ({}, {"mask": AttentionMask.packed([0, 7, B * T])}, "mask must not be packed when cache is given"),
     ],
     ids=["bidirectional", "context", "packed"],

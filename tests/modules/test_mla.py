@@ -359,8 +359,8 @@ def test_parameters_are_those_of_the_formula():
 
 
 def test_cross_attention_rotates_by_both_positions():
-    attn = make(causal=False, kdim=9)
-    x, context = torch.randn(2, 5, E).double(), torch.randn(2, 8, 9).double()
+    attn = make(causal=False, kdim=12)
+    x, context = torch.randn(2, 5, E).double(), torch.randn(2, 8, 12).double()
     at = (torch.arange(5) + 8, torch.arange(8))
     y = attn(x, context, positions=at)
     assert y.shape == x.shape

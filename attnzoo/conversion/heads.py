@@ -1,0 +1,204 @@
+"""Conversions that keep the heads: from torch's module, to fewer key/value heads, to knocking heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gta import GroupedTiedAttention
+from attnzoo.modules.kha import KnockingHeadsAttention
+from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mla import MultiHeadLatentAttention
+from attnzoo.modules.mqa import MultiQueryAttention
+
+
+def from_mha(module: nn.MultiheadAttention, *, causal: bool = False, **options: Any) -> MultiHeadAttention:
+    """The same function as a torch.nn.MultiheadAttention, with its weights copied.
+
+    Exact: `from_mha(m)(x)` equals `m(x, x, x)[0]`, and with a context `m(x, context, context)[0]`, for
+    batch-first inputs. Rows without a visible key give the output bias here, where torch gives NaN. Mask
+    conventions differ: True means "may attend" here and "blocked" there.
+
+    Args:
+        module: self- or cross-attention; `add_zero_attn` becomes sink="zero".
+        causal: make the result causal, as the torch module is under a causal mask.
+        options: further keyword options of `MultiHeadAttention`; rope defaults to None.
+
+    Raises:
+        ValueError: if module has bias_k / bias_v (`add_bias_kv=True`), which no mechanism here has.
+    """
+    if module.bias_k is not None or module.bias_v is not None:
+        raise ValueError("module must not have add_bias_kv=True: the extra key and value have no counterpart")
+    weight = module.out_proj.weight
+    converted = MultiHeadAttention(
+        module.embed_dim,
+        module.num_heads,
+        **{
+            "rope": None,
+            "bias": module.in_proj_bias is not None,
+            "kdim": None if module.kdim == module.embed_dim and causal else module.kdim,
+            "vdim": None if module.vdim == module.embed_dim and causal else module.vdim,
+            "sink": "zero" if module.add_zero_attn else None,
+            "dropout": module.dropout,
+            "causal": causal,
+            "device": weight.device,
+            "dtype": weight.dtype,
+            **options,
+        },
+    )
+    if module.in_proj_weight is not None:
+        q, k, v = module.in_proj_weight.detach().chunk(3)
+    else:
+        q, k, v = (w.detach() for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
+    state: dict[str, Tensor] = {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v}
+    if module.in_proj_bias is not None:
+        biases = module.in_proj_bias.detach().chunk(3)
+        state |= {f"{n}_proj.bias": b for n, b in zip("qkv", biases, strict=True)}
+    state |= {f"o_proj.{name}": value for name, value in module.out_proj.state_dict().items()}
+    converted.load_state_dict(state)
+    return converted.train(module.training)
+
+
+def to_gqa(module: GroupedQueryAttention, num_kv_heads: int, mode: str = "mean") -> GroupedQueryAttention:
+    """Fewer key/value heads, the start of "uptraining" (Ainslie et al. 2023, section 2.1).
+
+    The keys and values of each group become one head: their mean, or the first of them. Exact where the
+    heads of every group are equal already.
+
+    Args:
+        module: a multi-head or grouped-query module without pruned heads.
+        num_kv_heads: key/value heads of the result; must divide the module's.
+        mode: "mean" or "first".
+    """
+    if type(module) not in (GroupedQueryAttention, MultiHeadAttention):
+        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
+    if module.pruned_heads:
+        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    if mode not in ("mean", "first"):
+        raise ValueError(f"mode must be 'mean' or 'first', got {mode!r}")
+    if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide the module's {module.num_kv_heads}, got {num_kv_heads}")
+    converted = GroupedQueryAttention(
+        module.embed_dim, module.num_heads, num_kv_heads, module.head_dim, **_grouped_options(module)
+    )
+    size = module.num_kv_heads // num_kv_heads
+    state = module.state_dict()
+    for name in list(state):
+        if name.startswith(("k_proj.", "v_proj.")):
+            width = module.head_dim if name.startswith("k") else module.v_head_dim
+            heads = state[name].unflatten(0, (num_kv_heads, size, width))
+            state[name] = (heads.mean(1) if mode == "mean" else heads[:, 0]).flatten(0, 1)
+    with torch.no_grad():
+        converted.load_state_dict(state)
+    return converted.train(module.training)
+
+
+def to_kha(
+    module: GroupedQueryAttention | GroupedTiedAttention | MultiHeadLatentAttention,
+    variant: str | None = "auto",
+    **kinds: Any,
+) -> KnockingHeadsAttention:
+    """The same layer with shared head maps that start as the identity: equal in output and in base gradients.
+
+    Args:
+        module: multi-head, multi-query, grouped-query, grouped-tied or (decoupled) latent attention without pruned
+            heads.
+        variant: as in `KnockingHeadsAttention`.
+        kinds: knock_q, knock_k, knock_v and knock_scope, likewise.
+    """
+    kind = type(module)
+    if module.pruned_heads:
+        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    options: dict[str, Any]
+    if kind in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        options = {"base": "gqa", "head_dim": module.head_dim, **_grouped_options(module)}
+    elif kind is GroupedTiedAttention:
+        options = {"base": "gta", "head_dim": module.head_dim, **_tied_options(module)}
+    elif kind is MultiHeadLatentAttention:
+        options = {"base": "mla", **_latent_options(module)}
+    else:
+        raise ValueError(
+            f"module must be of the grouped-query family, grouped-tied or latent attention, got {kind.__name__}"
+        )
+    options |= {"num_kv_heads": module.num_kv_heads, "variant": variant, **kinds}
+    converted = KnockingHeadsAttention(module.embed_dim, module.num_heads, **options)
+    state = converted.state_dict() | module.state_dict()
+    converted.load_state_dict(state)
+    return converted.train(module.training)
+
+
+def _grouped_options(module: Any) -> dict[str, Any]:
+    """Constructor options of a grouped-query module."""
+    return {
+        **_common_options(module),
+        "v_head_dim": module.v_head_dim,
+        "vdim": None if module.causal else module.vdim,
+        "bias": module.q_proj.bias is not None,
+        "qk_norm": module.q_norm is not None,
+        "qk_norm_eps": 1e-6 if module.q_norm is None else module.q_norm.eps or 1e-6,
+        "logit_softcap": module.logit_softcap,
+        "alibi": module.alibi_slopes is not None,
+        "sliding_window": module.sliding_window,
+        "sink_tokens": module.sink_tokens,
+        "sink": module.sink,
+        "init": module.init,
+        "o_bias": module.o_proj.bias is not None,
+    }
+
+
+def _tied_options(module: Any) -> dict[str, Any]:
+    """Constructor options of a grouped-tied module."""
+    rope_key = module.k_rope_proj
+    return {
+        **_common_options(module),
+        "rope_head_dim": module.rope_head_dim,
+        "bias": module.q_proj.bias is not None,
+        "o_bias": module.o_proj.bias is not None,
+        "k_rope_bias": rope_key is not None and rope_key.bias is not None,
+        "logit_softcap": module.logit_softcap,
+        "sliding_window": module.sliding_window,
+        "sink_tokens": module.sink_tokens,
+        "sink": module.sink,
+    }
+
+
+def _latent_options(module: Any) -> dict[str, Any]:
+    """Constructor options of a latent module; refuses those that knocking heads do not pass on."""
+    foreign = {
+        "rope_mode 'pre'": module.rope_mode == "pre",
+        "rope_kv_heads": module.rope_kv_heads != 1,
+        "rope_inv_freq": module.rope_inv_freq is not None,
+        "kv_norm=False": module.kv_a_layernorm is None,
+        "kv_b_bias": module.kv_b_proj.bias is not None,
+        "q_bias": module.q_lora_rank is None and module.q_proj.bias is not None,
+    }
+    for name, present in foreign.items():
+        if present:
+            raise ValueError(f"module must not have {name}: knocking heads over latent attention do not take it")
+    return {
+        **_common_options(module),
+        "kv_lora_rank": module.kv_lora_rank,
+        "q_lora_rank": module.q_lora_rank,
+        "qk_nope_head_dim": module.qk_nope_head_dim,
+        "qk_rope_head_dim": module.qk_rope_head_dim or None,
+        "v_head_dim": module.v_head_dim,
+        "bias": module.o_proj.bias is not None,
+    }
+
+
+def _common_options(module: Any) -> dict[str, Any]:
+    weight = module.o_proj.weight
+    return {
+        "kdim": None if module.causal else module.kdim,
+        "rope": module.rope,
+        "scale": module.scale,
+        "causal": module.causal,
+        "dropout": module.dropout,
+        "init_std": module.init_std,
+        "backend": module.backend,
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
