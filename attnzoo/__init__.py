@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from attnzoo import adapters, conversion
 from attnzoo.backends import BackendUnavailable
+from attnzoo.costs import cost
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
@@ -31,6 +32,7 @@ __all__ = [
     "adapters",
     "aux_loss",
     "conversion",
+    "cost",
     "__version__",
 ]
 

@@ -332,12 +332,16 @@ class GroupedQueryAttention(nn.Module):
         Projections of T tokens, and 2 H (D + Dv) for each pair of query and visible key. A cross-attending
         module projects S context tokens.
         """
+        return sum(self.flops_by_part(T, S).values())
+
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
+        """As `flops`: "projections" and "attention"."""
         S = T if S is None else S
         keys = T if self.causal else S
         H, G, D, Dv = self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim
         projections = 2 * T * self.embed_dim * H * (D + Dv) + 2 * keys * G * (self.kdim * D + self.vdim * Dv)
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window, sink_tokens=self.sink_tokens)
-        return projections + 2 * H * (D + Dv) * pairs
+        return {"projections": projections, "attention": 2 * H * (D + Dv) * pairs}
 
     def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.

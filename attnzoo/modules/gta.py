@@ -301,12 +301,16 @@ class GroupedTiedAttention(nn.Module):
 
         Counted as in `GroupedQueryAttention.flops`.
         """
+        return sum(self.flops_by_part(T, S).values())
+
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
+        """As `flops`: "projections" and "attention"."""
         S = T if S is None else S
         keys = T if self.causal else S
         H, G, D = self.num_heads, self.num_kv_heads, self.head_dim
         projections = 4 * T * self.embed_dim * H * D + 2 * keys * self.kdim * (G * D + self.rope_head_dim)
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window, sink_tokens=self.sink_tokens)
-        return projections + 4 * H * D * pairs
+        return {"projections": projections, "attention": 4 * H * D * pairs}
 
     def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.

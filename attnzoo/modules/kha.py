@@ -343,13 +343,13 @@ class _KnockingGrouped(KnockingHeadsAttention, GroupedQueryAttention):
             wk = self.k_knock.weight.detach() @ wk
         return wq, wk
 
-    def flops(self, T: int, S: int | None = None) -> int:
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, and every projected head through its map."""
         keys = T if self.causal or S is None else S
         q = T * self.num_heads * _linear_flops(self.q_knock, self.head_dim)
         k = keys * self.num_kv_heads * _linear_flops(self.k_knock, self.head_dim)
         v = keys * self.num_kv_heads * _linear_flops(self.v_knock, self.v_head_dim)
-        return super().flops(T, S) + q + k + v
+        return {**super().flops_by_part(T, S), "head maps": q + k + v}
 
     def _folded_projections(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -417,10 +417,11 @@ class _KnockingTied(KnockingHeadsAttention, GroupedTiedAttention):
             wkv = self.v_knock.weight.detach() @ wkv
         return wq, wkv
 
-    def flops(self, T: int, S: int | None = None) -> int:
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, and every tied head through the map."""
         keys = T if self.causal or S is None else S
-        return super().flops(T, S) + keys * self.num_kv_heads * _linear_flops(self.v_knock, self.head_dim)
+        maps = keys * self.num_kv_heads * _linear_flops(self.v_knock, self.head_dim)
+        return {**super().flops_by_part(T, S), "head maps": maps}
 
     def _folded_projections(self) -> dict[str, dict[str, Tensor]]:
         if self.knock_scope == "tied":
@@ -466,13 +467,13 @@ class _KnockingLatent(KnockingHeadsAttention, MultiHeadLatentAttention):
             return weight
         return torch.cat([self.q_knock.weight.detach() @ weight[:, :width], weight[:, width:]], dim=1)
 
-    def flops(self, T: int, S: int | None = None) -> int:
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, and every expanded head through its map."""
         keys = T if S is None else S
         q = T * self.num_heads * _linear_flops(self.q_knock, self.qk_nope_head_dim)
         k = keys * self.num_kv_heads * _linear_flops(self.k_knock, self.qk_nope_head_dim)
         v = keys * self.num_kv_heads * _linear_flops(self.v_knock, self.v_head_dim)
-        return super().flops(T, S) + q + k + v
+        return {**super().flops_by_part(T, S), "head maps": q + k + v}
 
     def _folded_projections(self) -> dict[str, dict[str, Tensor]]:
         key, value, _ = self.expansion()

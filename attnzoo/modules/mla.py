@@ -452,6 +452,10 @@ class MultiHeadLatentAttention(nn.Module):
 
         With cached tokens (S > T, causal) in the form that absorb="auto" takes, else expanded.
         """
+        return sum(self.flops_by_part(T, S).values())
+
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
+        """As `flops`: "projections", "expansion" of latents (or of queries and outputs) and "attention"."""
         S = T if S is None else S
         keys = T if self.causal else S
         E, H, G, R = self.embed_dim, self.num_heads, self.num_kv_heads, self.kv_lora_rank
@@ -468,10 +472,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.absorb == "auto" and self.causal and S > T and self.absorbed_is_cheaper(T)
         )
         if absorbed:
-            core = 2 * T * H * R * width + 4 * H * (R + shared) * pairs
+            expansion, core = 2 * T * H * R * width, 2 * H * (2 * R + shared) * pairs
         else:
-            core = 2 * S * R * G * width + 2 * H * (self.qk_nope_head_dim + shared + Dv) * pairs
-        return projections + 2 * T * H * Dv * E + core
+            expansion, core = 2 * S * R * G * width, 2 * H * (self.qk_nope_head_dim + shared + Dv) * pairs
+        return {"projections": projections + 2 * T * H * Dv * E, "expansion": expansion, "attention": core}
 
     def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
 from tests.zoo import MECHANISMS, OPTIONS, REFUSED, E, G, H, build, cases, exact_numbers, gradients
@@ -114,6 +115,18 @@ def test_a_wrong_input_is_refused(name: str, x: Tensor, message: str) -> None:
 def test_an_option_that_a_mechanism_lacks_is_refused_by_name(name: str, option: str) -> None:
     with pytest.raises((ValueError, TypeError), match="|".join(OPTIONS[option])):
         make(name, option)
+
+
+@every_mechanism
+def test_flops_by_part_are_those_that_are_counted(name: str) -> None:
+    module = make(name, backend="eager", causal=False)
+    with FlopCounterMode(display=False) as counter:
+        module(sample(1, T, E))
+    assert module.flops(T, T) == counter.get_total_flops() == sum(module.flops_by_part(T, T).values())
+    y = make(name, backend="eager", causal=False)(sample(1, T, E).requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * module.flops(T, T)
 
 
 # Who sees whom

@@ -1,0 +1,102 @@
+"""The cost model: sums of its parts, and the published systems view of decoding."""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.costs import DEVICES, Device
+from tests.zoo import names
+
+BF16 = torch.bfloat16
+
+
+def deepseek():
+    """DeepSeek-V3's layer, and one of multi-head attention with the same heads, without memory."""
+    with torch.device("meta"):
+        mla = attnzoo.MultiHeadLatentAttention(
+            7168, 128, 512, 1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        )
+        mha = attnzoo.MultiHeadAttention(7168, 128, 192, v_head_dim=128, bias=False)
+    return mla, mha
+
+
+def test_absorbed_decoding_has_two_hundred_times_the_intensity_of_multi_head_attention():
+    mla, mha = deepseek()
+    latent = attnzoo.cost(mla, 1, 1, past=32_768, device="H100")
+    full = attnzoo.cost(mha, 1, 1, past=32_768, device="H100")
+    # 2 H (2 R + dr) FLOPs over 2 (R + dr) bytes a token: 1.9 H.
+    assert latent.attention_intensity == pytest.approx(128 * (2 * 512 + 64) / (512 + 64), rel=1e-3)
+    assert full.attention_intensity == pytest.approx(1.0, rel=1e-3)
+    assert latent.cache_bytes == 32_769 * 1152
+    assert full.cache_bytes / latent.cache_bytes == pytest.approx(128 * 320 / 576)
+    assert full.bound == "memory"
+    assert full.seconds > 9 * latent.seconds  # the weights are read too
+    # The cache of a whole batch against the peak: the latent form is bound by arithmetic, the other by memory.
+    assert attnzoo.cost(mla, 256, 1, past=32_768, device="H100").bound == "memory"
+    assert attnzoo.cost(mla, 256, 2, past=32_768, device="H100").bound == "compute"
+    assert attnzoo.cost(mha, 256, 2, past=32_768, device="H100").bound == "memory"
+
+
+def test_groups_share_what_is_read():
+    with torch.device("meta"):
+        layers = [attnzoo.GroupedQueryAttention(4096, 32, groups) for groups in (32, 8, 1)]
+    found = [attnzoo.cost(layer, 4, 1, past=8191) for layer in layers]
+    assert [c.attention_intensity for c in found] == [1.0, 4.0, 32.0]
+    assert [c.cache_bytes for c in found] == [4 * 8192 * 2 * groups * 128 * 2 for groups in (32, 8, 1)]
+
+
+def test_prefill_is_bound_by_arithmetic_and_counts_the_keys_that_are_seen():
+    with torch.device("meta"):
+        layer = attnzoo.GroupedQueryAttention(4096, 32, 8)
+    found = attnzoo.cost(layer, 2, 4096, device="H200")
+    pairs = 4096 * 4097 // 2
+    assert found.flops == {"projections": 2 * 2 * 4096 * 4096 * 2 * (4096 + 1024), "attention": 2 * 4 * 4096 * pairs}
+    assert found.forward_flops == sum(found.flops.values())
+    assert found.backward_flops == 2 * found.forward_flops
+    assert found.bound == "compute"
+    assert found.seconds == found.forward_flops / 989e12
+    assert found.parameters == sum(p.numel() for p in layer.parameters())
+    moved = found.parameters * 2 + 2 * 2 * 4096 * 4096 * 2 + 2 * found.cache_bytes
+    assert found.bytes_moved == moved
+    assert found.intensity == found.forward_flops / moved
+
+
+def test_a_window_bounds_the_cache():
+    layer = attnzoo.GroupedQueryAttention(64, 4, 2, sliding_window=100, sink_tokens=4)
+    assert attnzoo.cost(layer, 1, 1, past=10_000).cache_bytes == 104 * layer.cache_bytes_per_token(BF16)
+    assert layer.init_cache(1, 20_000, dtype=BF16).nbytes == 104 * layer.cache_bytes_per_token(BF16)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_mechanism_has_a_cost(name):
+    from tests.zoo import MECHANISMS
+
+    module = MECHANISMS[name]()
+    prefill, step = attnzoo.cost(module, 2, 64, device="A100"), attnzoo.cost(module, 2, 1, past=63, device="A100")
+    assert 0 < step.forward_flops < prefill.forward_flops
+    assert step.cache_bytes == prefill.cache_bytes > 0
+    assert 0 < step.seconds <= prefill.seconds
+
+
+def test_own_peak_numbers():
+    layer = attnzoo.MultiHeadAttention(64, 4)
+    slow = Device({BF16: 1.0}, 1e30)
+    found = attnzoo.cost(layer, 1, 8, device=slow)
+    assert (found.seconds, found.bound) == (found.forward_flops, "compute")
+    assert set(DEVICES) == {"A100", "H100", "H200"}
+    assert attnzoo.cost(layer, 1, 8).seconds is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"seq": 0}, "seq must be at least 1, got 0"),
+        ({"past": -1}, "past must be at least 0, got -1"),
+        ({"device": "TPU"}, "device must be one of A100, H100, H200 or a Device, got 'TPU'"),
+        ({"device": "H100", "dtype": torch.float64}, "dtype must be one that the device's peaks name, got .*float64"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        attnzoo.cost(attnzoo.MultiHeadAttention(64, 4), **({"batch": 1, "seq": 1} | call))
