@@ -185,7 +185,7 @@ def watched(command: list[str], log: Path, advance: Callable[[float], Any], step
     """Run a training, moving the progress bar by what its log says; exit code and the last line of its errors."""
     shown = 0
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 time.sleep(0.5)
