@@ -12,7 +12,9 @@ from attnzoo.masks import AttentionMask
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
+from attnzoo.modules.linear import LinearAttention
 from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mhla import MultiHeadLinearAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.rotary import Rotary
@@ -26,6 +28,8 @@ __all__ = [
     "GroupedTiedAttention",
     "MultiHeadLatentAttention",
     "KnockingHeadsAttention",
+    "LinearAttention",
+    "MultiHeadLinearAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnzoo.cache import TokenCache
 from attnzoo.masks import AttentionMask
 
 
@@ -88,8 +87,8 @@ def split_context(
 
 
 def check_cache(
-    cache: TokenCache,
-    kind: type[TokenCache] | tuple[type[TokenCache], ...],
+    cache: object,
+    kind: type | tuple[type, ...],
     causal: bool,
     context: object,
     mask: AttentionMask | None,
