@@ -31,6 +31,39 @@ MECHANISMS: dict[str, Make] = {
     "mla-pre": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(
         embed_dim, H, kv_lora_rank=20, rope_mode="pre", **options
     ),
+    "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
+    "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
+        embed_dim,
+        H,
+        G,
+        **{
+            "chunk_size": 5,
+            "feature_map": "relu",
+            "normalize": False,
+            "output_norm": "rmsnorm",
+            "gate": True,
+            "rope": attnzoo.Rotary(),
+        }
+        | options,
+    ),
+    "mhla": lambda embed_dim=E, **options: attnzoo.MultiHeadLinearAttention(
+        embed_dim, H, G, block_size=4, num_blocks=12, **options
+    ),
+    "mhla-heads": lambda embed_dim=E, causal=True, **options: attnzoo.MultiHeadLinearAttention(
+        embed_dim,
+        H,
+        G,
+        block_size=5,
+        num_blocks=2 if causal else 3,
+        extrapolation="clamp" if causal else "error",
+        causal=causal,
+        mixing_per_head=True,
+        normalizer="mixed",
+        feature_map="elu",
+        output_norm="none",
+        gate=False,
+        **options,
+    ),
 }
 
 # Options that change what attention sees or computes; each is run with each mechanism that takes it.
@@ -51,13 +84,22 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gta", "kha-gta"), tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi"))),
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
+    "linear": ("plain",),
+    **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
-REFUSED = [(name, option) for name in TAKES for option in OPTIONS if option not in TAKES[name]]
+REFUSED = [
+    (name, option)
+    for name in TAKES
+    for option in OPTIONS
+    if option not in TAKES[name] and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
+]
 """Options that a mechanism's constructor refuses."""
 
 # What a mechanism cannot do, by the words that `cases` and `names` take; its own page and tests say why.
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
+    **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "softmax", "token cache")),
+    **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "softmax", "token cache", "context")),
 }
 
 

@@ -26,7 +26,7 @@ def initial_mixing(
     sum to 1, and "linear" is 1 - d / M, so that no entry vanishes.
     """
     count = math.prod(grid)
-    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
+    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64, device="cpu") for n in grid], indexing="ij")
     at = torch.stack([axis.flatten() for axis in axes], dim=-1)
     distance = torch.cdist(at, at)
     longest = max(float(distance.max()), 1.0)

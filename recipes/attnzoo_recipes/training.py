@@ -40,7 +40,8 @@ class Pretraining(L.LightningModule):
         lr: peak learning rate.
         betas: AdamW's moment factors.
         adam_eps: AdamW's epsilon.
-        weight_decay: of matrices. Norms, biases, sinks and everything else of one dimension are not decayed.
+        weight_decay: of matrices. Norms, biases, sinks, everything else of one dimension and what a mechanism
+            names as undecayed are not decayed.
         knock_weight_decay: of knocking-heads maps, whose decay pulls to 0 and not to their start, the identity.
             Default: weight_decay.
         warmup_steps: optimiser steps of linear warm-up.
@@ -156,6 +157,12 @@ class Pretraining(L.LightningModule):
         """Logits (B, T, V) of tokens (B, T); options as `DecoderLM.forward` takes them."""
         return self.model(tokens, **options)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put parameters that have bounds back between them, before each step that uses them."""
+        for module in self.model.modules():
+            if hasattr(module, "project_parameters"):
+                module.project_parameters()
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the predicted tokens, plus auxiliary losses."""
         loss = self._mean_loss(batch)
@@ -252,6 +259,12 @@ class Pretraining(L.LightningModule):
             if hasattr(module, "knock_parameters")
             for parameter in module.knock_parameters()
         }
+        undecayed = {
+            id(parameter)
+            for module in self.model.modules()
+            if hasattr(module, "undecayed_parameters")
+            for parameter in module.undecayed_parameters()
+        }
         groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "knock": []}
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
@@ -259,7 +272,8 @@ class Pretraining(L.LightningModule):
             if id(parameter) in knock:
                 groups["knock"].append(parameter)
             else:
-                groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
+                decayed = parameter.ndim > 1 and id(parameter) not in undecayed
+                groups["decay" if decayed else "no_decay"].append(parameter)
         decay = {"decay": self.weight_decay, "no_decay": 0.0, "knock": self.knock_weight_decay}
         return [
             {"name": name, "params": parameters, "weight_decay": decay[name]}

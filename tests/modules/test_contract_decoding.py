@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.cache import TokenCache
-from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build, cases
+from tests.zoo import MECHANISMS, OPTIONS, E, G, H, build, cases, names
 
 B, T = 2, 12
 EXACT = 1e-12
@@ -118,7 +118,7 @@ def test_the_rotation_continues_and_explicit_positions_are_taken(name: str, opti
 # Masks
 
 
-@every_case
+@pytest.mark.parametrize(("name", "option"), cases("dense mask"))
 def test_a_mask_covers_cached_and_new_keys(name: str, option: str) -> None:
     module, x = make(name, option), sample()
     keep = torch.rand(B, H, T, T) < 0.7
@@ -146,7 +146,7 @@ def decode_after_padding(module: nn.Module, x: Tensor, prompt: int, lengths: lis
     return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] not in BY_INDEX])
+@pytest.mark.parametrize(("name", "option"), [case for case in cases("dense mask") if case[1] not in BY_INDEX])
 def test_decoding_after_a_padded_prompt_is_decoding_without_the_padding(name: str, option: str) -> None:
     module, x, prompt, lengths = make(name, option), sample(), 7, [7, 4]
     y = decode_after_padding(module, x, prompt, lengths)
@@ -168,7 +168,7 @@ def test_padding_lengths_count_cached_keys(name: str, option: str) -> None:
 # Size
 
 
-@every_case
+@pytest.mark.parametrize(("name", "option"), cases("token cache"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_cache_takes_the_bytes_that_the_formula_says(name: str, option: str, dtype: torch.dtype) -> None:
     module = make(name, option)
@@ -212,7 +212,7 @@ def test_reset_starts_anew(name: str, option: str) -> None:
     assert apart(decode(module, x, [3, 1, 8], cache), module(x)) <= EXACT
 
 
-@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] not in WINDOWED])
+@pytest.mark.parametrize(("name", "option"), [case for case in cases("token cache") if case[1] not in WINDOWED])
 @pytest.mark.parametrize("length", [0, 5, 8])
 def test_truncate_takes_tokens_back(name: str, option: str, length: int) -> None:
     module, x, draft = make(name, option), sample(), sample()
@@ -281,7 +281,7 @@ def test_a_full_cache_refuses_and_stays_as_it_was(name: str, option: str) -> Non
     assert apart(decode(module, x[:, 10:], cache=cache), module(x)[:, 10:]) <= EXACT
 
 
-@every_mechanism
+@pytest.mark.parametrize("name", names("token cache"))
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -330,6 +330,8 @@ def test_tied_and_untied_caches_are_not_interchangeable() -> None:
 def test_a_call_that_a_cache_cannot_serve_is_refused(
     name: str, options: dict[str, object], call: dict[str, object], message: str
 ) -> None:
+    if "context" in call and name not in names("context"):
+        message = "context must be None"
     module = make(name, **options)
     cache = module.init_cache(B, T)
     with pytest.raises(ValueError, match=message):
