@@ -9,6 +9,7 @@ from attnzoo import adapters, conversion
 from attnzoo.backends import BackendUnavailable
 from attnzoo.costs import cost
 from attnzoo.masks import AttentionMask
+from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
@@ -17,6 +18,7 @@ from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhla import MultiHeadLinearAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.rotary import Rotary
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ __all__ = [
     "GroupedQueryAttention",
     "GroupedTiedAttention",
     "MultiHeadLatentAttention",
+    "DynamicallyComposableAttention",
+    "TalkingHeadsAttention",
     "KnockingHeadsAttention",
     "LinearAttention",
     "MultiHeadLinearAttention",

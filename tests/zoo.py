@@ -31,6 +31,15 @@ MECHANISMS: dict[str, Make] = {
     "mla-pre": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(
         embed_dim, H, kv_lora_rank=20, rope_mode="pre", **options
     ),
+    "dcmha": lambda embed_dim=E, **options: attnzoo.DynamicallyComposableAttention(
+        embed_dim, H, G, chunk_size=5, **options
+    ),
+    "dcmha-folded": lambda embed_dim=E, **options: attnzoo.DynamicallyComposableAttention(
+        embed_dim, H, G, head_groups=2, key_wise=False, static_base=True, **options
+    ),
+    "talking-heads": lambda embed_dim=E, **options: attnzoo.TalkingHeadsAttention(
+        embed_dim, H, chunk_size=5, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -84,6 +93,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gta", "kha-gta"), tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi"))),
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
+    **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
+    "talking-heads": ("plain", "no-rope", "window"),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -98,8 +109,10 @@ REFUSED = [
 # What a mechanism cannot do, by the words that `cases` and `names` take; its own page and tests say why.
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
-    **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "softmax", "token cache")),
-    **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "softmax", "token cache", "context")),
+    **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
+    "dcmha-folded": ("head order by rows", "bidirectional window"),
+    **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "softmax", "sdpa", "token cache")),
+    **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "softmax", "sdpa", "token cache", "context")),
 }
 
 
@@ -111,6 +124,18 @@ def names(*needs: str) -> list[str]:
 def cases(*needs: str) -> list[tuple[str, str]]:
     """Those mechanisms with every option that they take."""
     return [(name, option) for name in names(*needs) for option in TAKES.get(name, tuple(OPTIONS))]
+
+
+def directed(found: list[tuple[str, str]]) -> list[tuple[str, str, bool]]:
+    """Each of these cases causal, and not causal where the mechanism takes that."""
+    windowed = [option for option, values in OPTIONS.items() if "sliding_window" in values]
+    both = names("bidirectional window")
+    return [
+        (name, option, causal)
+        for name, option in found
+        for causal in (True, False)
+        if causal or name in both or option not in windowed
+    ]
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float64, perturbed: bool = True, **options: object) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
-from tests.zoo import MECHANISMS, OPTIONS, REFUSED, E, G, H, build, cases, exact_numbers, gradients, names
+from tests.zoo import MECHANISMS, OPTIONS, REFUSED, E, G, H, build, cases, directed, exact_numbers, gradients, names
 
 B, T = 2, 12
 EXACT = 1e-12
@@ -23,7 +23,7 @@ NOT_ON_SDPA = ("softcap", "learned-sink")
 
 every_case = pytest.mark.parametrize(("name", "option"), CASES)
 every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
-either_direction = pytest.mark.parametrize("causal", [True, False])
+every_case_in_either_direction = pytest.mark.parametrize(("name", "option", "causal"), directed(CASES))
 
 
 def make(name: str, option: str = "plain", **more: object) -> nn.Module:
@@ -144,8 +144,7 @@ def test_later_tokens_change_no_earlier_output(name: str, option: str, backend: 
         assert not torch.equal(after[:, t:], before[:, t:])
 
 
-@every_case
-@either_direction
+@every_case_in_either_direction
 def test_rows_of_a_batch_are_independent(name: str, option: str, causal: bool) -> None:
     module, x = make(name, option, causal=causal), sample(3, T, E)
     y = module(x)
@@ -156,8 +155,7 @@ def test_rows_of_a_batch_are_independent(name: str, option: str, causal: bool) -
     assert torch.equal(module(x[order]), y[order])
 
 
-@every_case
-@either_direction
+@every_case_in_either_direction
 def test_right_padding_is_a_shorter_batch(name: str, option: str, causal: bool) -> None:
     module, x, lengths = make(name, option, causal=causal), sample(3, T, E), [T, 7, 1]
     y = module(x, mask=AttentionMask.padding(lengths))
@@ -182,8 +180,7 @@ def documents(packing: str) -> list[tuple[int, int, int]]:
     return [(a // T, a % T, a % T + b - a) for a, b in itertools.pairwise(ends)]
 
 
-@every_case
-@either_direction
+@every_case_in_either_direction
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_documents_are_separate_calls(name: str, option: str, causal: bool, packing: str) -> None:
     module, x = make(name, option, causal=causal), sample()
@@ -205,8 +202,7 @@ def test_packed_gradients_are_the_sum_over_documents(name: str) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(("name", "option"), cases("dense mask"))
-@either_direction
+@pytest.mark.parametrize(("name", "option", "causal"), directed(cases("dense mask")))
 def test_a_structured_mask_equals_its_dense_form(name: str, option: str, causal: bool) -> None:
     module, x, lengths = make(name, option, causal=causal), sample(), torch.tensor([9, T])
     keep = torch.rand(B, H, T, T) < 0.7
@@ -379,11 +375,10 @@ def test_the_layout_of_the_input_does_not_matter(name: str, layout: str) -> None
 # Backends, precision, compilation
 
 
-@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] not in NOT_ON_SDPA])
-@either_direction
+@pytest.mark.parametrize(("name", "option", "causal"), directed([case for case in CASES if case[1] not in NOT_ON_SDPA]))
 def test_eager_equals_the_fast_form(name: str, option: str, causal: bool) -> None:
     x, weight = sample(), sample()
-    fast = "sdpa" if name in names("softmax") else "auto"
+    fast = "sdpa" if name in names("sdpa") else "auto"
     eager, other = (
         gradients(make(name, option, causal=causal, backend=backend), x, weight) for backend in ("eager", fast)
     )
