@@ -17,6 +17,8 @@ from attnzoo.modules.linear import LinearAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhla import MultiHeadLinearAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
+from attnzoo.modules.moa import MixtureOfAttentionHeads
+from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.rotary import Rotary
@@ -29,6 +31,8 @@ __all__ = [
     "GroupedQueryAttention",
     "GroupedTiedAttention",
     "MultiHeadLatentAttention",
+    "MixtureOfHeadAttention",
+    "MixtureOfAttentionHeads",
     "DynamicallyComposableAttention",
     "TalkingHeadsAttention",
     "KnockingHeadsAttention",

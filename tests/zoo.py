@@ -40,6 +40,9 @@ MECHANISMS: dict[str, Make] = {
     "talking-heads": lambda embed_dim=E, **options: attnzoo.TalkingHeadsAttention(
         embed_dim, H, chunk_size=5, **options
     ),
+    "moa": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentionHeads(
+        embed_dim, H, 2, num_experts=5, out_bias=True, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -94,6 +97,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
     **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
+    "moa": ("plain", "no-rope"),
     "talking-heads": ("plain", "no-rope", "window"),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
@@ -110,9 +114,10 @@ REFUSED = [
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
+    "moa": ("head order by rows", "counted flops", "padding as a mask"),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
-    **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "softmax", "sdpa", "token cache")),
-    **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "softmax", "sdpa", "token cache", "context")),
+    **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),
+    **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "counted flops", "sdpa", "token cache", "context")),
 }
 
 

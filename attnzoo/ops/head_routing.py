@@ -1,0 +1,154 @@
+"""Routing of tokens to heads: gates, their losses, and attention of the chosen heads alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.masks import AttentionMask
+
+
+def two_stage_gates(
+    routed: Tensor | None,
+    shared: Tensor | None,
+    kinds: Tensor | None,
+    *,
+    active: int,
+    num_shared: int,
+    form: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gates of shared heads first, then of routed ones (arXiv:2410.11842, equations 5 to 8).
+
+    "scaled", as the authors' code runs it: alpha_0 Hs softmax(shared) and alpha_1 K softmax(selected routed), with
+    alpha = 2 softmax(kinds); indifferent routers give 1. "paper", as printed: softmax(kinds) times the softmax over
+    the shared heads, and over all routed heads, of which the selected count.
+
+    Args:
+        routed: logits of the routed heads (B, T, R), or None if no head is routed.
+        shared: logits of the shared heads (B, T, Hs), or None for at most one.
+        kinds: logits (B, T, 2) of shared and routed, or None if there is only one kind.
+        active: K routed heads for a token.
+        num_shared: Hs.
+        form: "scaled" or "paper".
+
+    Returns:
+        Gates (B, T, Hs + R), the selected routed heads (B, T, R) boolean, and their probabilities (B, T, R).
+    """
+    scaled = form == "scaled"
+    weights = None if kinds is None else (2.0 if scaled else 1.0) * kinds.softmax(-1)
+    parts = []
+    if num_shared:
+        like = shared if shared is not None else routed
+        assert like is not None
+        s = like.new_ones(*like.shape[:-1], 1) if shared is None else shared.softmax(-1)
+        s = s * (num_shared if scaled else 1)
+        parts.append(s if weights is None else s * weights[..., :1])
+    selected, probability = None, None
+    if routed is not None:
+        probability = routed.softmax(-1)
+        selected = top_heads(routed, active)
+        chosen = routed.masked_fill(~selected, float("-inf"))
+        u = chosen.softmax(-1) * active if scaled else probability * selected
+        parts.append(u if weights is None else u * weights[..., 1:])
+    return torch.cat(parts, dim=-1), selected, probability
+
+
+def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates 1 for shared and for the K routed heads with the longest queries (section 4.4, equations 9 and 10).
+
+    The probabilities are the softmax of the norms over their standard deviation; with `ste` "all" or "active" their
+    gradient passes through the gates of all routed or of the selected heads.
+
+    Args:
+        norms: lengths of the routed heads' queries (B, T, R).
+        active: K.
+        num_shared: Hs.
+        ste: "all", "active" or "none".
+
+    Returns:
+        Gates (B, T, Hs + R), selected (B, T, R), probabilities (B, T, R).
+    """
+    spread = norms.std(-1, keepdim=True).clamp(min=1e-12)
+    probability = (norms / spread).softmax(-1)
+    selected = top_heads(norms, active)
+    gate = selected.to(norms.dtype)
+    if ste != "none":
+        through = probability - probability.detach()
+        gate = gate + (through if ste == "all" else through * gate)
+    return F.pad(gate, (num_shared, 0), value=1.0), selected, probability
+
+
+def top_heads(scores: Tensor, count: int) -> Tensor:
+    """Boolean of the `count` largest along the last axis."""
+    chosen = scores.topk(count, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+def load_balance_loss(selected: Tensor, probability: Tensor, real: Tensor | None) -> Tensor:
+    """R sum_i P_i f_i over real tokens: mean probability times how often head i is selected; K when balanced."""
+    valid = torch.ones_like(probability[..., 0]) if real is None else real.to(probability.dtype)
+    total = valid.sum().clamp(min=1)
+    mean = (probability * valid[..., None]).sum((0, 1)) / total
+    frequency = (selected * valid[..., None]).sum((0, 1)) / total
+    return probability.shape[-1] * (mean * frequency).sum()
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    active: Tensor,
+    *,
+    scale: float,
+    mask: AttentionMask | None = None,
+    rows_at_once: int = 256,
+) -> Tensor:
+    """Causal self-attention of the active (token, head) pairs alone; zeros for the others.
+
+    For each key/value head the active rows of its query heads are packed by token, and every tile of them sees the
+    keys up to its last token. Neither the outputs nor the scores of inactive pairs are computed.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, T, G, D).
+        v: values (B, T, G, Dv).
+        active: (B, T, H) boolean.
+        scale: of the scores.
+        mask: None, padding or packed documents.
+        rows_at_once: rows of a tile.
+
+    Returns:
+        (B, T, H, Dv).
+    """
+    B, T, H, _ = q.shape
+    G, Dv = k.shape[2], v.shape[3]
+    size = H // G
+    document = None if mask is None or mask.cu_seqlens is None else mask._documents(B, T)[1]
+    key = torch.arange(T, device=q.device)
+    where, outputs = [], []
+    for b in range(B):
+        for g in range(G):
+            own = active[b, :, g * size : (g + 1) * size]
+            token, head = own.nonzero(as_tuple=True)
+            tiles = (torch.split(x, rows_at_once) for x in (token, head))
+            for tile_token, tile_head in zip(*tiles, strict=True):
+                if tile_token.numel() == 0:
+                    continue
+                last = int(tile_token[-1]) + 1
+                rows = q[b, tile_token, tile_head + g * size]
+                visible = key[:last] <= tile_token[:, None]
+                if mask is not None and mask.lengths is not None:
+                    visible = visible & (key[:last] < mask.lengths[b])
+                if document is not None:
+                    visible = visible & (document[b, :last] == document[b, tile_token][:, None])
+                out = F.scaled_dot_product_attention(
+                    rows[None, None], k[None, None, b, :last, g], v[None, None, b, :last, g],
+                    attn_mask=visible[None, None], scale=scale,
+                )  # fmt: skip
+                outputs.append(out[0, 0])
+                where.append((b * T + tile_token) * H + tile_head + g * size)
+    room = v.new_zeros(B * T * H, Dv)
+    if not outputs:
+        return room.view(B, T, H, Dv)
+    return room.index_copy(0, torch.cat(where), torch.cat(outputs)).view(B, T, H, Dv)
