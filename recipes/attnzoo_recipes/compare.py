@@ -101,6 +101,7 @@ def compare(settings: Settings, passed_on: list[str]) -> None:
         "match": settings.match,
         "steps": steps,
         "batch_tokens": common["data"]["batch_size"] * common["data"]["block_size"],
+        "tokens": common["data"]["block_size"],
         "unigram": corpus["unigram_bits_per_byte"],
         "bigram": corpus["bigram_bits_per_byte"],
         "prompt_tokens": PROMPT_TOKENS,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from attnzoo.costs import cache_bytes
 from attnzoo_recipes.allowlist import ALLOWED, check_import
 from attnzoo_recipes.lm import default_mlp_dim
 from attnzoo_recipes.model_config import build_model
@@ -76,7 +77,7 @@ class Plan:
         mlp_dim: hidden width of the MLP that holds equal what is held equal.
         parameters: of the whole model.
         flops_per_token: training FLOPs per token, three times forward.
-        cache_bytes_per_token: of all layers, bfloat16.
+        cache_bytes_per_token: of all layers, bfloat16; a state that does not grow is shared among the T tokens.
     """
 
     mechanism: str
@@ -124,7 +125,7 @@ def plan(
                 decoder = build_model(config)
             return Plan(
                 name, attention, mlp_dim, decoder.num_parameters, 3 * decoder.flops(tokens) // tokens,
-                decoder.cache_bytes_per_token(),
+                sum(cache_bytes(block.attn, tokens, torch.bfloat16) for block in decoder.blocks) // tokens,
             )  # fmt: skip
 
         narrow = made(first)

@@ -113,7 +113,8 @@ def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
         f"The corpus's own entropies on the validation split: unigram {facts['unigram']:.4f}, bigram "
         f"{facts['bigram']:.4f} bits per byte.",
         spread,
-        f"Cache bytes are bfloat16, of all layers. Training speed is the mean over the run and decoding the best of "
+        f"Cache bytes are bfloat16, of all layers; a state that does not grow with the length is divided by the "
+        f"{facts['tokens']:,} tokens of a sample. Training speed is the mean over the run and decoding the best of "
         f"interleaved rounds at batch 1 ({facts['decode_tokens']} tokens after {facts['prompt_tokens']}), both on "
         f"{facts['machine']}, eager or sdpa backends; they say nothing about a GPU.",
     ]

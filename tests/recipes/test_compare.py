@@ -17,7 +17,7 @@ NAMES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 MODEL = {"embed_dim": 192, "num_layers": 4}
 FACTS = {
     "match": "params", "steps": 400, "batch_tokens": 2048, "unigram": 4.6, "bigram": 3.5, "prompt_tokens": 192,
-    "decode_tokens": 32, "machine": "2-core CPU",
+    "decode_tokens": 32, "tokens": 256, "machine": "2-core CPU",
 }  # fmt: skip
 
 
