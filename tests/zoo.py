@@ -40,6 +40,15 @@ MECHANISMS: dict[str, Make] = {
     "talking-heads": lambda embed_dim=E, **options: attnzoo.TalkingHeadsAttention(
         embed_dim, H, chunk_size=5, **options
     ),
+    "moh": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
+        embed_dim, H, G, num_shared_heads=1, num_routed_active=2, **options
+    ),
+    "moh-few": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
+        embed_dim, H, G, num_shared_heads=1, num_routed_active=1, gate_form="paper", **options
+    ),
+    "moh-norm": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
+        embed_dim, H, G, router="query_norm", **options
+    ),
     "moa": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentionHeads(
         embed_dim, H, 2, num_experts=5, out_bias=True, **options
     ),
@@ -97,7 +106,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
     **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
-    "moa": ("plain", "no-rope"),
+    **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
     "talking-heads": ("plain", "no-rope", "window"),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
@@ -114,6 +123,7 @@ REFUSED = [
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
+    **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask")),
     "moa": ("head order by rows", "counted flops", "padding as a mask"),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),

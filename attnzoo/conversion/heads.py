@@ -12,6 +12,7 @@ from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
+from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 
 
@@ -127,6 +128,44 @@ def to_kha(
     converted = KnockingHeadsAttention(module.embed_dim, module.num_heads, **options)
     state = converted.state_dict() | module.state_dict()
     converted.load_state_dict(state)
+    return converted.train(module.training)
+
+
+def to_moh(
+    module: GroupedQueryAttention, num_shared_heads: int, num_routed_active: int, *, ste: str = "all"
+) -> MixtureOfHeadAttention:
+    """A trained layer as mixture of heads for further training (Jin et al. 2024, section 4.4).
+
+    Weights are copied and nothing is new: the router is "query_norm", the first num_shared_heads are always active,
+    and each token takes num_routed_active of the others. Exact with all of them; with fewer the silent heads are
+    missing at once, and nothing is rescaled.
+
+    Args:
+        module: multi-head, multi-query or grouped-query attention without QK-norm, window, sinks, soft-cap, ALiBi and
+            pruned heads.
+        num_shared_heads: of the result.
+        num_routed_active: of the result.
+        ste: gradient of the selection, see `MixtureOfHeadAttention`.
+    """
+    if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
+    options = _grouped_options(module)
+    lacking = {"qk_norm", "qk_norm_eps", "logit_softcap", "alibi", "sliding_window", "sink_tokens", "sink", "init"}
+    for name in ("qk_norm", "logit_softcap", "alibi", "sliding_window", "sink"):
+        if options[name]:
+            raise ValueError(f"module must not have {name}: mixture-of-head attention does not take it")
+    if module.pruned_heads:
+        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    if options.pop("o_bias") != options["bias"]:
+        raise ValueError("module must have a bias on all projections or on none")
+    if abs(options.pop("scale") - module.head_dim**-0.5) > 1e-12:
+        raise ValueError(f"module must have the scale head_dim ** -0.5, got {module.scale}")
+    converted = MixtureOfHeadAttention(
+        module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, num_shared_heads=num_shared_heads,
+        num_routed_active=num_routed_active, router="query_norm", ste=ste,
+        **{name: value for name, value in options.items() if name not in lacking},
+    )  # fmt: skip
+    converted.load_state_dict(module.state_dict())
     return converted.train(module.training)
 
 

@@ -242,7 +242,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             if routed is None and shared is None:
                 return x.new_full((*x.shape[:2], self.num_heads), float(self._shared_factor), dtype=high), None, None
             return two_stage_gates(
-                routed, shared, kinds, active=self.num_routed_active, num_shared=self.num_shared_heads,
+                routed, shared, kinds, active=self.num_routed_active, num_shared=self._shared_factor,
                 form=self.gate_form,
             )  # fmt: skip
 

@@ -69,7 +69,9 @@ def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -
     Returns:
         Gates (B, T, Hs + R), selected (B, T, R), probabilities (B, T, R).
     """
-    spread = norms.std(-1, keepdim=True).clamp(min=1e-12)
+    centred = norms - norms.mean(-1, keepdim=True)
+    # Unbiased; torch's own std warns about an empty batch, and its root has no gradient at 0.
+    spread = (centred.square().sum(-1, keepdim=True) / (norms.shape[-1] - 1)).clamp(min=1e-24).sqrt()
     probability = (norms / spread).softmax(-1)
     selected = top_heads(norms, active)
     gate = selected.to(norms.dtype)

@@ -1,0 +1,320 @@
+"""Mixture of heads: stored figures, gates, the sparse form, losses, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import attnzoo
+from attnzoo import AttentionMask, MixtureOfHeadAttention
+from attnzoo.conversion import to_moh
+from attnzoo.ops.head_routing import load_balance_loss, query_norm_gates, routed_attention, top_heads
+from tests.zoo import gradients
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "moh.safetensors"
+E, H, G, T = 24, 6, 3, 13
+
+
+def make(groups=G, **options):
+    torch.manual_seed(5)
+    options = {"num_shared_heads": 2, "num_routed_active": 2} | options
+    attn = MixtureOfHeadAttention(E, H, groups, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in attn.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return attn
+
+
+def sample(tokens=T):
+    return torch.randn(2, tokens, E, dtype=torch.float64)
+
+
+def grouped(attn):
+    """Grouped-query attention with the same projections."""
+    gqa = attnzoo.GroupedQueryAttention(
+        E, H, attn.num_kv_heads, causal=attn.causal, bias=attn.q_proj.bias is not None, dtype=torch.float64
+    )
+    gqa.load_state_dict({k: v for k, v in attn.state_dict().items() if "router" not in k})
+    return gqa
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"sparse": True}])
+def test_stored_figures(options):
+    with safe_open(GOLDEN, "pt") as file:
+        t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config, single = (json.loads(file.metadata()[key]) for key in ("config", "f32_vs_f64_max_abs"))
+    names = ("num_shared_heads", "num_routed_active", "router", "gate_form", "bias", "causal")
+    sizes = [config[name] for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim")]
+    attn = MixtureOfHeadAttention(*sizes, **{name: config[name] for name in names}, **options)
+    weights = {k.removeprefix("weights."): v for k, v in t.items() if k.startswith("weights.")}
+    for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, None)):
+        attn = attn.to(dtype)
+        attn.load_state_dict(weights)
+        x = t["input.x"].to(dtype)
+        gates, selected, probability = attn.gates(x, attn.project(x)[0])
+        found = {"output.gates": gates.detach()}
+        results = gradients(attn, x, t["input.w"].to(dtype))
+        found |= {"output.y": results.pop("y"), **{f"grad.{key}": value for key, value in results.items()}}
+        x = x.clone().requires_grad_()
+        gates, selected, probability = attn.gates(x, attn.project(x)[0])
+        loss = load_balance_loss(selected, probability, None)
+        found["output.load_balance_loss"] = loss.detach().view(1)
+        grads = torch.autograd.grad(loss, [x, attn.routed_router.weight])
+        found |= {"grad_aux.x": grads[0], "grad_aux.routed_router.weight": grads[1]}
+        assert attn.aux_loss.item() == pytest.approx(0.01 * loss.item(), rel=1e-6)
+        for key, value in t.items():
+            if key.startswith(("output.", "grad")):
+                error = float((found[key].double() - value).abs().max())
+                assert error < (allowed or 10 * single[key] + 1e-12), key
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "causal": False}])
+def test_with_all_heads_and_indifferent_routers_it_is_grouped_query_attention(options):
+    attn = make(num_routed_active=4, **options)
+    with torch.no_grad():
+        for router in (attn.routed_router, attn.shared_router, attn.type_router):
+            router.weight.zero_()
+    x, weight = sample(), sample()
+    found, expected = gradients(attn, x, weight), gradients(grouped(attn), x, weight)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-11, rtol=0)
+
+
+def test_the_query_norm_router_with_all_heads_is_grouped_query_attention():
+    attn = make(router="query_norm", num_routed_active=4, ste="none")
+    x = sample()
+    torch.testing.assert_close(attn(x), grouped(attn)(x), atol=1e-12, rtol=0)
+
+
+OPTIONS = {
+    "two_stage": {},
+    "paper": {"gate_form": "paper"},
+    "none shared": {"num_shared_heads": 0, "num_routed_active": 3},
+    "one shared": {"num_shared_heads": 1},
+    "all shared": {"num_shared_heads": 6, "num_routed_active": 0},
+    "query_norm": {"router": "query_norm", "ste": "active"},
+    "query_norm none": {"router": "query_norm", "ste": "none"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("mask", [None, AttentionMask.padding([T, 5]), AttentionMask.packed([0, 4, 17, 26])])
+def test_sparse_is_dense_with_every_gradient(name, groups, mask):
+    x, weight = sample(), sample()
+    dense, sparse = (make(groups, sparse=s, **OPTIONS[name]) for s in (False, True))
+    expected = gradients_or_none(dense, x, weight, mask)
+    for key, value in gradients_or_none(sparse, x, weight, mask).items():
+        torch.testing.assert_close(value, expected[key], atol=1e-11, rtol=0)
+
+
+def gradients_or_none(module, x, weight, mask):
+    """As `gradients`, with zeros for parameters that a case does not use."""
+    x = x.detach().requires_grad_()
+    y = module(x, mask=mask)
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad((y * weight).sum(), [x, *named.values()], allow_unused=True)
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip([x, *named.values()], grads, strict=True)]
+    return {"y": y.detach(), "x": zeros[0], **dict(zip(named, zeros[1:], strict=True))}
+
+
+def test_small_tiles_change_nothing():
+    q, k, v = (torch.randn(2, 40, n, 8, dtype=torch.float64) for n in (4, 2, 2))
+    active = torch.rand(2, 40, 4) > 0.6
+    whole = attnzoo.ops.softmax_attention.softmax_attention(q, k, v) * active[..., None]
+    for rows in (1, 7, 64):
+        out = routed_attention(q, k, v, active, scale=8**-0.5, rows_at_once=rows)
+        torch.testing.assert_close(out, whole, atol=1e-12, rtol=0)
+    none = routed_attention(q, k, v, torch.zeros_like(active), scale=1.0)
+    assert not none.any()
+
+
+def test_long_inputs_with_few_active_heads_go_sparse_by_themselves():
+    attn = make(num_shared_heads=1, num_routed_active=1)
+    assert not attn._runs_sparse(sample(), None, None, None)
+    assert attn._runs_sparse(sample(1024), None, None, None)
+    assert not make(num_routed_active=4)._runs_sparse(sample(1024), None, None, None)
+    x = sample(1024)[:1]
+    dense = make(num_shared_heads=1, num_routed_active=1, sparse=False)
+    torch.testing.assert_close(attn(x), dense(x), atol=1e-11, rtol=0)
+
+
+def test_gates_add_up():
+    attn, x = make(), sample()
+    gates, selected, _ = attn.gates(x, None)
+    kinds = 2 * torch.nn.functional.linear(x, attn.type_router.weight).softmax(-1)
+    torch.testing.assert_close(gates[..., :2].sum(-1), 2 * kinds[..., 0])
+    torch.testing.assert_close(gates[..., 2:].sum(-1), 2 * kinds[..., 1])
+    assert ((gates > 0).sum(-1) == 4).all()
+    assert (selected.sum(-1) == 2).all()
+    paper = make(gate_form="paper").gates(x, None)[0]
+    assert (paper.sum(-1) < 1).all()
+
+
+def test_ties_of_the_query_norm_router_and_its_gradients():
+    norms = torch.rand(2, 5, 4, dtype=torch.float64).requires_grad_()
+    found = {ste: query_norm_gates(norms, active=2, num_shared=1, ste=ste) for ste in ("all", "active", "none")}
+    for ste, (gates, selected, probability) in found.items():
+        torch.testing.assert_close(gates[..., 1:].detach(), selected.double())
+        assert (gates[..., 0] == 1).all()
+        if ste != "none":
+            weight = torch.randn(2, 5, 4, dtype=torch.float64)
+            used = weight if ste == "all" else weight * selected
+            (grad,) = torch.autograd.grad((gates[..., 1:] * weight).sum(), norms, retain_graph=True)
+            (expected,) = torch.autograd.grad((probability * used).sum(), norms, retain_graph=True)
+            torch.testing.assert_close(grad, expected)
+    assert not found["none"][0].requires_grad
+    attn, x = make(router="query_norm"), sample()
+    q = attn.project(x)[0]
+    assert torch.equal(attn.gates(x, q)[1], attn.gates(x, 3 * q)[1])
+    flat = query_norm_gates(torch.ones(1, 1, 3, requires_grad=True), active=1, num_shared=0, ste="all")[0]
+    flat.sum().backward()
+    assert flat.isfinite().all()
+
+
+def test_the_order_of_routed_heads_means_nothing():
+    attn, other = make(6), make(6)
+    order = torch.tensor([0, 1, 4, 2, 5, 3])
+    state = attn.state_dict()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        state[f"{name}.weight"] = state[f"{name}.weight"].view(H, -1, E)[order].flatten(0, 1)
+    state["o_proj.weight"] = state["o_proj.weight"].view(E, H, -1)[:, order].flatten(1)
+    state["routed_router.weight"] = state["routed_router.weight"][order[2:] - 2]
+    other.load_state_dict(state)
+    x = sample()
+    torch.testing.assert_close(other(x), attn(x), atol=1e-12, rtol=0)
+
+
+def test_the_loss_is_the_number_of_active_heads_when_balanced():
+    uniform = torch.full((2, 5, 4), 0.25, dtype=torch.float64)
+    selected = top_heads(torch.rand(2, 5, 4), 2)
+    assert load_balance_loss(selected, uniform, None).item() == pytest.approx(2)
+    attn = make(aux_loss_coef=0.5)
+    attn(sample())
+    assert attn.aux_loss.item() > 0
+    assert attnzoo.aux_loss(torch.nn.Sequential(attn, make())) is attn.aux_loss
+    assert attn.routing.load.sum().item() == pytest.approx(2)
+    assert attn.routing.probability.sum().item() == pytest.approx(1)
+    assert 0 < attn.routing.entropy.item() <= torch.tensor(4.0).log().item() + 1e-9
+    attn.eval()(sample())
+    assert attn.aux_loss is None
+    assert attn.routing is None
+
+
+def test_padded_tokens_are_in_no_loss():
+    attn, x = make(), sample()
+    attn(x, mask=AttentionMask.padding([T, 5]))
+    loss = attn.aux_loss.item()
+    longer = torch.cat([x, sample(4)], 1)
+    attn(longer, mask=AttentionMask.padding([T, 5]))
+    assert attn.aux_loss.item() == pytest.approx(loss, rel=1e-12)
+
+
+def test_the_loss_reaches_the_router_through_probabilities_alone():
+    attn = make()
+    attn(sample())
+    grads = torch.autograd.grad(attn.aux_loss, list(attn.parameters()), allow_unused=True)
+    reached = {n for (n, _), g in zip(attn.named_parameters(), grads, strict=True) if g is not None}
+    assert reached == {"routed_router.weight"}
+
+
+@pytest.mark.parametrize("name", ["two_stage", "query_norm"])
+def test_derivatives(name):
+    attn = make(**OPTIONS[name]).eval()
+    # Widely separated scores: differences must not change the selection.
+    x = torch.linspace(-3, 3, 3 * E, dtype=torch.float64).sin().view(1, 3, E).requires_grad_()
+    if name == "query_norm":
+        attn.ste = "none"
+    assert torch.autograd.gradcheck(lambda x, *_: attn(x), (x, *attn.parameters()), fast_mode=True, eps=1e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [[0], [3], [1, 4, 5]])
+def test_pruning_is_a_router_logit_of_minus_infinity(heads):
+    attn = make(num_routed_active=1)
+    x = sample()
+    routed, shared = attn.routed_router.weight, attn.shared_router.weight
+    expected_gates = attn.gates(x, None)[0]
+    logits = torch.nn.functional.linear(x, routed)
+    of_shared = torch.nn.functional.linear(x, shared)
+    for h in heads:
+        if h < 2:
+            of_shared[..., h] = float("-inf")
+        else:
+            logits[..., h - 2] = float("-inf")
+    from attnzoo.ops.head_routing import two_stage_gates
+
+    kinds = torch.nn.functional.linear(x, attn.type_router.weight)
+    gates = two_stage_gates(logits, of_shared, kinds, active=1, num_shared=2, form="scaled")[0]
+    kept = [h for h in range(H) if h not in heads]
+    attn.prune_heads(heads)
+    found = attn.gates(x, None)[0]
+    torch.testing.assert_close(found, gates[..., kept], atol=1e-12, rtol=0)
+    assert expected_gates.shape[-1] == H
+    assert attn(x).shape == x.shape
+
+
+def test_a_trained_layer_becomes_a_mixture():
+    for source in (
+        attnzoo.MultiHeadAttention(E, H, dtype=torch.float64),
+        attnzoo.GroupedQueryAttention(E, H, G, dtype=torch.float64, causal=False, v_head_dim=5),
+    ):
+        x = sample()
+        all_heads = to_moh(source, 2, 4)
+        torch.testing.assert_close(all_heads(x), source(x), atol=1e-12, rtol=0)
+        assert all_heads.router == "query_norm"
+        fewer = to_moh(source, 3, 1)
+        assert not torch.allclose(fewer(x), source(x))
+    with pytest.raises(ValueError, match="module must be multi-head or grouped-query attention, got Grouped"):
+        to_moh(attnzoo.GroupedTiedAttention(E, H), 2, 2)
+    with pytest.raises(ValueError, match="module must not have qk_norm"):
+        to_moh(attnzoo.GroupedQueryAttention(E, H, qk_norm=True), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 4}, "num_kv_heads must divide num_heads, got 4 and 6"),
+        ({"num_shared_heads": 7}, "num_shared_heads must lie between 0 and num_heads 6, got 7"),
+        ({"num_shared_heads": 0, "num_routed_active": 0}, "must not both be 0"),
+        ({"num_shared_heads": 4, "num_routed_active": 3}, "num_routed_active must lie between 0 and the 2 routed"),
+        ({"num_shared_heads": 4, "num_routed_active": 0}, "num_routed_active must be at least 1 unless all"),
+        (
+            {"router": "query_norm", "num_shared_heads": 5, "num_routed_active": 1},
+            "needs at least 2 routed heads, got 1",
+        ),
+        ({"router": "top"}, "router must be one of 'two_stage', 'query_norm', got 'top'"),
+        ({"gate_form": "binary"}, "gate_form of router 'two_stage' must be one of .*got 'binary'"),
+        ({"router": "query_norm", "gate_form": "scaled"}, "gate_form of router 'query_norm' must be one of"),
+        ({"ste": "some"}, "ste must be 'all', 'active' or 'none', got 'some'"),
+        ({"aux_loss_coef": -1.0}, "aux_loss_coef must not be negative, got -1.0"),
+        ({"sparse": "yes"}, "sparse must be True, False or 'auto', got 'yes'"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureOfHeadAttention(E, H, **options)
+
+
+def test_calls_that_the_sparse_form_cannot_serve():
+    x = sample()
+    with pytest.raises(ValueError, match="ste='all' needs the outputs of all heads; choose ste='active'"):
+        make(router="query_norm", sparse=True)(x)
+    with pytest.raises(ValueError, match="a dense mask has an entry for every pair"):
+        make(sparse=True)(x, mask=torch.ones(T, T, dtype=torch.bool))
+    with pytest.raises(ValueError, match="sparse=True cannot run: it is for causal self-attention"):
+        make(sparse=True, causal=False)(x)
+    with pytest.raises(ValueError, match=r"it has no dropout, got 0\.5"):
+        make(sparse=True, dropout=0.5)(x)
+    with pytest.raises(ValueError, match="it runs with backend 'auto' or 'sdpa', got 'eager'"):
+        make(sparse=True, backend="eager")(x)
+    attn = make(sparse=True)
+    cache = attn.init_cache(2, T)
+    with torch.no_grad():
+        y = torch.cat([attn(part, cache=cache) for part in x.split(1, 1)], 1)
+    torch.testing.assert_close(y, attn(x), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="indices must leave at least num_routed_active 2 routed heads, got 1"):
+        attn.prune_heads([3, 4, 5])
+    with pytest.raises(ValueError, match="indices must leave a shared head"):
+        attn.prune_heads([0, 1])
