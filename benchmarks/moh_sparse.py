@@ -59,8 +59,8 @@ def main() -> int:
                 "noise": round(timed["sparse"].noise, 2), "error": error,
                 "shape": {"B": 1, "T": tokens, "E": E, "H": H}, **environment(("attnzoo",)),
             })  # fmt: skip
-            print(f"T={tokens:<6} {phase:<17} dense {timed['dense'].ms:8.1f} ms   sparse {timed['sparse'].ms:8.1f} ms   "
-                  f"dense/sparse {ratio:.2f}")  # fmt: skip
+            print(f"T={tokens:<6} {phase:<17} dense {timed['dense'].ms:8.1f} ms   "
+                  f"sparse {timed['sparse'].ms:8.1f} ms   dense/sparse {ratio:.2f}")  # fmt: skip
     if options.out:
         append_lines(options.out, rows)
     return 0

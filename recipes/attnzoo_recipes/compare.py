@@ -30,7 +30,7 @@ from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.pretrain import config_path
 
-PROMPT_TOKENS, DECODE_TOKENS, DECODE_ROUNDS = 192, 32, 5
+PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5
 _DIVERGED = 3
 _STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
@@ -110,7 +110,7 @@ def compare(settings: Settings, passed_on: list[str]) -> None:
         "versions": {"attnzoo": attnzoo.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d"),
     }
-    rows = summarise(cells, decoding_speeds(cells))
+    rows = summarise(cells, speeds(cells, common["data"]["batch_size"], common["data"]["block_size"]))
     text = markdown(rows, facts)
     write(settings.out / "table.md", text)
     write(settings.out / "table.csv", as_csv(rows))
@@ -210,7 +210,6 @@ def measured(runs: Path) -> dict[str, Any]:
         with path.open(newline="") as file:
             rows += csv.DictReader(file)
     curve = {int(r["step"]) + 1: float(r["val_bits_per_byte"]) for r in rows if r.get("val_bits_per_byte")}
-    speeds = [float(r["tokens_per_second"]) for r in rows if r.get("tokens_per_second")]
     checkpoint = newest_valid(runs)
     if not curve or checkpoint is None:
         return {"status": "failed", "detail": "the run left no validation or no checkpoint"}
@@ -219,28 +218,52 @@ def measured(runs: Path) -> dict[str, Any]:
         return {"status": "diverged", "detail": f"validation is not a number after step {max(curve)}"}
     return {
         "status": "finished", "detail": "", "val_bits_per_byte": last, "curve": sorted(curve.items()),
-        "tokens_per_second": speeds[-1] if speeds else 0.0, "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint),
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def decoding_speeds(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Decoded tokens/s of every mechanism at batch 1, the best of interleaved rounds in one process."""
+def speeds(cells: Sequence[Mapping[str, Any]], batch: int, tokens: int) -> dict[str, tuple[float, float]]:
+    """Trained and decoded tokens/s of every mechanism, each the best of rounds interleaved in this process.
+
+    Training is forward and backward of a batch (batch, tokens), without the optimiser; decoding is at batch 1.
+    """
     models: dict[str, DecoderLM] = {}
     for found in cells:
         if found["status"] == "finished" and found["mechanism"] not in models:
             models[found["mechanism"]] = model_from_checkpoint(read_checkpoint(found["checkpoint"]))
-    best: dict[str, float] = {}
-    for _ in range(DECODE_ROUNDS):
+    best = dict.fromkeys(models, (0.0, 0.0))
+    for _ in range(ROUNDS):
         for name, model in models.items():
-            caches = model.init_caches(1, PROMPT_TOKENS + DECODE_TOKENS)
-            model(torch.arange(PROMPT_TOKENS)[None] % model.vocab_size, caches=caches)
-            token = torch.zeros(1, 1, dtype=torch.int64)
-            start = time.perf_counter()
-            for _ in range(DECODE_TOKENS):
-                token = model(token, caches=caches)[:, -1:].argmax(-1)
-            best[name] = max(best.get(name, 0.0), DECODE_TOKENS / (time.perf_counter() - start))
+            train, decode = best[name]
+            train = max(train, batch * tokens / training_seconds(model, batch, tokens))
+            best[name] = train, max(decode, DECODE_TOKENS / decoding_seconds(model))
     return best
+
+
+def training_seconds(model: DecoderLM, batch: int, tokens: int) -> float:
+    """One forward and backward."""
+    model.train()
+    ids = torch.arange(batch * tokens).view(batch, tokens) * 7919 % model.vocab_size
+    start = time.perf_counter()
+    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+    extra = attnzoo.aux_loss(model)
+    (loss if extra is None else loss + extra).backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return seconds
+
+
+@torch.inference_mode()
+def decoding_seconds(model: DecoderLM) -> float:
+    """DECODE_TOKENS steps after a prompt of PROMPT_TOKENS."""
+    caches = model.init_caches(1, PROMPT_TOKENS + DECODE_TOKENS)
+    model(torch.arange(PROMPT_TOKENS)[None] % model.vocab_size, caches=caches)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    start = time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = model(token, caches=caches)[:, -1:].argmax(-1)
+    return time.perf_counter() - start
 
 
 def write(path: Path, text: str) -> None:

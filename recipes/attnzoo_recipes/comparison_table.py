@@ -17,13 +17,13 @@ Row = dict[str, Any]
 CONFIDENCE = 0.95
 
 
-def summarise(cells: Sequence[Mapping[str, Any]], decode: Mapping[str, float]) -> list[Row]:
+def summarise(cells: Sequence[Mapping[str, Any]], speeds: Mapping[str, tuple[float, float]]) -> list[Row]:
     """One row a mechanism, in the order of the cells.
 
     Args:
         cells: results: mechanism, seed, status ("finished", "diverged" or "failed"), detail, and for a finished one
-            val_bits_per_byte, tokens_per_second and the plan's figures.
-        decode: decoded tokens/s by mechanism.
+            val_bits_per_byte and the plan's figures.
+        speeds: trained and decoded tokens/s by mechanism.
 
     The difference is to the first mechanism, paired by seed; its interval is Student's with n - 1 degrees of
     freedom. With one seed there is neither an interval nor a standard error.
@@ -47,8 +47,8 @@ def summarise(cells: Sequence[Mapping[str, Any]], decode: Mapping[str, float]) -
             "mlp_dim": own[0]["mlp_dim"],
             "training_flops_per_token": own[0]["flops_per_token"],
             "cache_bytes_per_token": own[0]["cache_bytes_per_token"],
-            "tokens_per_second": _mean([cell["tokens_per_second"] for cell in finished]),
-            "decode_tokens_per_second": decode.get(name),
+            "tokens_per_second": speeds.get(name, (None, None))[0],
+            "decode_tokens_per_second": speeds.get(name, (None, None))[1],
             "val_bits_per_byte": _mean(values),
             "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
             "difference": _mean(differences),
@@ -114,9 +114,9 @@ def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
         f"{facts['bigram']:.4f} bits per byte.",
         spread,
         f"Cache bytes are bfloat16, of all layers; a state that does not grow with the length is divided by the "
-        f"{facts['tokens']:,} tokens of a sample. Training speed is the mean over the run and decoding the best of "
-        f"interleaved rounds at batch 1 ({facts['decode_tokens']} tokens after {facts['prompt_tokens']}), both on "
-        f"{facts['machine']}, eager or sdpa backends; they say nothing about a GPU.",
+        f"{facts['tokens']:,} tokens of a sample. Training speed (forward and backward of a batch) and decoding "
+        f"({facts['decode_tokens']} tokens after {facts['prompt_tokens']}, batch 1) are the best of rounds in which all "
+        f"mechanisms take turns, on a {facts['machine']} in float32; they say nothing about a GPU.",
     ]
 
 
