@@ -115,8 +115,8 @@ def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
         spread,
         f"Cache bytes are bfloat16, of all layers; a state that does not grow with the length is divided by the "
         f"{facts['tokens']:,} tokens of a sample. Training speed (forward and backward of a batch) and decoding "
-        f"({facts['decode_tokens']} tokens after {facts['prompt_tokens']}, batch 1) are the best of rounds in which all "
-        f"mechanisms take turns, on a {facts['machine']} in float32; they say nothing about a GPU.",
+        f"({facts['decode_tokens']} tokens after {facts['prompt_tokens']}, batch 1) are the best of rounds in which "
+        f"all mechanisms take turns, on a {facts['machine']} in float32; they say nothing about a GPU.",
     ]
 
 
