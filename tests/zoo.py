@@ -123,8 +123,8 @@ REFUSED = [
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
-    **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask")),
-    "moa": ("head order by rows", "counted flops", "padding as a mask"),
+    **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask", "pruning as a mask")),
+    "moa": ("head order by rows", "counted flops", "padding as a mask", "pruning as a mask"),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),
     **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "counted flops", "sdpa", "token cache", "context")),

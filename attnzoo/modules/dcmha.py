@@ -324,7 +324,9 @@ class DynamicallyComposableAttention(nn.Module):
             of_keys = None if packed is None else self._unpacked(packed)
         pre, post = (self._composition(place, of_queries, of_keys) for place in ("pre", "post"))
         start = past if cache is not None else k.shape[1] - T
-        if self.folds and self.backend != "eager":
+        if not self._kept_heads:
+            out = x.new_zeros(B, T, 0, self.head_dim)
+        elif self.folds and self.backend != "eager":
             out = self._folded(q, k, v, pre, post, mask, start if cache is not None else None, key_positions)
         else:
             out = composed_attention(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.backends import BackendUnavailable, check_name
+from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.checks import check_groups, check_input, check_options, check_sizes, derive_head_dim
 from attnzoo.modules.positions import rotary_tables
@@ -200,6 +201,14 @@ class FeatureAttention(nn.Module):
             heads = heads * F.silu(self.g_proj(x))
         y: Tensor = self.o_proj(heads)
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
+
+    def without_heads(self, x: Tensor, cache: StateCache | None) -> Tensor:
+        """What is left when all heads are pruned: the output bias, or zeros."""
+        check_input("x", x, self.embed_dim)
+        if cache is not None:
+            cache.length += x.shape[1]
+        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], 0))
+        return y
 
     def projection_flops(self, T: int, S: int) -> int:
         """FLOPs of all projections of T queries and S keys; learned feature maps included."""

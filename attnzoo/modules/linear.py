@@ -140,6 +140,8 @@ class LinearAttention(FeatureAttention):
         """
         backend = self.chosen_backend()
         mask = self.checked_mask(mask)
+        if not self.num_heads:
+            return self.without_heads(x, cache)
         source = self._source(x, context)
         past, limit = (0, None) if cache is None else (cache.length, cache.max_length)
         plain_q, plain_k, q, k, v = self.features(x, source, mask, positions, past, limit)

@@ -248,6 +248,8 @@ class MultiHeadLinearAttention(FeatureAttention):
         """
         backend = self.chosen_backend()
         mask = self.checked_mask(mask)
+        if not self.num_heads:
+            return self.without_heads(x, cache)
         if context is not None:
             raise ValueError("context must be None: multi-head linear attention defines no cross-attention")
         past, limit = (0, None) if cache is None else (cache.length, cache.max_length)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import attnzoo
-from tests.zoo import MECHANISMS, E, H, build
+from tests.zoo import E, H, build, names
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_pruning.safetensors"
 
@@ -28,7 +28,7 @@ def silenced(module, x, heads):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", names("pruning as a mask"))
 @pytest.mark.parametrize("steps", [[[0]], [[3], [1]], [[0, 1]], [[2], [0, 3]], [[0, 1, 3]]])
 def test_pruned_equals_silenced(name, steps):
     module, x = build(name), torch.randn(2, 9, E).double()
@@ -49,7 +49,7 @@ def test_a_head_named_twice_is_refused():
         build("gqa").prune_heads([2, 2])
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", names("pruning as a mask"))
 def test_without_heads_the_bias_is_left(name):
     module = build(name)
     module.prune_heads(range(H))
@@ -58,7 +58,7 @@ def test_without_heads_the_bias_is_left(name):
     torch.testing.assert_close(y, expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", names("pruning as a mask"))
 def test_pruning_makes_it_smaller(name):
     module = build(name)
     before = sum(p.numel() for p in module.parameters()), module.flops(16)
@@ -68,7 +68,7 @@ def test_pruning_makes_it_smaller(name):
 
 
 @pytest.mark.parametrize("head", [H, -1])
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", names("pruning as a mask"))
 def test_heads_that_are_not_there_are_refused(name, head):
     module = build(name)
     state = {key: value.clone() for key, value in module.state_dict().items()}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
+from attnzoo.costs import cache_bytes
 from attnzoo_recipes.lm import DecoderLM
 from tests.zoo import MECHANISMS
 
@@ -65,7 +66,7 @@ def test_decoding_with_caches_equals_the_whole(mechanism, tokens):
     parts = [model(part, caches=caches) for part in tokens.split([4, 1, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-12, rtol=0)
     growth = sum(cache.nbytes for cache in caches)
-    assert growth == 3 * 12 * model.cache_bytes_per_token(torch.float64)
+    assert growth == 3 * sum(cache_bytes(block.attn, 12, torch.float64) for block in model.blocks)
 
 
 def test_recomputing_blocks_changes_no_gradient(tokens):
