@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from attnzoo.masks import AttentionMask
@@ -84,6 +86,24 @@ def split_context(
     if key.shape[0] != x.shape[0]:
         raise ValueError(f"context must have the batch of x, got {key.shape[0]} and {x.shape[0]}")
     return key, value
+
+
+def one_source(module: Any, x: Tensor, context: object, why: str = "keys and values are made from it") -> Tensor:
+    """What a module with one input for keys and values makes them from, (B, S, kdim): x, or the context.
+
+    Refuses a context that does not fit, and a missing one where kdim is not embed_dim.
+    """
+    if context is None:
+        if module.kdim != module.embed_dim:
+            raise ValueError(
+                f"context must be given, since kdim is not embed_dim: {module.kdim} and {module.embed_dim}"
+            )
+        return x
+    if module.causal:
+        raise ValueError("context needs a module with causal=False, got causal=True")
+    if not isinstance(context, Tensor):
+        raise ValueError(f"context must be one tensor: {why}")
+    return split_context(context, x, module.kdim, module.kdim)[0]
 
 
 def check_cache(

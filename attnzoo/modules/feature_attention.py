@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from attnzoo.modules.checks import check_groups, check_input, check_options, che
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import group_index, head_rows, keep_columns, keep_entries, keep_rows, surviving_heads
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
+from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary, rotate
 
 
@@ -271,12 +271,6 @@ class FeatureAttention(nn.Module):
         """The sizes and the options."""
         sizes = f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
         return f"{sizes}, feature_map={self.feature_map!r}, rope={self.rope}, causal={self.causal}"
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Sums in the dtype of their terms; the meta device has no autocast to switch off."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_normalisable(feature_map: str, argument: str, value: object) -> None:

@@ -19,7 +19,7 @@ from attnzoo.modules.checks import (
     check_options,
     check_sizes,
     derive_head_dim,
-    split_context,
+    one_source,
 )
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import (
@@ -253,17 +253,7 @@ class GroupedTiedAttention(nn.Module):
 
     def source(self, x: Tensor, context: Tensor | None) -> Tensor:
         """What the tied state is made from, (B, S, kdim); refuses a context that does not fit."""
-        if context is None:
-            if self.kdim != self.embed_dim:
-                raise ValueError(
-                    f"context must be given, since kdim is not embed_dim: {self.kdim} and {self.embed_dim}"
-                )
-            return x
-        if self.causal:
-            raise ValueError("context needs a module with causal=False, got causal=True")
-        if not isinstance(context, Tensor):
-            raise ValueError("context must be one tensor: key and value are tied, so they have one input")
-        return split_context(context, x, self.kdim, self.kdim)[0]
+        return one_source(self, x, context, "key and value are tied, so they have one input")
 
     @property
     def cache_type(self) -> type[TokenCache]:

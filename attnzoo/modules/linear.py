@@ -9,14 +9,15 @@ from torch import Tensor
 
 from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask
-from attnzoo.modules.checks import check_cache, check_sizes, split_context
-from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable, without_autocast
+from attnzoo.modules.checks import check_cache, check_sizes, one_source
+from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable
 from attnzoo.ops.linear_attention import (
     block_weights,
     document_blocks,
     linear_attention_chunked,
     linear_attention_reference,
 )
+from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary
 
 
@@ -142,7 +143,7 @@ class LinearAttention(FeatureAttention):
         mask = self.checked_mask(mask)
         if not self.num_heads:
             return self.without_heads(x, cache)
-        source = self._source(x, context)
+        source = one_source(self, x, context)
         past, limit = (0, None) if cache is None else (cache.length, cache.max_length)
         plain_q, plain_k, q, k, v = self.features(x, source, mask, positions, past, limit)
         with without_autocast(x):
@@ -228,19 +229,6 @@ class LinearAttention(FeatureAttention):
                 out = out / (bottom + self.normalizer_eps)
         cache.length += q.shape[1]
         return out
-
-    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        if context is None:
-            if self.kdim != self.embed_dim:
-                raise ValueError(
-                    f"context must be given, since kdim is not embed_dim: {self.kdim} and {self.embed_dim}"
-                )
-            return x
-        if self.causal:
-            raise ValueError("context needs a module with causal=False, got causal=True")
-        if not isinstance(context, Tensor):
-            raise ValueError("context must be one tensor, from which keys and values are made")
-        return split_context(context, x, self.kdim, self.kdim)[0]
 
     def init_cache(
         self,

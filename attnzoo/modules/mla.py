@@ -20,7 +20,7 @@ from attnzoo.modules.checks import (
     check_options,
     check_sizes,
     derive_head_dim,
-    split_context,
+    one_source,
 )
 from attnzoo.modules.latent_sizes import LatentSizes
 from attnzoo.modules.positions import rotary_tables, token_positions
@@ -238,7 +238,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         check_input("x", x, self.embed_dim)
         mask = as_mask(mask)
-        source = self._source(x, context)
+        source = one_source(self, x, context, "key and value come from one latent, so they have one input")
         past = 0 if cache is None else cache.length
         if cache is not None:
             check_cache(cache, LatentCache, self.causal, context, mask)
@@ -411,20 +411,6 @@ class MultiHeadLatentAttention(nn.Module):
         """Whether T new queries over a long cache cost fewer FLOPs in the absorbed form."""
         R, expanded = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
         return T * self.num_heads * (2 * R - expanded) < R * self.num_kv_heads * expanded
-
-    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """What latents are made from, (B, S, kdim); refuses a context that does not fit."""
-        if context is None:
-            if self.kdim != self.embed_dim:
-                raise ValueError(
-                    f"context must be given, since kdim is not embed_dim: {self.kdim} and {self.embed_dim}"
-                )
-            return x
-        if self.causal:
-            raise ValueError("context needs a module with causal=False, got causal=True")
-        if not isinstance(context, Tensor):
-            raise ValueError("context must be one tensor: key and value come from one latent, so they have one input")
-        return split_context(context, x, self.kdim, self.kdim)[0]
 
     def init_cache(
         self,

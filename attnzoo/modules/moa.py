@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from attnzoo.backends import check_name
 from attnzoo.cache import KeyValueCache
 from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, derive_head_dim
+from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, derive_head_dim, one_source
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import attention_pairs, surviving_heads
-from attnzoo.modules.talking_heads import context_source
-from attnzoo.ops.composed_attention import without_autocast
 from attnzoo.ops.expert_projection import Routes, expert_linear, expert_linear_reference
+from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotate
 
@@ -241,7 +240,7 @@ class MixtureOfAttentionHeads(nn.Module):
         check_input("x", x, self.embed_dim)
         mask = as_mask(mask)
         past = 0 if cache is None else cache.length
-        source = context_source(self, x, context)
+        source = one_source(self, x, context)
         B, T, S = x.shape[0], x.shape[1], source.shape[1]
         if cache is not None:
             check_cache(cache, KeyValueCache, self.causal, context, mask)

@@ -15,8 +15,8 @@ from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.checks import check_cache, check_input
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.positions import rotary_tables
-from attnzoo.ops.composed_attention import without_autocast
 from attnzoo.ops.head_routing import load_balance_loss, query_norm_gates, routed_attention, two_stage_gates
+from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotate
 

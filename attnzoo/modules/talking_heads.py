@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnzoo.backends import BackendUnavailable, check_name
 from attnzoo.cache import KeyValueCache
 from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, split_context
+from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, one_source
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import attention_pairs, head_rows, keep_columns, keep_rows, surviving_heads
 from attnzoo.ops.composed_attention import Composition, Sight, composed_attention
@@ -174,7 +174,7 @@ class TalkingHeadsAttention(nn.Module):
         check_input("x", x, self.embed_dim)
         mask = as_mask(mask)
         past = 0 if cache is None else cache.length
-        source = context_source(self, x, context)
+        source = one_source(self, x, context)
         B, T, S = x.shape[0], x.shape[1], source.shape[1]
         if cache is not None:
             check_cache(cache, KeyValueCache, self.causal, context, mask)
@@ -285,21 +285,6 @@ def composed_chunk(backend: str, chunk_size: int) -> int | None:
             "only auto and eager can"
         )
     return chunk_size if backend == "auto" else None
-
-
-def context_source(module: Any, x: Tensor, context: Tensor | None) -> Tensor:
-    """What keys and values are made from; refuses a context that does not fit."""
-    if context is None:
-        if module.kdim != module.embed_dim:
-            raise ValueError(
-                f"context must be given, since kdim is not embed_dim: {module.kdim} and {module.embed_dim}"
-            )
-        return x
-    if module.causal:
-        raise ValueError("context needs a module with causal=False, got causal=True")
-    if not isinstance(context, Tensor):
-        raise ValueError("context must be one tensor, from which keys and values are made")
-    return split_context(context, x, module.kdim, module.kdim)[0]
 
 
 def _width(name: str, embed_dim: int, heads_name: str, heads: int, given: int | None) -> int:

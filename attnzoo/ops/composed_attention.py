@@ -7,9 +7,7 @@ k (B, S, G, D), v (B, S, Gv, Dv) give (B, T, Hv, Dv).
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.masks import AttentionMask, check_broadcastable
+from attnzoo.ops.precision import without_autocast
 
 Side = tuple[Tensor, Tensor, Tensor]
 """u (B, L, N, R, M), v (B, L, N, R, M) and gate g (B, L, N, M) of every query, or of every key."""
@@ -220,9 +219,3 @@ def _tile(
         elif heads != tile_v.shape[2]:
             tile_v = tile_v.repeat_interleave(heads // max(tile_v.shape[2], 1), dim=2)
         return torch.einsum("bhts,bshd->bthd", p.to(tile_v.dtype), tile_v)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtype of their factors; the meta device has no autocast to switch off."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from attnzoo.backends import choose, triton_obstacle
 from attnzoo.masks import AttentionMask, as_mask, visibility
 from attnzoo.ops.flash import flash_attention, flash_obstacle
+from attnzoo.ops.precision import without_autocast
 
 
 def softmax_attention(
@@ -150,9 +150,7 @@ def softmax_attention_reference(
     """
     high = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[2] // max(k.shape[2], 1)
-    device = q.device.type
-    # The meta device has no autocast to switch off.
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(q):
         k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
         v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
         s = torch.einsum("bthd,bshd->bhts", q.to(high), k.to(high))
