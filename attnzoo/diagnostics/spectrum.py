@@ -5,6 +5,7 @@ Units: lambda = s^2 / n_big for one matrix, eigenvalues of P P^T for a product. 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -25,6 +26,7 @@ from attnzoo.diagnostics.marchenko_pastur import (
     tracy_widom_edge,
     variance,
 )
+from attnzoo.modules.mla import MultiHeadLatentAttention
 
 NULLS = ("mp", "product", "simulate")
 EDGES = ("tw", "mp", "ww")
@@ -112,6 +114,7 @@ def analyze_matrix(
     rank_rtol: float | None = None,
     keep_eigenvalues: bool = False,
     effective_rank_of: str = "eigenvalues",
+    draws: Sequence[float] | None = None,
 ) -> SpectrumRecord:
     """The spectrum of a matrix, or of a product of factors that is never formed, against its null.
 
@@ -129,6 +132,7 @@ def analyze_matrix(
             or of float64 for a float64 matrix.
         keep_eigenvalues: whether the record holds them.
         effective_rank_of: "eigenvalues", or "sv" for the entropy of the singular values (Roy and Vetterli 2007).
+        draws: for null "simulate", largest eigenvalues of noise from elsewhere, in place of redrawn factors.
 
     Raises:
         ValueError: for what is not a finite matrix, or an argument outside its rule.
@@ -169,7 +173,7 @@ def analyze_matrix(
         return dataclasses.replace(record, note=f"only {n} non-zero eigenvalues: no fit")
     if null == "mp":
         return _against_mp(record, values, n_big, estimator, edge, quantile)
-    return _against_product(record, values, factors, estimator, edge, quantile, null)
+    return _against_product(record, values, factors, estimator, edge, quantile, null, draws)
 
 
 def product_singular_values(factors: Sequence[Tensor]) -> Tensor:
@@ -259,11 +263,14 @@ def _against_product(
     edge: str,
     quantile: float,
     null: str,
+    draws: Sequence[float] | None,
 ) -> SpectrumRecord:
     sigma2 = [factor_variance(factor, estimator, quantile) for factor in factors]
     gamma = values.numel() / max(factors[0].shape[0], factors[-1].shape[1])
     if null == "simulate":
-        drawn = torch.tensor([float(_redrawn(factors, sigma2, seed)[0].square()) for seed in range(_DRAWS)])
+        if draws is None:
+            draws = [float(_redrawn(factors, sigma2, seed)[0].square()) for seed in range(_DRAWS)]
+        drawn = torch.tensor(draws, dtype=torch.float64)
         high = float(drawn.mean())
         threshold = high + 3 * float(drawn.std()) if edge == "tw" else high
     else:
@@ -330,7 +337,8 @@ def analyze_attention(
         form: "circuit" or "gram".
         per: "head", or "layer" for the sum over heads ("circuit") and the block matrix of all heads ("gram").
         part: "full", or "nope" or "rope" where the module tells them apart.
-        null: as in `analyze_matrix`. Default: "product"; for a sum over heads "simulate".
+        null: as in `analyze_matrix`; "simulate" redraws the module's matrices as noise of their variances. Default:
+            "product", or "simulate" for latent attention, whose keys are products and sums of products themselves.
         preset: "jha_reagen": form gram, per layer, estimator mean, edge mp, null mp, for comparison with
             arXiv:2507.09394 as far as its abstract tells; compare variants only with their own first step.
         layer: name for the records.
@@ -350,14 +358,35 @@ def analyze_attention(
         pairs: list[tuple[int | None, Sequence[Tensor]]] = [(None, _pair(*_layer(factors, form), form))]
     else:
         pairs = [(head, _pair(q, k, form)) for head, (q, k) in enumerate(factors)]
+    if null is None:
+        null = "simulate" if isinstance(module, MultiHeadLatentAttention) else "product"
+    noise: list[list[float]] = [[] for _ in pairs]
+    if null == "simulate":
+        for seed in range(_DRAWS):
+            drawn = _noise_like(module, seed).effective_qk(part)
+            whole = [_layer(drawn, form)] if per == "layer" else drawn
+            for found, (query, key) in zip(noise, whole, strict=True):
+                found.append(float(product_singular_values(_pair(query, key, form))[0].square()))
     records = []
-    for head, pair in pairs:
+    for (head, pair), draws in zip(pairs, noise, strict=True):
         # A single matrix against the Marchenko-Pastur law has to be formed; products stay factored.
         matrix: Tensor | Sequence[Tensor] = pair[0] @ pair[1] if null == "mp" else pair
-        record = analyze_matrix(matrix, null=null, **options)
+        record = analyze_matrix(matrix, null=null, draws=draws or None, **options)
         name = "qk" if part == "full" else f"qk {part}"
         records.append(dataclasses.replace(record, layer=layer, head=head, matrix=name))
     return records
+
+
+@torch.no_grad()
+def _noise_like(module: nn.Module, seed: int) -> Any:
+    """A copy of the module with every matrix redrawn as noise of its estimated variance."""
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(module)
+    for parameter in copied.parameters():
+        if parameter.ndim == 2:
+            sigma = math.sqrt(factor_variance(parameter, "bulk", QUANTILES[0.99]))
+            parameter.copy_(sigma * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return copied
 
 
 def _pair(query: Tensor, key: Tensor, form: str) -> tuple[Tensor, Tensor]:

@@ -221,6 +221,23 @@ def test_random_attention_shows_nothing_and_a_planted_form_shows(name):
     assert gram.lambda_max == pytest.approx(torch.linalg.svdvals(grams)[0].square().item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "pre", "none"])
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_random_latent_attention_shows_nothing(mode, per):
+    alarms, records = 0, []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module = attnzoo.MultiHeadLatentAttention(128, 4, 48, rope_mode=mode)
+        records += analyze_attention(module, per=per)
+    alarms = sum(record.outlier_count > 0 for record in records)
+    assert alarms <= max(2, len(records) // 8)
+    with torch.no_grad():
+        key = module.kv_b_proj.weight.view(4, -1, 48)[0, :32]
+        key += 0.3 * torch.outer(torch.ones(32), torch.randn(48).sign())
+    found = analyze_attention(module, per=per)
+    assert found[0].mp_gap > max(record.mp_gap for record in records)
+
+
 def test_the_preset_shows_the_pitfall_that_the_product_null_avoids():
     torch.manual_seed(0)
     module = attnzoo.MultiHeadAttention(192, 4, bias=False)
