@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo import Rotary
-from attnzoo.conversion import mha2mla, to_kha
+from attnzoo.conversion import fold, mha2mla, to_kha
 from attnzoo.modules.structure import head_rows
 from tests.zoo import gradients
 
@@ -235,7 +235,9 @@ def test_knocking_heads_start_as_the_source(name):
 
 def test_the_kind_of_map_can_be_chosen_and_a_foreign_source_is_refused():
     kha = to_kha(layer(), "linear")
-    torch.testing.assert_close(kha.fold()(sample()), layer()(sample()), atol=1e-12, rtol=0)
+    torch.testing.assert_close(fold(kha)(sample()), layer()(sample()), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="module must be knocking-heads attention, got GroupedQuery"):
+        fold(layer())
     kha = to_kha(attnzoo.GroupedTiedAttention(E, H, G), None, knock_v="linear", knock_scope="value")
     assert kha.knock_scope == "value"
     with pytest.raises(ValueError, match="module must be of the grouped-query family"):

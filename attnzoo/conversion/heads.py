@@ -131,6 +131,15 @@ def to_kha(
     return converted.train(module.training)
 
 
+def fold(
+    module: KnockingHeadsAttention,
+) -> GroupedQueryAttention | GroupedTiedAttention | MultiHeadLatentAttention:
+    """Knocking heads with linear maps as their plain base: `KnockingHeadsAttention.fold`, the inverse of `to_kha`."""
+    if not isinstance(module, KnockingHeadsAttention):
+        raise ValueError(f"module must be knocking-heads attention, got {type(module).__name__}")
+    return module.fold()
+
+
 def to_moh(
     module: GroupedQueryAttention, num_shared_heads: int, num_routed_active: int, *, ste: str = "all"
 ) -> MixtureOfHeadAttention:

@@ -261,6 +261,22 @@ def test_without_rotary_queries_there_is_no_position():
     torch.testing.assert_close(attn(x.flip(1)).flip(1), attn(x), atol=1e-12, rtol=0)
 
 
+def test_the_gradient_of_the_shared_key_is_the_sum_over_heads():
+    attn = make(rope=Rotary())
+    x = torch.randn(1, T, E).double()
+    apart = make(num_kv_heads=H, rope_kv_heads=H, rope=Rotary())
+    state = attn.state_dict()
+    rank, width = attn.kv_lora_rank, attn.qk_rope_head_dim
+    rows = state["kv_a_proj_with_mqa.weight"]
+    state["kv_a_proj_with_mqa.weight"] = torch.cat([rows[:rank], *[rows[rank:]] * H])
+    apart.load_state_dict(state)
+    weight = torch.randn(1, T, E).double()
+    one, each = gradients(attn, x, weight), gradients(apart, x, weight)
+    torch.testing.assert_close(one["y"], each["y"], atol=1e-12, rtol=0)
+    summed = each["kv_a_proj_with_mqa.weight"][rank:].view(H, width, E).sum(0)
+    torch.testing.assert_close(one["kv_a_proj_with_mqa.weight"][rank:], summed, atol=1e-11, rtol=0)
+
+
 def test_yarn_scales_the_scores_and_a_factor_of_one_nothing():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 0.7}
     attn = make(rope=Rotary(scaling=scaling | {"mscale": 0.7}))
