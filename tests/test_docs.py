@@ -45,6 +45,15 @@ def test_the_readme_runs_from_top_to_bottom():
     assert names["layer"](names["x"]).shape == (2, 100, 512)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
+def test_every_mechanism_has_its_page_row_and_tests(name):
+    assert (ROOT / "docs" / f"{name}.md").is_file()
+    assert (ROOT / "tests" / "modules" / f"test_{name}.py").is_file()
+    assert f"| [{name}](docs/{name}.md) |" in (ROOT / "README.md").read_text()
+    compared = (ROOT / "configs" / "compare.yaml").read_text()
+    assert re.search(rf"\b{name}\b", compared)
+
+
 def test_the_speed_tables_are_those_of_the_committed_results():
     path = ROOT / "benchmarks" / "readme_table.py"
     made = runpy.run_path(str(path))
