@@ -1,0 +1,365 @@
+"""What single heads do, and how alike heads are.
+
+Patterns are (B, H, T, T) or (H, T, T), rows of probabilities of queries over keys. `mask` (B, T) says which queries
+count, True = counts; averages are over all of them together. Logarithms are natural. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_TOLERANCE = 1e-3
+_KL_FLOOR = -40.0
+DETECTABLE = ("previous_token_head", "duplicate_token_head", "induction_head")
+
+
+# Single heads
+
+
+def attention_entropy(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy of a head's rows in nats, (H,)."""
+    p, m = _rows(pattern, mask)
+    return _mean(_entropy(p), m)
+
+
+def normalized_entropy(pattern: Tensor, mask: Tensor | None = None, *, causal: bool = True) -> Tensor:
+    """Entropy over the log of the number of visible keys, (H,); rows that see one key are left out."""
+    p, m = _rows(pattern, mask)
+    T = p.shape[-1]
+    keys = torch.arange(1, T + 1, device=p.device) if causal else torch.full((T,), T, device=p.device)
+    keys = keys.double()
+    return _mean(_entropy(p) / keys.log().clamp(min=1e-30), m & (keys > 1))
+
+
+def attention_distance(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of |i - j| under the pattern, in tokens, (H,)."""
+    p, m = _rows(pattern, mask)
+    at = torch.arange(p.shape[-1], device=p.device)
+    return _mean((p * (at[:, None] - at).abs()).sum(-1), m)
+
+
+def attention_distance_argmax(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean distance to the key with the largest weight, in tokens, (H,)."""
+    p, m = _rows(pattern, mask)
+    at = torch.arange(p.shape[-1], device=p.device)
+    return _mean((at - p.argmax(-1)).abs().double(), m)
+
+
+def head_confidence(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean largest weight of a row (Voita et al. 2019), (H,)."""
+    p, m = _rows(pattern, mask)
+    return _mean(p.amax(-1), m)
+
+
+def attention_sink(pattern: Tensor, mask: Tensor | None = None, *, k: int = 0, exclude_self: bool = False) -> Tensor:
+    """Mean weight on key k over the queries from k on (Gu et al. 2024), or those after it, (H,)."""
+    p, m = _rows(pattern, mask)
+    at = torch.arange(p.shape[-1], device=p.device)
+    return _mean(p[..., k], m & (at > k if exclude_self else at >= k))
+
+
+def sink_rate(pattern: Tensor, mask: Tensor | None = None, *, eps: float = 0.3, k: int = 0) -> float:
+    """Share of heads whose mean weight on key k exceeds eps."""
+    return float((attention_sink(pattern, mask, k=k) > eps).double().mean())
+
+
+def previous_token_score(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean weight on the token before, (H,)."""
+    return _diagonal(pattern, mask, 1)
+
+
+def current_token_score(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean weight on the token itself, (H,)."""
+    return _diagonal(pattern, mask, 0)
+
+
+def induction_score(pattern: Tensor, period: int, mask: Tensor | None = None) -> Tensor:
+    """Mean weight on the token after the last occurrence, for tokens [BOS] + r + r with r of `period` tokens, (H,)."""
+    return _diagonal(pattern, mask, period - 1)
+
+
+def detect_head(
+    pattern: Tensor,
+    tokens: Tensor,
+    name: str,
+    error_measure: str = "mul",
+    *,
+    exclude_bos: bool = False,
+    exclude_current_token: bool = False,
+    round: int | None = 3,
+) -> Tensor:
+    """How well heads match a known kind, as TransformerLens's detect_head scores it, (H,).
+
+    Args:
+        pattern: (B, H, T, T) of whole sequences.
+        tokens: (B, T) integers.
+        name: "previous_token_head", "duplicate_token_head" or "induction_head".
+        error_measure: "mul", the share of the weight on the kind's pairs, or "abs", 1 - T mean |A - M|.
+        exclude_bos: leave the first key out.
+        exclude_current_token: leave the diagonal out.
+        round: decimals of "abs", which the original rounds to 3; None for all.
+    """
+    if name not in DETECTABLE:
+        raise ValueError(f"name must be one of {', '.join(map(repr, DETECTABLE))}, got {name!r}")
+    if error_measure not in ("mul", "abs"):
+        raise ValueError(f"error_measure must be 'mul' or 'abs', got {error_measure!r}")
+    p, _ = _rows(pattern, None)
+    T = p.shape[-1]
+    at = torch.arange(T, device=p.device)
+    same = tokens[:, :, None] == tokens[:, None, :]
+    if name == "previous_token_head":
+        wanted = (at[:, None] - at == 1).expand(p.shape[0], T, T)
+    elif name == "duplicate_token_head":
+        wanted = same & (at < at[:, None])
+    else:
+        # Key j counts if the token before it is the query's.
+        wanted = torch.zeros_like(same)
+        wanted[:, :, 1:] = same[:, :, :-1] & (at[1:] <= at[:, None]) & (at[:-1] < at[:, None])
+    target = wanted.double()[:, None]
+    if exclude_bos:
+        p = p * (at > 0)
+    if exclude_current_token:
+        p = p * (at[:, None] != at)
+    if error_measure == "mul":
+        return ((p * target).sum((-1, -2)) / p.sum((-1, -2))).mean(0)
+    score = 1 - (p - target).abs().mean((-1, -2)) * T
+    return (score if round is None else torch.round(score, decimals=round)).mean(0)
+
+
+def copying_score(w_o: Tensor, w_v: Tensor, embed: Tensor, unembed: Tensor) -> Tensor:
+    """Whether a head's output raises the logits of the token it reads (Elhage et al. 2021), (H,), in [-1, 1].
+
+    sum of the eigenvalues of W_U W_o W_v W_E^T over the sum of their sizes, on a product of head width.
+
+    Args:
+        w_o: (H, E, D) output weights by head.
+        w_v: (H, D, E) value weights by head.
+        embed: (V, E).
+        unembed: (V, E).
+    """
+    middle = embed.double().T @ unembed.double()
+    values = torch.linalg.eigvals(w_v.double() @ middle @ w_o.double())
+    score: Tensor = (values.sum(-1) / values.abs().sum(-1)).real
+    return score
+
+
+def value_weighted_pattern(pattern: Tensor, value: Tensor) -> Tensor:
+    """A_ij |v_j| (B, H, T, T), from values (B, H, T, Dv): not a distribution."""
+    lengths: Tensor = torch.linalg.vector_norm(_four(value).double(), dim=-1)
+    return _four(pattern).double() * lengths[..., None, :]
+
+
+# Pairs of heads
+
+
+def attention_cosine(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cosine of whole patterns, mean over examples, (H, H)."""
+    p, m = _rows(pattern, mask, probabilities=False)
+    flat = torch.nn.functional.normalize((p * m[..., None]).flatten(2), dim=-1)
+    return (flat @ flat.mT).mean(0)
+
+
+def attention_correlation(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Pearson correlation of the entries j <= i, mean over examples, (H, H)."""
+    p, m = _rows(pattern, mask, probabilities=False)
+    T = p.shape[-1]
+    seen = torch.ones(T, T, dtype=torch.bool, device=p.device).tril()
+    found = []
+    for one, valid in zip(p, m[:, 0], strict=True):
+        entries = one[:, seen & valid[:, None]]
+        found.append(torch.corrcoef(entries))
+    return torch.stack(found).mean(0)
+
+
+def attention_kl(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean KL(A_a || A_b) over queries, row a, column b, (H, H); the log of 0 counts as -40."""
+    p, m = _rows(pattern, mask)
+    logs = torch.where(p > 0, p.clamp(min=1e-300).log(), torch.full_like(p, _KL_FLOOR))
+    weighted, total = p * m[..., None], m.sum()
+    own = (weighted * logs).sum((0, 2, 3)) / total
+    cross = torch.einsum("baij,bcij->ac", weighted, logs) / total
+    return own[:, None] - cross
+
+
+def attention_js(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean Jensen-Shannon divergence over queries in nats, at most ln 2, (H, H)."""
+    p, m = _rows(pattern, mask)
+    entropy = _entropy(p)
+    heads = p.shape[1]
+    found = p.new_zeros(heads, heads)
+    for a in range(heads):
+        middle = _entropy((p + p[:, a : a + 1]) / 2) - (entropy + entropy[:, a : a + 1]) / 2
+        found[a] = _mean(middle, m)
+    return found
+
+
+def output_cosine(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cosine of head outputs (B, H, T, Dv) of a token, (H, H)."""
+    x = torch.nn.functional.normalize(_four(outputs).double(), dim=-1)
+    m = _query_mask(x, mask)
+    return torch.einsum("batd,bctd->ac", x * m[..., None], x) / m.sum()
+
+
+def value_cosine(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same of values (B, H, T, Dv), expanded to query heads, (H, H)."""
+    return output_cosine(values, mask)
+
+
+def linear_cka(outputs: Tensor, mask: Tensor | None = None, *, unbiased: bool = False) -> Tensor:
+    """Linear centred kernel alignment of head outputs (B, H, T, Dv) (Kornblith et al. 2019), (H, H).
+
+    Biased upwards with few tokens; unbiased=True uses the U-statistic, which holds n x n Gram matrices.
+    """
+    x = _tokens(outputs, mask)
+    if not unbiased:
+        x = x - x.mean(1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm((x.mT @ x).flatten(1), dim=-1)
+        cross: Tensor = torch.einsum("and,cne->acde", x, x).flatten(2).square().sum(-1)
+        return cross / (norms[:, None] * norms)
+    gram = x @ x.mT
+    gram = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    n = gram.shape[-1]
+    if n < 4:
+        raise ValueError(f"outputs must have at least 4 tokens for the unbiased form, got {n}")
+    sums, totals = gram.sum(-1), gram.sum((-1, -2))
+    trace = torch.einsum("aij,cij->ac", gram, gram)
+    hsic = trace + totals[:, None] * totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums @ sums.T)
+    own = hsic.diagonal()
+    alignment: Tensor = hsic / (own[:, None] * own).sqrt()
+    return alignment
+
+
+def svcca(outputs: Tensor, mask: Tensor | None = None, *, variance: float = 0.99) -> Tensor:
+    """Mean canonical correlation of the directions that hold `variance` of the energy (Raghu et al. 2017), (H, H)."""
+    bases = []
+    for x in _tokens(outputs, mask):
+        u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        share = s.square().cumsum(0) / s.square().sum()
+        bases.append(u[:, : int((share < variance).sum()) + 1])
+    found = bases[0].new_zeros(len(bases), len(bases))
+    for a, left in enumerate(bases):
+        for b, right in enumerate(bases):
+            found[a, b] = torch.linalg.svdvals(left.T @ right).clamp(max=1).mean()
+    return found
+
+
+def composition_scores(
+    earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor, Tensor, Tensor], mode: str
+) -> Tensor:
+    """How much later heads read from earlier ones (Elhage et al. 2021): |R L| / (|R| |L|), row = earlier, (H, H).
+
+    Without rotation and norms. L = W_o W_v of an earlier head; R = (W_q^T W_k)^T, W_q^T W_k or W_o W_v of a later one
+    for mode "Q", "K" or "V". No (E, E) matrix is formed.
+
+    Args:
+        earlier: (W_o (H, E, D), W_v (H, D, E)).
+        later: (W_q, W_k, W_v (H, D, E), W_o (H, E, D)).
+        mode: "Q", "K" or "V".
+    """
+    if mode not in ("Q", "K", "V"):
+        raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}")
+    out, into = (x.double() for x in earlier)
+    w_q, w_k, w_v, w_o = (x.double() for x in later)
+    left, right = {"Q": (w_k.mT, w_q), "K": (w_q.mT, w_k), "V": (w_o, w_v)}[mode]
+    scale_l = _product_norm(out, into)
+    scale_r = _product_norm(left, right)
+    middle = torch.einsum("bde,aef->abdf", right, out)
+    whole = (left.mT @ left)[None] @ middle
+    gram = into @ into.mT
+    size: Tensor = torch.einsum("abdf,abdg,afg->ab", whole, middle, gram).clamp(min=0).sqrt()
+    return size / (scale_l[:, None] * scale_r)
+
+
+def disagreement(kind: str, *, pattern: Tensor | None = None, vectors: Tensor | None = None,
+                 mask: Tensor | None = None) -> float:  # fmt: skip
+    """Disagreement of a layer's heads (Li et al. 2018), over all H^2 pairs, a head with itself included.
+
+    kind: "position" (- mean inner product of patterns), "output" or "subspace" (- mean cosine of head outputs, or of
+    values, given as vectors (B, H, T, Dv)).
+    """
+    if kind == "position":
+        if pattern is None:
+            raise ValueError("pattern must be given for disagreement 'position', got None")
+        p, m = _rows(pattern, mask, probabilities=False)
+        total = (p * m[..., None]).sum(1).square().sum()
+        return -float(total / m.sum()) / p.shape[1] ** 2
+    if kind not in ("output", "subspace"):
+        raise ValueError(f"kind must be 'position', 'output' or 'subspace', got {kind!r}")
+    if vectors is None:
+        raise ValueError(f"vectors must be given for disagreement {kind!r}, got None")
+    return -float(output_cosine(vectors, mask).mean())
+
+
+def head_diversity(pairs: Tensor) -> float:
+    """Mean of a pair matrix off its diagonal."""
+    heads = pairs.shape[0]
+    return float((pairs.sum() - pairs.diagonal().sum()) / max(heads * (heads - 1), 1))
+
+
+def _product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Frobenius norms of left @ right, by head."""
+    return ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp(min=0).sqrt()
+
+
+def _four(x: Tensor) -> Tensor:
+    if x.ndim not in (3, 4):
+        raise ValueError(f"pattern must have shape (B, H, T, T) or (H, T, T), got {tuple(x.shape)}")
+    return x if x.ndim == 4 else x[None]
+
+
+def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> tuple[Tensor, Tensor]:
+    """Pattern (B, H, T, T) in float64 and which rows count, (B, 1, T); refuses rows that are no distribution."""
+    p = _four(pattern).double()
+    if p.shape[-1] != p.shape[-2]:
+        raise ValueError(f"pattern must have as many keys as queries, got {tuple(pattern.shape)}")
+    m = _query_mask(p, mask)
+    if probabilities:
+        rows = p.sum(-1)[m.expand(p.shape[:3])]
+        if bool(((rows - 1).abs() > _TOLERANCE).any()) or bool((p < -_TOLERANCE).any()):
+            raise ValueError("pattern must hold distributions: rows of this one do not sum to 1, or are negative")
+    return p, m
+
+
+def _query_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    B, _, T = x.shape[:3]
+    if mask is None:
+        return torch.ones(B, 1, T, dtype=torch.bool, device=x.device)
+    if mask.dtype != torch.bool or tuple(mask.shape) != (B, T):
+        raise ValueError(f"mask must be boolean of shape {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
+    return mask[:, None]
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the counting rows of all examples of values (B, H, T), (H,)."""
+    return (values * mask).sum((0, 2)) / mask.expand(values.shape[0], 1, values.shape[2]).sum()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1)
+
+
+def _diagonal(pattern: Tensor, mask: Tensor | None, offset: int) -> Tensor:
+    p, m = _rows(pattern, mask)
+    if not 0 <= offset < p.shape[-1]:
+        raise ValueError(f"offset must lie between 0 and the {p.shape[-1]} keys, got {offset}")
+    values = p.diagonal(-offset, -2, -1)
+    return _mean(values, m[..., offset:])
+
+
+def _tokens(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Counting tokens of all examples by head, (H, n, Dv)."""
+    x = _four(outputs).double()
+    m = _query_mask(x, mask)[:, 0]
+    return x.transpose(1, 2)[m].transpose(0, 1)
+
+
+def labels(layers: int, heads: int) -> list[str]:
+    """ "L0H0", "L0H1", ... as TransformerLens names heads."""
+    return [f"L{layer}H{head}" for layer in range(layers) for head in range(heads)]
+
+
+MAX_JS = math.log(2)
+"""The largest Jensen-Shannon divergence, in nats."""
