@@ -218,7 +218,8 @@ def linear_cka(outputs: Tensor, mask: Tensor | None = None, *, unbiased: bool = 
         x = x - x.mean(1, keepdim=True)
         norms: Tensor = torch.linalg.vector_norm((x.mT @ x).flatten(1), dim=-1)
         cross: Tensor = torch.einsum("and,cne->acde", x, x).flatten(2).square().sum(-1)
-        return cross / (norms[:, None] * norms)
+        biased: Tensor = cross / (norms[:, None] * norms)
+        return biased
     gram = x @ x.mT
     gram = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
     n = gram.shape[-1]
@@ -239,7 +240,7 @@ def svcca(outputs: Tensor, mask: Tensor | None = None, *, variance: float = 0.99
         u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         share = s.square().cumsum(0) / s.square().sum()
         bases.append(u[:, : int((share < variance).sum()) + 1])
-    found = bases[0].new_zeros(len(bases), len(bases))
+    found = torch.zeros(len(bases), len(bases), dtype=torch.float64, device=outputs.device)
     for a, left in enumerate(bases):
         for b, right in enumerate(bases):
             found[a, b] = torch.linalg.svdvals(left.T @ right).clamp(max=1).mean()
