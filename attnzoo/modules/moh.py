@@ -212,10 +212,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             index = torch.tensor(self._kv_index, device=k.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
         if self._runs_sparse(x, mask, context, cache):
-            active = gates.new_ones(gates.shape, dtype=torch.bool)
-            if selected is not None:
-                active = torch.cat([active[..., : self.num_shared_heads], selected], dim=-1)
-            out = routed_attention(q, k, v, active, scale=self.scale, mask=mask)
+            out = self._sparse(q, k, v, selected, mask)
         else:
             out = softmax_attention(
                 q, k, v, causal=self.causal, mask=mask, scale=self.scale,
@@ -224,6 +221,21 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             )  # fmt: skip
         y: Tensor = self.o_proj((out * gates.to(out.dtype)[..., None]).flatten(2))
         return y
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, mask: AttentionMask | None) -> Tensor:
+        """Shared heads as plain attention, of the routed ones the selected rows alone."""
+        shared, size = self.num_shared_heads, q.shape[2] // k.shape[2]
+        parts = []
+        if shared:
+            reads = torch.arange(shared, device=q.device) // size
+            own_k, own_v = (z[:, :, :shared] if size == 1 else z.index_select(2, reads) for z in (k, v))
+            parts.append(
+                softmax_attention(q[:, :, :shared], own_k, own_v, mask=mask, scale=self.scale, backend=self.backend)
+            )
+        if selected is not None:
+            active = F.pad(selected, (shared, 0), value=False)
+            parts.append(routed_attention(q, k, v, active, scale=self.scale, mask=mask)[:, :, shared:])
+        return torch.cat(parts, dim=2)
 
     def gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gates (B, T, H), the selected routed heads and their probabilities (B, T, R), from x and raw queries."""
@@ -292,7 +304,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
                 raise ValueError(f"sparse=True cannot run: {obstacle}")
             return obstacle is None
         # Where packing has paid for itself on a CPU; on other devices there is no sparse kernel yet.
-        return obstacle is None and x.device.type == "cpu" and x.shape[1] >= 1024 and self.active_share <= 0.5
+        return obstacle is None and x.device.type == "cpu" and x.shape[1] >= 4096 and self.active_share <= 0.5
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, with all heads; and "router"."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,7 @@ def two_stage_gates(
     if routed is not None:
         probability = routed.softmax(-1)
         selected = top_heads(routed, active)
-        chosen = routed.masked_fill(~selected, float("-inf"))
+        chosen = routed.masked_fill(~selected, -math.inf)
         u = chosen.softmax(-1) * active if scaled else probability * selected
         parts.append(u if weights is None else u * weights[..., 1:])
     return torch.cat(parts, dim=-1), selected, probability
@@ -123,34 +125,38 @@ def routed_attention(
     Returns:
         (B, T, H, Dv).
     """
-    B, T, H, _ = q.shape
+    B, T, H, D = q.shape
     G, Dv = k.shape[2], v.shape[3]
     size = H // G
     document = None if mask is None or mask.cu_seqlens is None else mask._documents(B, T)[1]
     key = torch.arange(T, device=q.device)
-    where, outputs = [], []
+    outputs = []
     for b in range(B):
         for g in range(G):
-            own = active[b, :, g * size : (g + 1) * size]
-            token, head = own.nonzero(as_tuple=True)
-            tiles = (torch.split(x, rows_at_once) for x in (token, head))
-            for tile_token, tile_head in zip(*tiles, strict=True):
-                if tile_token.numel() == 0:
+            heads = slice(g * size, (g + 1) * size)
+            place = active[b, :, heads].flatten().nonzero()[:, 0]
+            # One gather and one scatter for a group; what a tile costs in the backward pass stays small.
+            rows = q[b, :, heads].reshape(T * size, D).index_select(0, place)
+            keys, values = k[b, :, g], v[b, :, g]
+            tiles = []
+            for row, at in zip(torch.split(rows, rows_at_once), torch.split(place, rows_at_once), strict=True):
+                if at.numel() == 0:
                     continue
-                last = int(tile_token[-1]) + 1
-                rows = q[b, tile_token, tile_head + g * size]
-                visible = key[:last] <= tile_token[:, None]
+                token = at // size
+                first, last = int(token[0]), int(token[-1]) + 1
+                # Additive, since the CPU kernel converts a boolean mask anew; the first rows see all keys before them.
+                bias = rows.new_zeros(at.numel(), last)
+                bias[:, first:].masked_fill_(key[first:last] > token[:, None], -math.inf)
                 if mask is not None and mask.lengths is not None:
-                    visible = visible & (key[:last] < mask.lengths[b])
+                    bias.masked_fill_(key[:last] >= mask.lengths[b], -math.inf)
                 if document is not None:
-                    visible = visible & (document[b, :last] == document[b, tile_token][:, None])
-                out = F.scaled_dot_product_attention(
-                    rows[None, None], k[None, None, b, :last, g], v[None, None, b, :last, g],
-                    attn_mask=visible[None, None], scale=scale,
+                    bias.masked_fill_(document[b, :last] != document[b, token][:, None], -math.inf)
+                tiles.append(
+                    F.scaled_dot_product_attention(
+                        row[None, None], keys[None, None, :last], values[None, None, :last],
+                        attn_mask=bias[None, None], scale=scale,
+                    )[0, 0]
                 )  # fmt: skip
-                outputs.append(out[0, 0])
-                where.append((b * T + tile_token) * H + tile_head + g * size)
-    room = v.new_zeros(B * T * H, Dv)
-    if not outputs:
-        return room.view(B, T, H, Dv)
-    return room.index_copy(0, torch.cat(where), torch.cat(outputs)).view(B, T, H, Dv)
+            room = v.new_zeros(T * size, Dv)
+            outputs.append(room.index_copy(0, place, torch.cat(tiles)) if tiles else room)
+    return torch.stack(outputs).view(B, G, T, size, Dv).transpose(1, 2).reshape(B, T, H, Dv)
