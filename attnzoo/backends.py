@@ -6,6 +6,7 @@ An operation's name is its meaning; a backend is a way to run it. `python -m att
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -57,13 +58,26 @@ class BackendStatus:
     detail: str
 
 
-def triton_obstacle() -> str | None:
-    """Why our Triton kernels cannot run softmax attention on this machine, or None."""
-    return None if _HAS_KERNEL else "this version of attnzoo has no Triton kernel for it yet"
+def triton_obstacle(device: torch.device | str = "cuda") -> str | None:
+    """Why our Triton kernels cannot run on tensors of that device, or None.
+
+    On the CPU they run in Triton's interpreter, if the environment had TRITON_INTERPRET=1 from the start.
+    """
+    if not _HAS_TRITON:
+        return "triton is not installed (pip install attnzoo[kernels])"
+    if not _HAS_KERNELS:
+        return "the package attnzoo_kernels is not installed"
+    kind = torch.device(device).type
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if kind != "cuda":
+        return f"needs CUDA tensors (or TRITON_INTERPRET=1, for tests), got {kind}"
+    return None if torch.cuda.is_available() else "needs a CUDA or ROCm device"
 
 
 # Looked up once: asking the import system costs as much as a whole decoding step's attention.
-_HAS_KERNEL = importlib.util.find_spec("attnzoo_kernels.softmax_attention") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_KERNELS = importlib.util.find_spec("attnzoo_kernels") is not None
 
 
 def status() -> list[BackendStatus]:
@@ -80,9 +94,10 @@ def status() -> list[BackendStatus]:
         flash = BackendStatus("flash", True, packages)
     obstacle = triton_obstacle()
     device = torch.cuda.get_device_name() if cuda else "cpu"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return [
         flash,
-        BackendStatus("triton", obstacle is None, obstacle or device),
+        BackendStatus("triton", obstacle is None, obstacle or ("interpreter, for tests" if interpreted else device)),
         BackendStatus("sdpa", True, f"torch {torch.__version__} scaled_dot_product_attention on {device}"),
         BackendStatus("eager", True, "plain PyTorch, the definition; any device, float64 too"),
     ]

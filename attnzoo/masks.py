@@ -122,26 +122,49 @@ class AttentionMask:
             self._memo[key] = positions
         return self._memo[key]
 
-    def visible(self, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
-        """The dense form: boolean, broadcastable to (B, H, T, S); None if everything is visible.
+    def document_bounds(self, batch: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """First key and end of the keys, both (B, T) int32, of every token's packed document; None without packing."""
+        if self.cu_seqlens is None:
+            return None
+        token, document = self._documents(batch, length)
+        row_start = torch.arange(batch, device=token.device)[:, None] * length
+        ends = self.cu_seqlens.long()
+        first = torch.maximum(ends[document], row_start) - row_start
+        last = torch.minimum(ends[document + 1], row_start + length) - row_start
+        return first.int(), last.int()
 
-        Raises ValueError where a part does not fit these sizes.
-        """
-        parts = []
+    def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
+        """Raise ValueError where a part does not fit (B, H, T, S) or lies on another device."""
+        for part in (self.lengths, self.cu_seqlens, self.dense_mask):
+            if part is not None and part.device != device:
+                raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
         if self.lengths is not None:
             if self.lengths.shape[0] != batch:
                 raise ValueError(f"lengths must have one entry a row, got {self.lengths.shape[0]} for {batch}")
             if batch and _readable(self.lengths) and int(self.lengths.max()) > keys:
                 raise ValueError(f"lengths must be at most the {keys} keys, got {int(self.lengths.max())}")
+        if self.cu_seqlens is not None and queries != keys:
+            raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
+        if self.dense_mask is not None:
+            check_broadcastable(self.dense_mask, (batch, heads, queries, keys))
+
+    def visible(
+        self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
+    ) -> Tensor | None:
+        """The dense form: boolean, broadcastable to (B, H, T, S); None if everything is visible.
+
+        Raises ValueError where a part does not fit these sizes, or the device if one is named.
+        """
+        own = (part.device for part in (self.lengths, self.cu_seqlens, self.dense_mask) if part is not None)
+        self.check(batch, heads, queries, keys, next(own, torch.device("cpu")) if device is None else device)
+        parts = []
+        if self.lengths is not None:
             key_index = torch.arange(keys, device=self.lengths.device)
             parts.append((key_index < self.lengths[:, None])[:, None, None, :])
         if self.cu_seqlens is not None:
-            if queries != keys:
-                raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
             _, document = self._documents(batch, queries)
             parts.append((document[:, :, None] == document[:, None, :])[:, None])
         if self.dense_mask is not None:
-            check_broadcastable(self.dense_mask, (batch, heads, queries, keys))
             parts.append(self.dense_mask)
         if not parts:
             return None
@@ -194,7 +217,8 @@ def visibility(
     if memo and mask is not None and (batch, heads, *rules) in mask._memo:
         return mask._memo[batch, heads, *rules]
     visible = None
-    if not ((causal and window is None and queries == 1) or (not causal and window is None)):
+    last_query_alone = queries == 1 and key_positions is None and query_start >= keys - 1
+    if window is not None or (causal and not last_query_alone):
         i = torch.arange(query_start, query_start + queries, device=device)[:, None]
         j = (torch.arange(keys, device=device) if key_positions is None else key_positions)[None, :]
         if window is not None:
@@ -206,10 +230,8 @@ def visibility(
             visible = j <= i if visible is None else visible & (j <= i)
     if mask is not None:
         total = keys if key_positions is None else query_start + queries
-        allowed = mask.visible(batch, heads, queries, total)
+        allowed = mask.visible(batch, heads, queries, total, device)
         if allowed is not None:
-            if allowed.device != device:
-                raise ValueError(f"mask must be on the device of the input {device}, got {allowed.device}")
             if key_positions is not None and allowed.shape[-1] > 1:
                 allowed = allowed.index_select(-1, key_positions)
             visible = allowed if visible is None else visible & allowed

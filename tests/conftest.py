@@ -1,11 +1,15 @@
-"""One thread, a fixed seed, no network."""
+"""One thread, a fixed seed, no network, and Triton's interpreter where there is no GPU."""
 
+import os
 import socket
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# Read when a kernel is decorated, so it has to be there before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ from attnzoo.modules.structure import (
     keep_rows,
     surviving_heads,
 )
+from attnzoo.ops.latent_attention import latent_attention
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, layout, rotate
 
@@ -375,13 +376,11 @@ class MultiHeadLatentAttention(nn.Module):
         reads = torch.tensor(self._reads(), device=q.device)
         key, value = key.index_select(0, reads).to(q.dtype), value.index_select(0, reads).to(q.dtype)
         query = torch.einsum("bthd,hdr->bthr", q, key)
-        if q_rope.shape[-1]:
-            query = torch.cat([query, self._placed(q_rope)], dim=-1)
-        # The latent stands in for the value as a whole: a slice of it would be copied by the fused kernels.
-        u = softmax_attention(
-            query, latent, latent, causal=self.causal, mask=mask, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0, query_start=start, backend=self.backend,
-        )[..., : self.kv_lora_rank]  # fmt: skip
+        u = latent_attention(
+            query, self._placed(q_rope) if q_rope.shape[-1] else None, latent, latent_width=self.kv_lora_rank,
+            causal=self.causal, mask=mask, scale=self.scale, dropout=self.dropout if self.training else 0.0,
+            query_start=start, backend=self.backend,
+        )  # fmt: skip
         out = torch.einsum("bthr,hdr->bthd", u, value)
         if bias is None:
             return out

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.backends import choose, triton_obstacle
+from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, as_mask, visibility
 from attnzoo.ops.flash import flash_attention, flash_obstacle
+from attnzoo.ops.fused import decoded_attention, decodes, fused_attention, fused_obstacle
 from attnzoo.ops.precision import without_autocast
 
 
@@ -37,6 +38,7 @@ def softmax_attention(
     q_extra: Tensor | None = None,
     k_extra: Tensor | None = None,
     head_scale: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout: float = 0.0,
     key_positions: Tensor | None = None,
     query_start: int | None = None,
@@ -48,7 +50,7 @@ def softmax_attention(
 
         s = scale * (q_i . k_j + q_extra_i . k_extra_j)
         s = softcap * tanh(s / softcap)
-        s = s - alibi_slopes[h] * |i - j|
+        s = s - alibi_slopes[h] * |i - j| + bias
         s = -inf where causality, window or mask forbid
         o_i = head_scale[h] * sum_j exp(s_ij) v_j / (exp(sink_h) + sum_j exp(s_ij))
 
@@ -69,6 +71,7 @@ def softmax_attention(
         q_extra: (B, T, H, R); with k_extra a part of the score whose keys all heads share.
         k_extra: (B, S, 1, R).
         head_scale: factor of each head's output, (H,) or (B, H).
+        bias: floating tensor broadcastable to (B, H, T, S), added to the scores.
         dropout: probability of dropping a weight.
         key_positions: (S,) indices of the keys, for a ring buffer. Default: 0 .. S - 1.
         query_start: index of the first query. Default: S - T, so a cached prefix needs no special case.
@@ -82,6 +85,7 @@ def softmax_attention(
     _check(q, k, v, q_extra, k_extra, causal and query_start is None)
     B, T, H, D = q.shape
     S = k.shape[1]
+    _check_factors(head_scale, bias, (B, H, T, S))
     if query_start is None:
         query_start = S - T
     if scale is None:
@@ -90,7 +94,13 @@ def softmax_attention(
         "causal": causal, "mask": mask, "softcap": softcap, "alibi_slopes": alibi_slopes, "window": window,
         "sink_tokens": sink_tokens, "sinks": sinks, "dropout": dropout, "key_positions": key_positions,
     }  # fmt: skip
-    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, q_extra, features))
+    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, q_extra, bias, features))
+    if chosen == "triton":
+        del features["dropout"]
+        fused = {**features, "q_extra": q_extra, "k_extra": k_extra, "head_scale": head_scale}
+        if bias is None and decodes(q, k, mask, (q, k, v, q_extra, k_extra, sinks, head_scale)):
+            return decoded_attention(q, k, v, scale=scale, query_start=query_start, **fused)
+        return fused_attention(q, k, v, scale=scale, query_start=query_start, bias=bias, **fused)[0]
     if scale <= 0 and chosen in ("flash", "sdpa"):
         # These kernels scale after masking, and -inf times such a scale is inf or nan.
         q, q_extra, scale = q * scale, None if q_extra is None else q_extra * scale, 1.0
@@ -104,18 +114,19 @@ def softmax_attention(
         device = q.device
         # torch's own causal rule is aligned to the top left, so it serves only square calls.
         square = chosen == "sdpa" and causal and T == S and query_start == 0 and key_positions is None
-        is_causal = square and mask is None and window is None and alibi_slopes is None and sinks is None
+        plain = mask is None and window is None and alibi_slopes is None and sinks is None and bias is None
+        is_causal = square and plain
         visible = None
         if not is_causal:
             visible = visibility(
                 mask, (B, H, T, S), causal=causal, window=window, sink_tokens=sink_tokens,
                 query_start=query_start, key_positions=key_positions, device=device,
             )  # fmt: skip
-        bias = None
         if alibi_slopes is not None:
             i = torch.arange(query_start, query_start + T, device=device)[:, None]
             j = torch.arange(S, device=device) if key_positions is None else key_positions
-            bias = -alibi_slopes[:, None, None] * (i - j).abs()
+            distance = -alibi_slopes[:, None, None] * (i - j).abs()
+            bias = distance if bias is None else distance + bias
         if chosen == "sdpa":
             q, k = _join(q, k, q_extra, k_extra)
             out = _sdpa(q, k, v, scale, is_causal, visible, bias, sinks, dropout)
@@ -145,7 +156,7 @@ def softmax_attention_reference(
 ) -> Tensor:
     """The definition: plain PyTorch, float64 capable, differentiable twice.
 
-    bias (H, T, S) is added to the scores and visible, boolean and broadcastable to (B, H, T, S), selects
+    bias, broadcastable to (B, H, T, S), is added to the scores and visible, boolean and as broadcastable, selects
     them; the rest is as in `softmax_attention`. Stores (B, H, T, S) for the backward pass.
     """
     high = torch.promote_types(q.dtype, torch.float32)
@@ -237,12 +248,13 @@ def _append_sink(
     if visible is not None:
         visible = F.pad(visible.expand(*visible.shape[:-1], S), (0, 1), value=True)
     if bias is not None:
-        bias = F.pad(bias, (0, 1))
+        bias = F.pad(bias.expand(*bias.shape[:-1], S), (0, 1))
     if isinstance(sinks, Tensor) or sinks != 0.0:
         if bias is None:
             bias = k.new_zeros(heads, queries, S + 1, dtype=torch.promote_types(k.dtype, torch.float32))
         column = torch.as_tensor(sinks, dtype=bias.dtype, device=bias.device).reshape(-1, 1, 1)
-        bias = torch.cat([bias[..., :-1], column.expand(heads, queries, 1)], dim=-1)
+        column = column.expand(*bias.shape[:-3], heads, queries, 1)
+        bias = torch.cat([bias[..., :-1].expand(*column.shape[:-1], S), column], dim=-1)
     return k, v, visible, bias
 
 
@@ -259,16 +271,22 @@ def _obstacles(
     k: Tensor,
     v: Tensor,
     q_extra: Tensor | None,
+    bias: Tensor | None,
     features: dict[str, Any],
 ) -> dict[str, Callable[[], str | None]]:
-    """The backends from fastest to slowest, each with why it cannot serve this call."""
+    """The backends in the order in which "auto" asks them, each with why it cannot serve this call."""
 
     def flash() -> str | None:
         if not q.is_cuda:
             return f"needs CUDA tensors, got {q.device.type}"
+        if bias is not None:
+            return "flash-attn adds no bias tensor"
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         joined = q if q_extra is None else torch.cat([q, q_extra], dim=-1)
         return flash_obstacle(joined, k, v, head_scale=None, needs_grad=needs_grad, **features)
+
+    def triton() -> str | None:
+        return fused_obstacle(q, v, q_extra, features["dropout"])
 
     def sdpa() -> str | None:
         sinks = features["sinks"]
@@ -280,7 +298,24 @@ def _obstacles(
             return f"an empty call is left to eager, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         return None
 
-    return {"flash": flash, "triton": triton_obstacle, "sdpa": sdpa, "eager": lambda: None}
+    if not q.is_cuda:
+        # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
+        return {"flash": flash, "sdpa": sdpa, "eager": lambda: None, "triton": triton}
+    return {"flash": flash, "sdpa": sdpa, "triton": triton, "eager": lambda: None}
+
+
+def _check_factors(head_scale: Tensor | None, bias: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    """Refuse a head scale or a bias that does not fit (B, H, T, S)."""
+    B, H = shape[:2]
+    if head_scale is not None and tuple(head_scale.shape) not in ((H,), (B, H)):
+        raise ValueError(f"head_scale must be ({H},) or ({B}, {H}), got shape {tuple(head_scale.shape)}")
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise ValueError(f"bias must be a floating tensor, got {bias.dtype}")
+    fits = bias.ndim <= 4 and all(size in (1, full) for size, full in zip(bias.shape[::-1], shape[::-1], strict=False))
+    if not fits:
+        raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
 
 
 def _check(

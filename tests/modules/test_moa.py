@@ -33,25 +33,27 @@ def sample(tokens=T):
     return torch.randn(2, tokens, E, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
-def test_stored_figures(backend):
+def stored():
+    """Tensors, configuration and the differences of a float32 run."""
     with safe_open(GOLDEN, "pt") as file:
         t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config, single = (json.loads(file.metadata()[key]) for key in ("config", "f32_vs_f64_max_abs"))
+        return t, *(json.loads(file.metadata()[key]) for key in ("config", "f32_vs_f64_max_abs"))
+
+
+def golden_module(dtype=torch.float32, **options):
+    t, config, _ = stored()
     names = ("num_experts", "num_experts_per_tok", "heads_per_expert", "bias", "out_bias", "causal", "gate_mode")
-    options = {name: config[name] for name in names}
-    weights = {k.removeprefix("weights."): v for k, v in t.items() if k.startswith("weights.")}
+    sizes = (config["embed_dim"], None, config["num_kv_heads"], config["head_dim"])
+    attn = MixtureOfAttentionHeads(*sizes, dtype=dtype, **{name: config[name] for name in names}, **options)
+    attn.load_state_dict({k.removeprefix("weights."): v for k, v in t.items() if k.startswith("weights.")})
+    return attn
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_stored_figures(backend):
+    t, _, single = stored()
     for dtype in (torch.float64, torch.float32):
-        attn = MixtureOfAttentionHeads(
-            config["embed_dim"],
-            None,
-            config["num_kv_heads"],
-            config["head_dim"],
-            backend=backend,
-            dtype=dtype,
-            **options,
-        )
-        attn.load_state_dict(weights)
+        attn = golden_module(dtype, backend=backend)
         x = t["input.x"].to(dtype)
         results = gradients(attn, x, t["input.w"].to(dtype))
         found = {"output.y": results.pop("y"), **{f"grad.{key}": value for key, value in results.items()}}

@@ -40,18 +40,27 @@ def grouped(attn):
     return gqa
 
 
-@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"sparse": True}])
-def test_stored_figures(options):
+def stored():
+    """Tensors, configuration and the differences of a float32 run."""
     with safe_open(GOLDEN, "pt") as file:
         t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config, single = (json.loads(file.metadata()[key]) for key in ("config", "f32_vs_f64_max_abs"))
+        return t, *(json.loads(file.metadata()[key]) for key in ("config", "f32_vs_f64_max_abs"))
+
+
+def golden_module(dtype=torch.float32, **options):
+    t, config, _ = stored()
     names = ("num_shared_heads", "num_routed_active", "router", "gate_form", "bias", "causal")
     sizes = [config[name] for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim")]
-    attn = MixtureOfHeadAttention(*sizes, **{name: config[name] for name in names}, **options)
-    weights = {k.removeprefix("weights."): v for k, v in t.items() if k.startswith("weights.")}
+    attn = MixtureOfHeadAttention(*sizes, **{name: config[name] for name in names}, dtype=dtype, **options)
+    attn.load_state_dict({k.removeprefix("weights."): v for k, v in t.items() if k.startswith("weights.")})
+    return attn
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"sparse": True}])
+def test_stored_figures(options):
+    t, _, single = stored()
     for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, None)):
-        attn = attn.to(dtype)
-        attn.load_state_dict(weights)
+        attn = golden_module(dtype, **options)
         x = t["input.x"].to(dtype)
         gates, selected, probability = attn.gates(x, attn.project(x)[0])
         found = {"output.gates": gates.detach()}

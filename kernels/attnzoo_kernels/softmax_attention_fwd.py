@@ -1,0 +1,181 @@
+"""Softmax attention, forward.
+
+    s_ij = softcap(scale (q_i k_j + qx_i kx_j)) - slope |i - j| + bias_ij, -inf where invisible
+    lse_i = log(exp(sink) + sum_j exp(s_ij)),  o_i = gain sum_j exp(s_ij - lse_i) v_j
+
+For the backward pass a row's largest score (times log2(e)) and the inverse of its denominator are kept apart: weights
+from them are as exact as those of a softmax, where exp(s - lse) carries the rounding of lse.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnzoo_kernels.primitives import LN2, LOG2E, softmax_step
+from attnzoo_kernels.softmax_attention_tiles import key_ranges, pair_scores, segment_of
+
+
+@triton.jit
+def walk_keys(
+    acc, m, l, lo, hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr, positions_ptr, slope,
+    stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+    T, S, scale, softcap, window, sink_tokens,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over key tiles lo, lo + BLOCK_S, ... < hi."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    for start in range(lo, hi, BLOCK_S):
+        o_s = start + tl.arange(0, BLOCK_S)
+        row = o_s.to(tl.int64)
+        inside = o_s < S
+        if MASKED:
+            k_mask = inside[None, :] & (o_d < D)[:, None]
+            v_mask = inside[:, None] & (o_dv < DV)[None, :]
+            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None], mask=k_mask, other=0.0)
+        elif D == BLOCK_D:
+            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None])
+        else:
+            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None], mask=(o_d < D)[:, None], other=0.0)
+        s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
+        if R > 0:
+            o_r = tl.arange(0, BLOCK_R)
+            kx_mask = inside[None, :] & (o_r < R)[:, None]
+            b_kx = tl.load(kx_ptr + row[None, :] * stride_kxs + o_r[:, None], mask=kx_mask, other=0.0)
+            s = tl.dot(b_qx, b_kx, acc=s, input_precision=PRECISION)
+        j = o_s
+        if positions_ptr is not None:
+            j = tl.load(positions_ptr + o_s, mask=inside, other=0)
+        s, _ = pair_scores(
+            s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None],
+            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, scale, softcap, slope, window,
+            sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
+        )  # fmt: skip
+        p, shrink, m, l = softmax_step(s * LOG2E, m, l)
+        if MASKED:
+            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
+        elif DV == BLOCK_DV:
+            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :])
+        else:
+            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=(o_dv < DV)[None, :], other=0.0)
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc=acc * shrink[:, None], input_precision=PRECISION)
+    return acc, m, l
+
+
+# grid (B * H * tiles of T): one program owns BLOCK_T queries of one head and walks the keys that they see from left
+# to right with a running max m, denominator l and numerator acc. Scores (T, S), the repeated keys and values of a
+# group, and a copy of the shared key for every head never exist. Causal tiles start with the longest.
+@triton.jit
+def softmax_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, gain_ptr, lengths_ptr, first_ptr,
+    last_ptr, positions_ptr, o_ptr, lse_ptr, top_ptr, norm_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    stride_qxb, stride_qxt, stride_qxh, stride_kxb, stride_kxs, stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh,
+    T, S, H, GROUP, scale, softcap, window, sink_tokens, query_start,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_T)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    g = h // GROUP
+    t_0 = tile * BLOCK_T
+    o_t = t_0 + tl.arange(0, BLOCK_T)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    row = o_t.to(tl.int64)
+    i = query_start + o_t
+    ALIBI: tl.constexpr = slopes_ptr is not None
+    SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    TENSOR: tl.constexpr = (bias_ptr is not None) or (mask_ptr is not None)
+    DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if TENSOR else 0)
+
+    q_mask = (o_t < T)[:, None] & (o_d < D)[None, :]
+    q_at = b * stride_qb + h * stride_qh + row[:, None] * stride_qt + o_d[None, :]
+    b_q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
+    b_qx = b_q
+    if R > 0:
+        o_r = tl.arange(0, BLOCK_R)
+        qx_mask = (o_t < T)[:, None] & (o_r < R)[None, :]
+        b_qx = tl.load(
+            qx_ptr + b * stride_qxb + h * stride_qxh + row[:, None] * stride_qxt + o_r[None, :], mask=qx_mask, other=0.0
+        )
+        kx_ptr += b * stride_kxb
+    k_ptr += b * stride_kb + g * stride_kg
+    v_ptr += b * stride_vb + g * stride_vg
+    if bias_ptr is not None:
+        bias_ptr += b * stride_bb + h * stride_bh
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mb + h * stride_mh
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + h)
+    first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
+
+    m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_DV], tl.float32)
+    sink_lo, sink_hi, lo, full_lo, full_hi, hi = key_ranges(
+        b, t_0, T, S, query_start, window, sink_tokens, lengths_ptr, first_ptr, last_ptr,
+        CAUSAL, WINDOW, SINK_TOKENS, DENSE, BLOCK_T, BLOCK_S,
+    )  # fmt: skip
+    if SINK_TOKENS:
+        acc, m, l = walk_keys(
+            acc, m, l, sink_lo, sink_hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
+            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
+            True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+    if WINDOW or SEGMENT:
+        acc, m, l = walk_keys(
+            acc, m, l, lo, full_lo, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
+            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
+            True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+    if DENSE == 0:
+        acc, m, l = walk_keys(
+            acc, m, l, full_lo, full_hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
+            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
+            False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+    acc, m, l = walk_keys(
+        acc, m, l, full_hi, hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
+        positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+        T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
+        True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+    )  # fmt: skip
+
+    seen = l > 0
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h) * LOG2E
+        top = tl.maximum(m, sink)
+        shrink = tl.exp2(m - top)
+        acc = acc * shrink[:, None]
+        l = l * shrink + tl.exp2(sink - top)
+        m = top
+    norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+    top = tl.where(l > 0, m, 0.0)
+    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+    factor = tl.where(seen, norm, 0.0)
+    if gain_ptr is not None:
+        factor *= tl.load(gain_ptr + b * stride_gb + h * stride_gh)
+    o_at = (b * T + row[:, None]) * H * DV + h * DV + o_dv[None, :]
+    o_mask = (o_t < T)[:, None] & (o_dv < DV)[None, :]
+    tl.store(o_ptr + o_at, (acc * factor[:, None]).to(o_ptr.dtype.element_ty), mask=o_mask)
+    at = bh.to(tl.int64) * T + o_t
+    tl.store(lse_ptr + at, lse, mask=o_t < T)
+    tl.store(top_ptr + at, top, mask=o_t < T)
+    tl.store(norm_ptr + at, norm, mask=o_t < T)

@@ -1,0 +1,164 @@
+"""Softmax attention, the part that forward and backward share: which tiles exist, and a tile's scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnzoo_kernels.primitives import finish_scores, visible
+
+
+@triton.jit
+def segment_of(b, o, n, S, lengths_ptr, first_ptr, last_ptr):
+    """Keys that rows o of batch b may see as far as padding and packing go: first <= j < last, int32 like o.
+
+    first_ptr and last_ptr hold (B, n) bounds of packed documents, lengths_ptr (B,) real keys of each row.
+    """
+    first = o * 0
+    last = o * 0 + S
+    if first_ptr is not None:
+        first = tl.load(first_ptr + b * n + o, mask=o < n, other=0)
+        last = tl.load(last_ptr + b * n + o, mask=o < n, other=0)
+    if lengths_ptr is not None:
+        last = tl.minimum(last, tl.load(lengths_ptr + b))
+    return first, last
+
+
+@triton.jit
+def key_ranges(
+    b, t_0, T, S, query_start, window, sink_tokens, lengths_ptr, first_ptr, last_ptr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Keys that a tile of queries t_0 .. visits: (sink_hi, lo, full_lo, full_hi, hi) and the first sink tile.
+
+    Tiles in [full_lo, full_hi) need no mask, those in [lo, full_lo) and [full_hi, hi) do, and so do the tiles with
+    sink tokens that lie before lo, [sink_lo, sink_hi). Everything else is never read. With DENSE (a mask or bias
+    tensor, or keys in any order) every tile needs the mask.
+    """
+    t_1 = tl.minimum(t_0 + BLOCK_T, T)
+    i_0 = query_start + t_0
+    i_1 = query_start + t_1
+    lo = 0
+    hi = S
+    if DENSE == 2:
+        return 0, 0, lo, lo, lo, hi
+    start = 0
+    if first_ptr is not None:
+        start = tl.load(first_ptr + b * T + t_0)
+        lo = start
+        hi = tl.minimum(hi, tl.load(last_ptr + b * T + t_1 - 1))
+    if lengths_ptr is not None:
+        hi = tl.minimum(hi, tl.load(lengths_ptr + b))
+    if CAUSAL:
+        hi = tl.minimum(hi, i_1)
+    if WINDOW:
+        lo = tl.maximum(lo, i_0 - window + 1)
+        if not CAUSAL:
+            hi = tl.minimum(hi, i_1 - 1 + window)
+    full_lo = lo
+    full_hi = hi
+    if CAUSAL:
+        full_hi = tl.minimum(full_hi, i_0 + 1)
+    if WINDOW:
+        full_lo = tl.maximum(full_lo, i_1 - window)
+        if not CAUSAL:
+            full_hi = tl.minimum(full_hi, i_0 + window)
+    if first_ptr is not None:
+        full_lo = tl.maximum(full_lo, tl.load(first_ptr + b * T + t_1 - 1))
+        full_hi = tl.minimum(full_hi, tl.load(last_ptr + b * T + t_0))
+    lo = lo // BLOCK_S * BLOCK_S
+    hi = tl.maximum(hi, lo)
+    full_lo = (full_lo + BLOCK_S - 1) // BLOCK_S * BLOCK_S
+    full_hi = tl.maximum(full_hi, 0) // BLOCK_S * BLOCK_S
+    if DENSE:
+        full_hi = lo
+    none = full_hi <= full_lo
+    full_lo = tl.where(none, lo, full_lo)
+    full_hi = tl.where(none, lo, full_hi)
+    sink_lo = 0
+    sink_hi = 0
+    if SINK_TOKENS:
+        sink_lo = start // BLOCK_S * BLOCK_S
+        sink_hi = tl.minimum(start + sink_tokens, lo)
+    return sink_lo, sink_hi, lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def query_ranges(
+    b, s_0, T, S, query_start, window, sink_tokens, lengths_ptr, first_ptr, last_ptr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Queries that visit a tile of keys s_0 .., as (lo, full_lo, full_hi, hi); see `key_ranges`."""
+    s_1 = tl.minimum(s_0 + BLOCK_S, S)
+    lo = 0
+    hi = T
+    if DENSE == 2:
+        return lo, lo, lo, hi
+    full_lo = 0
+    full_hi = T
+    if CAUSAL:
+        lo = tl.maximum(lo, s_0 - query_start)
+        full_lo = tl.maximum(full_lo, s_1 - 1 - query_start)
+    if WINDOW:
+        near_hi = tl.minimum(hi, s_1 - 1 + window - query_start)
+        near_lo = lo
+        if not CAUSAL:
+            near_lo = tl.maximum(lo, s_0 - window + 1 - query_start)
+            full_lo = tl.maximum(full_lo, s_1 - window - query_start)
+        if SINK_TOKENS:
+            o_s = s_0 + tl.arange(0, BLOCK_S)
+            first = o_s * 0
+            if first_ptr is not None:
+                first = tl.load(first_ptr + b * T + o_s, mask=o_s < S, other=S)
+            sinks = tl.sum((o_s - first < sink_tokens).to(tl.int32), 0) > 0
+            near_hi = tl.where(sinks, hi, near_hi)
+            near_lo = tl.where(sinks, lo, near_lo)
+        hi = near_hi
+        lo = near_lo
+        full_hi = tl.minimum(full_hi, s_0 + window - query_start)
+    if first_ptr is not None:
+        lo = tl.maximum(lo, tl.load(first_ptr + b * T + s_0))
+        hi = tl.minimum(hi, tl.load(last_ptr + b * T + s_1 - 1))
+        full_lo = tl.maximum(full_lo, tl.load(first_ptr + b * T + s_1 - 1))
+        full_hi = tl.minimum(full_hi, tl.load(last_ptr + b * T + s_0))
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + b)
+        hi = tl.where(s_0 >= length, lo, hi)
+        full_hi = tl.where(s_1 > length, 0, full_hi)
+    lo = lo // BLOCK_T * BLOCK_T
+    hi = tl.maximum(hi, lo)
+    full_lo = tl.maximum((full_lo + BLOCK_T - 1) // BLOCK_T * BLOCK_T, lo)
+    full_hi = tl.maximum(tl.minimum(full_hi, hi), 0) // BLOCK_T * BLOCK_T
+    if DENSE:
+        full_hi = lo
+    none = full_hi <= full_lo
+    full_lo = tl.where(none, lo, full_lo)
+    full_hi = tl.where(none, lo, full_hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def pair_scores(
+    s, o_t, o_s, i, j, first, last, bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms,
+    T, S, scale, softcap, slope, window, sink_tokens,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Products s of a tile -> its scores, -inf where invisible, and the capped scores.
+
+    o_t, o_s count queries and keys, i and j are their indices; all broadcast to s.
+    """
+    s, capped = finish_scores(s, i, j, scale, softcap, slope, SOFTCAP, ALIBI)
+    if MASKED:
+        inside = (o_t < T) & (o_s < S)
+        if bias_ptr is not None:
+            at = o_t.to(tl.int64) * stride_bt + o_s.to(tl.int64) * stride_bs
+            s += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        ok = inside & visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
+        if mask_ptr is not None:
+            at = o_t.to(tl.int64) * stride_mt + o_s.to(tl.int64) * stride_ms
+            ok = ok & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+        s = tl.where(ok, s, float("-inf"))
+    return s, capped
