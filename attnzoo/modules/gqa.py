@@ -31,8 +31,9 @@ from attnzoo.modules.structure import (
     keep_rows,
     surviving_heads,
 )
+from attnzoo.ops.head_prologue import head_prologue
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.rotary import Rotary
 
 
 class GroupedQueryAttention(nn.Module):
@@ -231,25 +232,15 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = self.project(x, context)
         if cache is not None:
             check_cache(cache, KeyValueCache, self.causal, context, mask)
-        if self.q_norm is not None and self.k_norm is not None:
-            # In the weights' dtype: under autocast q and k are half precision and the norms are float32.
-            high = self.q_norm.weight.dtype
-            q, k = self.q_norm(q.to(high)).to(q.dtype), self.k_norm(k.to(high)).to(k.dtype)
+        q_table = k_table = None
         if self.rope is not None:
             limit = None if cache is None else cache.max_length
             q_table, k_table = rotary_tables(
-                self.rope,
-                self.rope_dim,
-                q,
-                k,
-                positions,
-                mask,
-                cross=context is not None,
-                past=past,
-                limit=limit,
+                self.rope, self.rope_dim, q, k, positions, mask, cross=context is not None, past=past, limit=limit
             )
-            q = rotate(q, *q_table, self.rope.style)
-            k = rotate(k, *k_table, self.rope.style)
+        style = "half" if self.rope is None else self.rope.style
+        q = head_prologue(q, norm=self.q_norm, table=q_table, style=style, backend=self.backend)
+        k = head_prologue(k, norm=self.k_norm, table=k_table, style=style, backend=self.backend)
         key_positions = None
         if cache is not None:
             k, v, key_positions = cache.append(k, v)

@@ -31,8 +31,9 @@ from attnzoo.modules.structure import (
     keep_rows,
     surviving_heads,
 )
+from attnzoo.ops.head_prologue import head_prologue
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.rotary import Rotary
 
 
 class GroupedTiedAttention(nn.Module):
@@ -201,8 +202,9 @@ class GroupedTiedAttention(nn.Module):
                 self.rope, self.rope_head_dim, q, k, positions, mask, cross=context is not None, past=past,
                 limit=limit,
             )  # fmt: skip
-            q_rope = rotate(q[..., self.nope_head_dim :], *q_table, self.rope.style)
-            k_rope = rotate(k_rope, *k_table, self.rope.style)
+            turn: dict[str, Any] = {"style": self.rope.style, "backend": self.backend}
+            q_rope = head_prologue(q[..., self.nope_head_dim :], table=q_table, **turn)
+            k_rope = head_prologue(k_rope, table=k_table, **turn)
         else:
             # Empty, and made in the input's dtype, which under autocast is not that of the projections.
             k_rope = k_rope.to(v.dtype)

@@ -15,7 +15,8 @@ from attnzoo.cache import TokenCache, UntiedCache
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
-from attnzoo.ops.head_mixing import compose_projection, knock_linear, knock_mlp
+from attnzoo.ops.head_mixing import compose_projection
+from attnzoo.ops.head_prologue import head_prologue
 from attnzoo.rotary import Rotary
 
 VARIANTS: dict[str, tuple[str | None, str | None, str | None]] = {
@@ -46,9 +47,9 @@ class HeadMap(nn.Module):
         with torch.no_grad():
             self.weight.mul_(self.start)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z (..., D) -> (..., D)."""
-        return knock_linear(z, self.weight)
+    def forward(self, z: Tensor, backend: str = "auto") -> Tensor:
+        """z (..., D) -> (..., D); (B, T, N, D) for backend "triton"."""
+        return head_prologue(z, linear=self.weight, backend=backend)
 
 
 class GatedHeadMap(nn.Module):
@@ -65,9 +66,10 @@ class GatedHeadMap(nn.Module):
         for part in (self.up_proj, self.gate_proj, self.down_proj):
             part.reset_parameters()
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z (..., D) -> (..., D)."""
-        return knock_mlp(z, self.up_proj.weight, self.gate_proj.weight, self.down_proj.weight)
+    def forward(self, z: Tensor, backend: str = "auto") -> Tensor:
+        """z (..., D) -> (..., D); (B, T, N, D) for backend "triton"."""
+        mlp = self.up_proj.weight, self.gate_proj.weight, self.down_proj.weight
+        return head_prologue(z, mlp=mlp, backend=backend)
 
 
 class KnockingHeadsAttention(nn.Module):
@@ -286,7 +288,9 @@ def _options_of(base: str, kind: type[nn.Module], given: dict[str, Any]) -> dict
     return {name: value for name, value in given.items() if name in own}
 
 
-def _map_after(projection: nn.Linear, head_map: HeadMap | GatedHeadMap | None, source: Tensor, width: int) -> Tensor:
+def _map_after(
+    projection: nn.Linear, head_map: HeadMap | GatedHeadMap | None, source: Tensor, width: int, backend: str
+) -> Tensor:
     """Heads (B, T, N, width) of source (B, T, E): projected, then mapped.
 
     Two linear maps in a row are multiplied first where that is cheaper, which it is from B T > E on. It also
@@ -298,7 +302,7 @@ def _map_after(projection: nn.Linear, head_map: HeadMap | GatedHeadMap | None, s
         weight, bias = compose_projection(projection.weight, projection.bias, head_map.weight)
         return F.linear(source, weight, bias).view(B, T, -1, width)
     z: Tensor = projection(source).view(B, T, projection.out_features // width, width)
-    return z if head_map is None else head_map(z)
+    return z if head_map is None else head_map(z, backend)
 
 
 def _folded(linear: nn.Linear, head_map: nn.Module | None) -> dict[str, Tensor]:
@@ -329,9 +333,9 @@ class _KnockingGrouped(KnockingHeadsAttention, GroupedQueryAttention):
         """Queries, keys and values after the shared maps, before norm and rotation."""
         key, value = self.sources(x, context)
         return (
-            _map_after(self.q_proj, self.q_knock, x, self.head_dim),
-            _map_after(self.k_proj, self.k_knock, key, self.head_dim),
-            _map_after(self.v_proj, self.v_knock, value, self.v_head_dim),
+            _map_after(self.q_proj, self.q_knock, x, self.head_dim, self.backend),
+            _map_after(self.k_proj, self.k_knock, key, self.head_dim, self.backend),
+            _map_after(self.v_proj, self.v_knock, value, self.v_head_dim, self.backend),
         )
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
@@ -369,10 +373,10 @@ class _KnockingTied(KnockingHeadsAttention, GroupedTiedAttention):
         source = self.source(x, context)
         q = self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)
         if self.knock_scope == "tied":
-            v = k = _map_after(self.kv_proj, self.v_knock, source, self.head_dim)
+            v = k = _map_after(self.kv_proj, self.v_knock, source, self.head_dim, self.backend)
         else:
             k = self.kv_proj(source).view(*source.shape[:2], self.num_kv_heads, self.head_dim)
-            v = k if self.v_knock is None else self.v_knock(k)
+            v = k if self.v_knock is None else self.v_knock(k, self.backend)
         return q, k[..., : self.nope_head_dim], v, self.rotary_key(source)
 
     @property
@@ -443,12 +447,13 @@ class _KnockingLatent(KnockingHeadsAttention, MultiHeadLatentAttention):
         if self.q_knock is None:
             return q
         width = self.qk_nope_head_dim
-        return torch.cat([self.q_knock(q[..., :width]), q[..., width:]], dim=-1)
+        return torch.cat([self.q_knock(q[..., :width], self.backend), q[..., width:]], dim=-1)
 
     def expand(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """As the base's, after the shared maps."""
         k, v = super().expand(c)
-        return (k if self.k_knock is None else self.k_knock(k)), (v if self.v_knock is None else self.v_knock(v))
+        k = k if self.k_knock is None else self.k_knock(k, self.backend)
+        return k, v if self.v_knock is None else self.v_knock(v, self.backend)
 
     def expansion(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """As the base's, with the maps multiplied in."""

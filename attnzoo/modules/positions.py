@@ -9,7 +9,7 @@ from attnzoo.masks import AttentionMask
 from attnzoo.rotary import Rotary, rotary_range_table, rotary_table
 
 Table = tuple[Tensor, Tensor]
-"""a cos and a sin, each (T, n) or (B, T, n)."""
+"""cos and sin factors of every rotated feature, each (T, r) or (B, T, r)."""
 
 
 def rotary_tables(

@@ -34,7 +34,14 @@ CASES = [
     *[(name, "plain") for name in SOFTMAX if name != "gqa"],
     ("kha-mla", "no-rope"),
     ("mla", "no-rope"),
+    ("kha", "qk-norm"),
+    ("kha-linear", "qk-norm"),
+    ("kha", "mlp on all"),
 ]
+MORE: dict[str, dict[str, object]] = {
+    **OPTIONS,
+    "mlp on all": {"variant": "mlp_qkv", "qk_norm": True, "rope": attnzoo.Rotary(style="interleaved", dim=4)},
+}
 
 
 def outcome(module: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], **call: object) -> list[Tensor]:
@@ -46,12 +53,10 @@ def outcome(module: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_outputs_and_gradients(name: str, option: str, causal: bool) -> None:
-    if not causal and option != "plain":
-        causal_only = ("dcmha-folded",)
-        if name in causal_only or option not in ("window-sinks", "alibi"):
-            pytest.skip("one direction is enough for this pair")
+    if not causal and option not in ("plain", "window-sinks", "alibi"):
+        pytest.skip("one direction is enough for this pair")
     made = {
-        backend: build(name, dtype=torch.float32, causal=causal, backend=backend, **OPTIONS[option]).to(DEVICE)
+        backend: build(name, dtype=torch.float32, causal=causal, backend=backend, **MORE[option]).to(DEVICE)
         for backend in ("eager", "triton")
     }
     names = [n for n, _ in made["eager"].named_parameters()]
