@@ -7,6 +7,7 @@ that normalisation is used throughout. For a product P of such matrices lambda i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -54,6 +55,7 @@ def mp_cdf(x: Tensor, gamma: float, sigma2: float = 1.0) -> Tensor:
     return torch.where(x >= high, torch.ones_like(result), result)
 
 
+@functools.lru_cache(maxsize=256)
 def mp_median(gamma: float) -> float:
     """Median of the law with s2 = 1, by bisection."""
     low, high = mp_edges(gamma)

@@ -294,6 +294,16 @@ def disagreement(kind: str, *, pattern: Tensor | None = None, vectors: Tensor | 
     return -float(output_cosine(vectors, mask).mean())
 
 
+def attention_agreement(pattern: Tensor, mask: Tensor | None = None) -> float:
+    """Mean inner product of the patterns of a layer's heads: minus `disagreement` "position"."""
+    return -disagreement("position", pattern=pattern, mask=mask)
+
+
+def output_agreement(outputs: Tensor, mask: Tensor | None = None) -> float:
+    """Mean cosine of the outputs (B, H, T, Dv) of a layer's heads: minus `disagreement` "output"."""
+    return -disagreement("output", vectors=outputs, mask=mask)
+
+
 def head_diversity(pairs: Tensor) -> float:
     """Mean of a pair matrix off its diagonal."""
     heads = pairs.shape[0]

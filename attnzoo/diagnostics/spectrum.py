@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.attention_layers import attention_layers
 from attnzoo.diagnostics.marchenko_pastur import (
     QUANTILES,
     bbp,
@@ -30,6 +32,7 @@ from attnzoo.modules.mla import MultiHeadLatentAttention
 
 NULLS = ("mp", "product", "simulate")
 EDGES = ("tw", "mp", "ww")
+Factors = list[tuple[Tensor, Tensor]]
 _LEAST = 8
 _DRAWS = 8
 
@@ -67,6 +70,7 @@ class SpectrumRecord:
         spectral_entropy: that entropy over its largest possible value.
         ks_bulk: Kolmogorov-Smirnov distance of the rest to the law, of null "mp".
         spikes: the outliers, largest first, of null "mp".
+        dims: sizes N_0, ..., N_L of the factors, of null "product".
         layer: name of the module, where it came from a model.
         head: query head, or None for a whole layer.
         matrix: which matrix.
@@ -92,6 +96,7 @@ class SpectrumRecord:
     spectral_entropy: float = math.nan
     ks_bulk: float | None = None
     spikes: tuple[Spike, ...] = ()
+    dims: tuple[int, ...] | None = None
     layer: str | None = None
     head: int | None = None
     matrix: str = "weight"
@@ -101,6 +106,34 @@ class SpectrumRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `analyze_matrix` that do not depend on the matrix, checked."""
+
+    estimator: str = "bulk"
+    edge: str = "tw"
+    level: float = 0.99
+    quantile: float | None = None
+    rank_rtol: float | None = None
+    keep_eigenvalues: bool = False
+    effective_rank_of: str = "eigenvalues"
+
+    def __post_init__(self) -> None:
+        if self.edge not in EDGES:
+            raise ValueError(f"edge must be one of {', '.join(map(repr, EDGES))}, got {self.edge!r}")
+        if self.effective_rank_of not in ("eigenvalues", "sv"):
+            raise ValueError(f"effective_rank_of must be 'eigenvalues' or 'sv', got {self.effective_rank_of!r}")
+        if self.quantile is None and self.level not in QUANTILES:
+            raise ValueError(
+                f"level must be one of {', '.join(map(str, QUANTILES))} unless quantile is given, got {self.level}"
+            )
+
+    @property
+    def q(self) -> float:
+        """The Tracy-Widom quantile."""
+        return QUANTILES[self.level] if self.quantile is None else self.quantile
 
 
 def analyze_matrix(
@@ -138,33 +171,47 @@ def analyze_matrix(
         ValueError: for what is not a finite matrix, or an argument outside its rule.
     """
     factors = [matrix] if isinstance(matrix, Tensor) else list(matrix)
-    _check_factors(factors)
+    check_factors(factors)
     null = ("mp" if len(factors) == 1 else "product") if null is None else null
     if null not in NULLS:
         raise ValueError(f"null must be one of {', '.join(map(repr, NULLS))}, got {null!r}")
-    if edge not in EDGES:
-        raise ValueError(f"edge must be one of {', '.join(map(repr, EDGES))}, got {edge!r}")
+    settings = Settings(estimator, edge, level, quantile, rank_rtol, keep_eigenvalues, effective_rank_of)
     if null == "product" and len(factors) == 1:
         raise ValueError("null 'product' needs the factors, got one matrix")
-    if effective_rank_of not in ("eigenvalues", "sv"):
-        raise ValueError(f"effective_rank_of must be 'eigenvalues' or 'sv', got {effective_rank_of!r}")
-    if quantile is None:
-        if level not in QUANTILES:
-            raise ValueError(
-                f"level must be one of {', '.join(map(str, QUANTILES))} unless quantile is given, got {level}"
-            )
-        quantile = QUANTILES[level]
-    shape = (factors[0].shape[0], factors[-1].shape[1])
-    n_big = max(shape)
-    singular = product_singular_values(factors)
+    dims = [factors[0].shape[0], *(factor.shape[1] for factor in factors)]
     exact = all(factor.dtype == torch.float64 for factor in factors)
-    tolerance = n_big * (2.0**-52 if exact else 2.0**-23) if rank_rtol is None else rank_rtol
+
+    def sigma2() -> list[float]:
+        return [factor_variance(factor, estimator, settings.q) for factor in factors]
+
+    def largest() -> Sequence[float]:
+        found = sigma2()
+        return draws or [float(_redrawn(factors, found, seed)[0].square()) for seed in range(_DRAWS)]
+
+    return record_of(product_singular_values(factors), dims, exact, null, settings, sigma2, largest)
+
+
+def record_of(
+    singular: Tensor,
+    dims: Sequence[int],
+    exact: bool,
+    null: str,
+    settings: Settings,
+    sigma2: Callable[[], Sequence[float]] | Sequence[float],
+    draws: Callable[[], Sequence[float]],
+) -> SpectrumRecord:
+    """Singular values, descending, of a product of factors of these sizes against a null.
+
+    sigma2 gives the variances of the factors, of null "product"; draws the largest eigenvalues of noise, of null
+    "simulate".
+    """
+    n_big = max(dims[0], dims[-1])
+    tolerance = n_big * (2.0**-52 if exact else 2.0**-23) if settings.rank_rtol is None else settings.rank_rtol
     top = float(singular.max()) if singular.numel() else 0.0
     singular = singular[singular > top * tolerance].flip(0)
-    unit = n_big if null == "mp" else 1
-    values = singular.square() / unit
-    record = _ranks(values, singular, effective_rank_of)
-    if keep_eigenvalues:
+    values = singular.square() / (n_big if null == "mp" else 1)
+    record = _ranks(values, singular, settings.effective_rank_of)
+    if settings.keep_eigenvalues:
         record = dataclasses.replace(record, eigenvalues=tuple(values.tolist()))
     n = values.numel()
     if n == 0:
@@ -172,8 +219,25 @@ def analyze_matrix(
     if n < _LEAST:
         return dataclasses.replace(record, note=f"only {n} non-zero eigenvalues: no fit")
     if null == "mp":
-        return _against_mp(record, values, n_big, estimator, edge, quantile)
-    return _against_product(record, values, factors, estimator, edge, quantile, null, draws)
+        return _against_mp(record, values, n_big, settings.estimator, settings.edge, settings.q)
+    if null == "simulate":
+        drawn = torch.tensor(list(draws()), dtype=torch.float64)
+        high = float(drawn.mean())
+        threshold = high + 3 * float(drawn.std()) if settings.edge == "tw" else high
+    else:
+        variances = sigma2() if callable(sigma2) else sigma2
+        scale = math.prod(s2 * size for s2, size in zip(variances, dims[1:], strict=True))
+        edge, spread = _product_edge(tuple(dims))
+        high = scale * edge
+        threshold = scale * (edge + settings.q * spread) if settings.edge == "tw" else high
+        record = dataclasses.replace(record, dims=tuple(dims))
+    return dataclasses.replace(_outliers(record, values, high, threshold), gamma=n / n_big)
+
+
+@functools.cache
+def _product_edge(dims: tuple[int, ...]) -> tuple[float, float]:
+    """`product_edge`; the heads of a model have few sizes."""
+    return product_edge(dims)
 
 
 def product_singular_values(factors: Sequence[Tensor]) -> Tensor:
@@ -191,7 +255,62 @@ def product_singular_values(factors: Sequence[Tensor]) -> Tensor:
     return singular
 
 
-def _check_factors(factors: Sequence[Tensor]) -> None:
+def product_pdf(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Density at x of the non-zero eigenvalues of P P^T / scale, in the units of `product_edge`; 0 outside the bulk.
+
+    With M(z) = z G(z) - 1, G the resolvent's mean, z M = (1 + M) prod_i (1 + a_i M), a_i = N_0 / N_i; inside the bulk
+    one pair of the roots is complex, and the density over all N_0 eigenvalues is |Im M| / (pi z) (Burda et al. 2010).
+    The product has min(dims) non-zero ones, over which it integrates to 1. With one factor it is `mp_pdf`.
+    """
+    ratios = [dims[0] / size for size in dims[1:]]
+    coefficients = torch.ones(1, dtype=torch.float64)
+    for a in (1.0, *ratios):
+        longer = torch.zeros(coefficients.numel() + 1, dtype=torch.float64)
+        longer[:-1] += coefficients
+        longer[1:] += a * coefficients
+        coefficients = longer
+    degree = coefficients.numel() - 1
+    at = x.detach().double().flatten()
+    usable = at > 0
+    z = torch.where(usable, at, torch.ones_like(at))
+    # Companion matrices of the monic polynomials sum_k c_k M^k - z M, one a point.
+    polynomial = coefficients.expand(z.numel(), -1).clone()
+    polynomial[:, 1] -= z
+    companion = torch.zeros(z.numel(), degree, degree, dtype=torch.float64)
+    companion[:, range(1, degree), range(degree - 1)] = 1
+    companion[:, :, -1] = -polynomial[:, :-1] / polynomial[:, -1:]
+    roots = torch.linalg.eigvals(companion)
+    # Several pairs may be complex; the resolvent's is the one to the right, which starts at -min(dims) / N_0.
+    is_complex = roots.imag.abs() > 1e-9 * roots.abs()
+    rightmost = torch.where(is_complex, roots.real, -math.inf).argmax(-1, keepdim=True)
+    imaginary = torch.where(is_complex, roots.imag.abs(), 0.0).gather(-1, rightmost)[:, 0]
+    density = imaginary / (math.pi * z) * (dims[0] / min(dims))
+    high, low = product_edge(dims)[0], _product_lower_edge(dims)
+    return torch.where((at > low) & (at < high), density, torch.zeros_like(density)).view(x.shape)
+
+
+def _product_lower_edge(dims: Sequence[int]) -> float:
+    """Smallest non-zero eigenvalue in the units of `product_edge`; 0 if no factor is the narrowest alone.
+
+    It is where the real roots that start at -r and -r', the two smallest of N_i / N_0, meet: the largest z between.
+    """
+    ends = sorted(size / dims[0] for size in dims)[:2]
+    left, right = -ends[1], -ends[0]
+    if left == right:
+        return 0.0
+    ratios = [dims[0] / size for size in dims[1:]]
+
+    def z(m: float) -> float:
+        return (1 + m) / m * math.prod(1 + a * m for a in ratios)
+
+    for _ in range(200):
+        third = (right - left) / 3
+        left, right = (left + third, right) if z(left + third) < z(right - third) else (left, right - third)
+    return z((left + right) / 2)
+
+
+def check_factors(factors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these are finite matrices that fit each other."""
     for factor in factors:
         if not isinstance(factor, Tensor) or factor.ndim != 2:
             raise ValueError(f"matrix must have 2 dimensions, got {getattr(factor, 'shape', type(factor).__name__)}")
@@ -255,37 +374,14 @@ def _against_mp(
     )
 
 
-def _against_product(
-    record: SpectrumRecord,
-    values: Tensor,
-    factors: Sequence[Tensor],
-    estimator: str,
-    edge: str,
-    quantile: float,
-    null: str,
-    draws: Sequence[float] | None,
-) -> SpectrumRecord:
-    sigma2 = [factor_variance(factor, estimator, quantile) for factor in factors]
-    gamma = values.numel() / max(factors[0].shape[0], factors[-1].shape[1])
-    if null == "simulate":
-        if draws is None:
-            draws = [float(_redrawn(factors, sigma2, seed)[0].square()) for seed in range(_DRAWS)]
-        drawn = torch.tensor(draws, dtype=torch.float64)
-        high = float(drawn.mean())
-        threshold = high + 3 * float(drawn.std()) if edge == "tw" else high
-    else:
-        dims = [factors[0].shape[0], *(factor.shape[1] for factor in factors)]
-        scale = math.prod(s2 * size for s2, size in zip(sigma2, dims[1:], strict=True))
-        top, spread = product_edge(dims)
-        high = scale * top
-        threshold = scale * (top + quantile * spread) if edge == "tw" else high
-    return dataclasses.replace(_outliers(record, values, high, threshold), gamma=gamma)
-
-
 def factor_variance(factor: Tensor, estimator: str, quantile: float) -> float:
     """Estimated variance of one factor's entries."""
-    n_big = max(factor.shape)
-    values = torch.linalg.svdvals(factor.detach().double()).square().flip(0) / n_big
+    return variance_of(torch.linalg.svdvals(factor.detach().double()), max(factor.shape), estimator, quantile)
+
+
+def variance_of(singular: Tensor, n_big: int, estimator: str, quantile: float) -> float:
+    """The same from singular values, descending."""
+    values = singular.square().flip(0) / n_big
     return variance(values[values > 0], n_big, estimator, quantile) if bool((values > 0).any()) else 0.0
 
 
@@ -349,32 +445,63 @@ def analyze_attention(
             raise ValueError(f"preset must be 'jha_reagen', got {preset!r}")
         form, per, null = "gram", "layer", "mp"
         options = {"estimator": "mean", "edge": "mp", **options}
+    check_form(form, per)
+    factors: Factors = module.effective_qk(part)  # type: ignore[operator]
+    if null is None:
+        null = default_null(module)
+    noise = functools.partial(redrawn_factors, module, "qk", part) if null == "simulate" else None
+    name = "qk" if part == "full" else f"qk {part}"
+    return [
+        dataclasses.replace(record, layer=layer, matrix=name)
+        for record in factor_records(factors, noise, form, per, null, options)
+    ]
+
+
+def factor_records(
+    factors: Factors,
+    noise: Callable[[int], Factors] | None,
+    form: str,
+    per: str,
+    null: str,
+    options: dict[str, Any],
+) -> list[SpectrumRecord]:
+    """One record a head, or one of the layer. noise draws factors without signal for a seed, of null "simulate"."""
+    if per == "layer":
+        pairs: list[tuple[int | None, tuple[Tensor, Tensor]]] = [(None, pair_of(*_layer(factors, form), form))]
+    else:
+        pairs = [(head, pair_of(query, key, form)) for head, (query, key) in enumerate(factors)]
+    largest: list[list[float]] = [[] for _ in pairs]
+    for seed in range(_DRAWS) if noise is not None else ():
+        drawn = noise(seed) if noise is not None else []
+        whole = [_layer(drawn, form)] if per == "layer" else drawn
+        for found, (query, key) in zip(largest, whole, strict=True):
+            found.append(float(product_singular_values(pair_of(query, key, form))[0].square()))
+    records = []
+    for (head, pair), draws in zip(pairs, largest, strict=True):
+        # A single matrix against the Marchenko-Pastur law has to be formed; products stay factored.
+        matrix: Tensor | Sequence[Tensor] = pair[0] @ pair[1] if null == "mp" else pair
+        record = analyze_matrix(matrix, null=null, draws=draws or None, **options)
+        records.append(dataclasses.replace(record, head=head))
+    return records
+
+
+def default_null(module: nn.Module) -> str:
+    """The null of an attention module's products."""
+    return "simulate" if isinstance(module, MultiHeadLatentAttention) else "product"
+
+
+def check_form(form: str, per: str) -> None:
+    """Raise ValueError for an unknown form or level."""
     if form not in ("circuit", "gram"):
         raise ValueError(f"form must be 'circuit' or 'gram', got {form!r}")
     if per not in ("head", "layer"):
         raise ValueError(f"per must be 'head' or 'layer', got {per!r}")
-    factors: list[tuple[Tensor, Tensor]] = module.effective_qk(part)  # type: ignore[operator]
-    if per == "layer":
-        pairs: list[tuple[int | None, Sequence[Tensor]]] = [(None, _pair(*_layer(factors, form), form))]
-    else:
-        pairs = [(head, _pair(q, k, form)) for head, (q, k) in enumerate(factors)]
-    if null is None:
-        null = "simulate" if isinstance(module, MultiHeadLatentAttention) else "product"
-    noise: list[list[float]] = [[] for _ in pairs]
-    if null == "simulate":
-        for seed in range(_DRAWS):
-            drawn = _noise_like(module, seed).effective_qk(part)
-            whole = [_layer(drawn, form)] if per == "layer" else drawn
-            for found, (query, key) in zip(noise, whole, strict=True):
-                found.append(float(product_singular_values(_pair(query, key, form))[0].square()))
-    records = []
-    for (head, pair), draws in zip(pairs, noise, strict=True):
-        # A single matrix against the Marchenko-Pastur law has to be formed; products stay factored.
-        matrix: Tensor | Sequence[Tensor] = pair[0] @ pair[1] if null == "mp" else pair
-        record = analyze_matrix(matrix, null=null, draws=draws or None, **options)
-        name = "qk" if part == "full" else f"qk {part}"
-        records.append(dataclasses.replace(record, layer=layer, head=head, matrix=name))
-    return records
+
+
+def redrawn_factors(module: nn.Module, name: str, part: str, seed: int) -> Factors:
+    """Factors of the module with its matrices redrawn."""
+    layer = attention_layers(_noise_like(module, seed))[0]
+    return layer.qk_factors(part) if name == "qk" else [(out.T, value) for value, out in layer.ov_factors()]
 
 
 @torch.no_grad()
@@ -389,7 +516,8 @@ def _noise_like(module: nn.Module, seed: int) -> Any:
     return copied
 
 
-def _pair(query: Tensor, key: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def pair_of(query: Tensor, key: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """The two factors of "circuit" or "gram"."""
     return (query.T, key) if form == "circuit" else (query, key.T)
 
 

@@ -132,8 +132,6 @@ def _shared(common: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _check_runnable(z: Tensor, has_map: bool) -> None:
     interpreted = not isinstance(head_prologue_fwd_kernel, triton.JITFunction)
-    if z.device.type == "cpu" and not interpreted:
-        raise ValueError("z must be on a GPU unless Triton's interpreter is on, got a tensor on the cpu")
     if interpreted and has_map and z.dtype == torch.bfloat16:
         raise ValueError(f"z must not be bfloat16 with a head map in Triton's interpreter, got {z.dtype}")
 
@@ -376,72 +374,3 @@ def _check_tables(z: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
             raise ValueError(f"{name} must be on the device of z, got {table.device} and {z.device}")
         if table.requires_grad:
             raise ValueError(f"{name} must not require a gradient, which this kernel does not compute")
-
-
-_AOT_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
-def aot_cases() -> list[dict[str, Any]]:
-    """Kernels to compile without a device: name, fn, signature, constexprs, num_warps, num_stages, default.
-
-    `divisible` names the arguments that a launch would find to be multiples of 16. default marks the cases that matter
-    most: bfloat16, width 128, norm and full rotation.
-    """
-    cases = []
-    for dtype in _AOT_TYPES:
-        for D in (64, 128, 256):
-            cases += _aot_variant(dtype, D, "half", D, True)
-    for style, rotary, norm in (("interleaved", 128, True), ("interleaved_to_half", 64, True), ("half", 0, False)):
-        cases += _aot_variant(torch.bfloat16, 128, style, rotary, norm)
-    return cases
-
-
-def _aot_variant(dtype: torch.dtype, D: int, style: str, rotary: int, norm: bool) -> list[dict[str, Any]]:
-    """All maps and kernels for one width and one kind of norm and rotation."""
-    z = torch.empty(4, 1024, 8, D, dtype=dtype, device="meta")
-    matrix, vector, partial = z[0, 0, 0].expand(D, D), z[0, 0, 0], z.float()
-    table = torch.empty(1024, rotary, device="meta") if rotary else None
-    buffers = ("y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")
-    shares = ("dout_ptr", "dup_ptr", "dgate_ptr", *(("dnorm_ptr",) if norm else ()))
-    flags = {"NEED_Z": True, "NEED_X": True, "NEED_UP": True, "NEED_GATE": True, "NEED_NORM": norm}
-    own = dict.fromkeys(buffers, z) | dict.fromkeys(shares, partial) | flags | _strided("y", z) | _strided("x", z)
-    kernels = {
-        "fwd": head_prologue_fwd_kernel,
-        "input": head_prologue_bwd_input_kernel,
-        "out": head_prologue_bwd_out_kernel,
-        "hidden": head_prologue_bwd_hidden_kernel,
-    }
-    cases = []
-    for kernel, head_map in _TILES:
-        if head_map == NO_MAP.value and not (norm or rotary):
-            continue
-        out = None if head_map == NO_MAP.value else matrix
-        inner = matrix if head_map == GATED.value else None
-        fn = kernels[kernel]
-        values = _common(z, out, inner, inner, vector if norm else None, table, table, 1e-6, style)
-        values |= {"dnorm_ptr": None} | own | _tiles(kernel, head_map, D, z.element_size())
-        types = {name: _aot_type(fn, name, values[name]) for name in fn.arg_names}
-        map_name = {NO_MAP.value: "none", LINEAR.value: "linear", GATED.value: "gated"}[head_map]
-        kind = str(dtype).removeprefix("torch.")
-        cases.append({
-            "name": f"{fn.__name__}[{map_name}-{style if rotary else 'plain'}{rotary}-D{D}-{kind}]",
-            "fn": fn,
-            "signature": types,
-            "constexprs": {name: values[name] for name, kind in types.items() if kind == "constexpr"},
-            "divisible": [
-                name for name, kind in types.items()
-                if kind.startswith("*") or (kind[0] == "i" and values[name] % 16 == 0)
-            ],
-            "num_warps": values["num_warps"],
-            "num_stages": values["num_stages"],
-            "default": dtype == torch.bfloat16 and D == 128 and rotary == D and style == "half",
-        })  # fmt: skip
-    return cases
-
-
-def _aot_type(fn: Any, name: str, value: Any) -> str:
-    if value is None or "constexpr" in str(fn.fn.__annotations__.get(name, "")):
-        return "constexpr"
-    if isinstance(value, Tensor):
-        return _AOT_TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i64" if name.startswith("stride") else "i32"

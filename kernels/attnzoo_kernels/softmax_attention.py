@@ -299,7 +299,8 @@ class _Call:
         }  # fmt: skip
 
     def config(self, kernel: str) -> tuning.Config:
-        return tuning.config(kernel, padded(max(self.D, self.DV)), self.dtype)
+        width = padded(max(self.D, self.DV)) + (padded(self.R) if self.R else 0)
+        return tuning.config(kernel, width, self.dtype)
 
     def query_grid(self, config: tuning.Config) -> tuple[int]:
         return (-(-self.T // config.BLOCK_T) * self.B * self.H,)

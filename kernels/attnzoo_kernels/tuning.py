@@ -1,4 +1,4 @@
-"""Tile sizes: one table, kernel -> widest head and bytes of an element -> configuration.
+"""Tile sizes: one table, kernel -> architecture, bytes of an element and width of a head -> configuration.
 
 Every line compiles for sm_80, sm_90 and gfx942 within their shared memory; `benchmarks/aot_resources.py` writes the
 registers and spills that come out. None has been timed on a GPU yet.
@@ -29,33 +29,35 @@ class Config:
         return {**asdict(self), "enable_fp_fusion": True}
 
 
-# (widest head after padding, bytes of an element): the first line that is at least as large serves.
-TABLE: dict[str, dict[tuple[int, int], Config]] = {
+# (architecture, bytes of an element) -> width of a head, with the shared part, after padding: the first line that is at
+# least as wide serves. Chosen by what the compilers report: the largest tiles without spilled registers.
+Widths = dict[int, Config]
+TABLE: dict[str, dict[tuple[str, int], Widths]] = {
     "softmax_attention_fwd": {
-        (64, 2): Config(128, 64, 4, 3),
-        (128, 2): Config(128, 64, 8, 3),
-        (256, 2): Config(64, 32, 4, 2),
-        (64, 4): Config(64, 32, 4, 2),
-        (128, 4): Config(64, 32, 8, 2),
-        (256, 4): Config(32, 16, 4, 1),
+        ("cuda", 2): {
+            64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 192: Config(128, 64, 8, 2), 320: Config(64, 32, 8, 2),
+        },
+        ("cuda", 4): {64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 320: Config(16, 16, 4, 1)},
+        ("hip", 2): {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 320: Config(64, 32, 4, 1)},
+        ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1), 320: Config(32, 16, 4, 1)},
     },
     "softmax_attention_bwd_dkdv": {
-        (64, 2): Config(64, 64, 4, 2),
-        (128, 2): Config(64, 64, 8, 2),
-        (256, 2): Config(32, 32, 4, 1),
-        (64, 4): Config(32, 32, 4, 1),
-        (128, 4): Config(32, 32, 8, 1),
-        (256, 4): Config(16, 16, 4, 1),
+        ("cuda", 2): {
+            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(32, 64, 8, 2), 320: Config(32, 32, 8, 1),
+        },
+        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 4, 1)},
+        ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 320: Config(32, 32, 4, 1)},
+        ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 320: Config(16, 16, 4, 1)},
     },
     "softmax_attention_bwd_dq": {
-        (64, 2): Config(64, 64, 4, 2),
-        (128, 2): Config(64, 64, 8, 2),
-        (256, 2): Config(32, 32, 4, 1),
-        (64, 4): Config(32, 32, 4, 1),
-        (128, 4): Config(32, 32, 8, 1),
-        (256, 4): Config(16, 16, 4, 1),
+        ("cuda", 2): {
+            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(64, 64, 8, 2), 320: Config(32, 32, 8, 1),
+        },
+        ("cuda", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 320: Config(16, 16, 4, 2)},
+        ("hip", 2): {64: Config(128, 32, 4, 1), 128: Config(128, 32, 4, 1), 320: Config(64, 32, 4, 1)},
+        ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1), 320: Config(32, 16, 4, 1)},
     },
-}
+}  # fmt: skip
 
 _PINNED: ContextVar[Config | None] = ContextVar("pinned configuration", default=None)
 
@@ -70,12 +72,18 @@ def pinned(config: Config) -> Iterator[None]:
         _PINNED.reset(token)
 
 
+def architecture() -> str:
+    """ "hip" on a ROCm build of torch, else "cuda"."""
+    return "hip" if torch.version.hip else "cuda"
+
+
 def config(kernel: str, width: int, dtype: torch.dtype) -> Config:
     """The configuration of a kernel for heads of that width, padded, in that dtype."""
     chosen = _PINNED.get()
     if chosen is not None:
         return chosen
-    return next(line for (widest, size), line in TABLE[kernel].items() if width <= widest and dtype.itemsize == size)
+    lines = TABLE[kernel][architecture(), dtype.itemsize]
+    return next(line for widest, line in lines.items() if width <= widest or widest == max(lines))
 
 
 def padded(width: int) -> int:

@@ -15,7 +15,7 @@ from attnzoo import AttentionMask
 from attnzoo.cache import KeyValueCache, TiedCache
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo_kernels import decode as decode_module
-from attnzoo_kernels.decode import aot_cases, decode_attention, is_tied
+from attnzoo_kernels.decode import decode_attention, is_tied
 from attnzoo_kernels.decode_tiles import decode_config, key_range, splits_for, tile_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -475,12 +475,3 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         fused([q, k, v, q_extra[..., 1:], k_extra], options)
     with pytest.raises(ValueError, match="q_extra and k_extra must be given together"):
         decode_attention(q, k, v, q_extra=q_extra, **options)
-
-
-def test_aot_cases_name_every_argument() -> None:
-    cases = aot_cases()
-    assert len({case["name"] for case in cases}) == len(cases)
-    for case in cases:
-        assert list(case["signature"]) == list(case["fn"].arg_names)
-        unknown = {name for name, kind in case["signature"].items() if kind == "constexpr"}
-        assert unknown == set(case["constexprs"])

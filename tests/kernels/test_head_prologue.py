@@ -21,7 +21,7 @@ from attnzoo.rotary import STYLES, Rotary, rotary_table, rotate
 pytest.importorskip("triton")
 
 from attnzoo_kernels import head_prologue as module
-from attnzoo_kernels.head_prologue import aot_cases, head_prologue
+from attnzoo_kernels.head_prologue import head_prologue
 from tests.kernels.tolerance import assert_as_good_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -437,16 +437,3 @@ def test_what_it_refuses(change: dict[str, Any], message: str) -> None:
 def test_bfloat16_products_are_not_left_to_the_interpreter() -> None:
     with pytest.raises(ValueError, match="z must not be bfloat16 with a head map in Triton's interpreter"):
         head_prologue(Z.bfloat16(), linear=torch.eye(6))
-
-
-def test_cases_to_compile_ahead_cover_every_kernel_and_dtype() -> None:
-    cases = aot_cases()
-    assert len({case["name"] for case in cases}) == len(cases)
-    assert {case["fn"].__name__ for case in cases} == {
-        f"head_prologue_{name}_kernel" for name in ("fwd", "bwd_input", "bwd_out", "bwd_hidden")
-    }
-    assert {case["signature"]["z_ptr"] for case in cases} == {"*bf16", "*fp16", "*fp32"}
-    assert sum(case["default"] for case in cases) == 9
-    for case in cases:
-        assert list(case["signature"]) == list(case["fn"].arg_names)
-        assert {n for n, kind in case["signature"].items() if kind == "constexpr"} == set(case["constexprs"])

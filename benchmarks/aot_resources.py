@@ -1,0 +1,261 @@
+"""Registers, spilled bytes and shared memory of every kernel, compiled without a GPU for sm_80, sm_90 and gfx942.
+
+    python benchmarks/aot_resources.py --write       # all cases, minutes; writes benchmarks/results/aot_resources.json
+    python benchmarks/aot_resources.py --short       # the cases that the tests check against that file
+
+A case is a call of a kernel's public function; what it would launch is recorded and compiled, specialised as it would
+be on a GPU. Exit status 1: a kernel does not compile, takes too much shared memory, or spills more than the file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "aot_resources.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_SECONDS = 20.0
+B, T = 2, 2048
+
+
+def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+    """Memory that nobody reads."""
+    return torch.empty(*shape, dtype=dtype, requires_grad=grad)
+
+
+def softmax(D: int, DV: int, R: int = 0, H: int = 8, G: int = 8, **options: Any) -> Callable[[torch.dtype], object]:
+    """Forward and backward of softmax attention."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.softmax_attention import softmax_attention
+
+        given = {k: v(dtype) if callable(v) else v for k, v in options.items()}
+        if R:
+            given |= {"q_extra": tensor(B, T, H, R, dtype=dtype), "k_extra": tensor(B, T, 1, R, dtype=dtype)}
+        q, k, v = (tensor(B, T, n, d, dtype=dtype) for n, d in ((H, D), (G, D), (G, DV)))
+        softmax_attention(q, k, v, scale=0.1, **given)[0].sum().backward()
+
+    return call
+
+
+def everything(D: int) -> Callable[[torch.dtype], object]:
+    """All features at once."""
+    documents = tuple(torch.empty(B, T, dtype=torch.int32) for _ in range(2))
+    return softmax(
+        D, D, G=2, softcap=30.0, window=512, sink_tokens=4, documents=documents,
+        lengths=torch.empty(B, dtype=torch.int32), alibi_slopes=torch.empty(8),
+        sinks=lambda _: tensor(8, dtype=torch.float32), head_scale=lambda _: tensor(8, dtype=torch.float32),
+        bias=lambda dtype: tensor(8, T, T, dtype=dtype), mask=torch.empty(B, 1, T, T, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def decode(
+    heads: int, groups: int, D: int, DV: int, R: int = 0, tied: bool = False, options: bool = False
+) -> Callable[[torch.dtype], object]:
+    """One token over a cache of 8,192."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.decode import decode_attention
+
+        made: dict[str, Any] = {"dtype": dtype, "grad": False}
+        v = tensor(B, groups, 8192, DV, **made).transpose(1, 2)
+        k = v[..., :D] if tied else tensor(B, groups, 8192, D, **made).transpose(1, 2)
+        given: dict[str, Any] = {"query_start": 8191}
+        if R:
+            given |= {"q_extra": tensor(B, 1, heads, R, **made), "k_extra": tensor(B, 8192, 1, R, **made)}
+        if options:
+            given |= {
+                "softcap": 30.0, "window": 512, "sink_tokens": 4, "sinks": torch.empty(heads),
+                "head_scale": torch.empty(heads), "alibi_slopes": torch.empty(heads),
+                "lengths": torch.empty(B, dtype=torch.int32), "key_positions": torch.empty(8192, dtype=torch.int32),
+                "mask": torch.empty(B, 1, 1, 8192, dtype=torch.bool),
+            }  # fmt: skip
+        decode_attention(tensor(B, 1, heads, D, **made), k, v, scale=0.1, **given)
+
+    return call
+
+
+def latent(heads: int, R: int, rope: int) -> Callable[[torch.dtype], object]:
+    """One token of absorbed latent attention over a cache of 8,192."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.latent_decode import latent_decode
+
+        made: dict[str, Any] = {"dtype": dtype, "grad": False}
+        cache = tensor(B, 8192, R + rope, **made)
+        q, q_rope = tensor(B, 1, heads, R, **made), tensor(B, 1, heads, rope, **made)
+        latent_decode(q, q_rope, cache[..., :R], cache[..., R:], scale=0.1, query_start=8191)
+
+    return call
+
+
+def prologue(D: int, kind: str, style: str = "half") -> Callable[[torch.dtype], object]:
+    """Head map, norm and rotation, forward and backward."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.head_prologue import head_prologue
+
+        matrices = [tensor(D, D, dtype=dtype) for _ in range(3)]
+        maps: dict[str, Any] = {"none": {}, "linear": {"linear": matrices[0]}, "gated": {"mlp": tuple(matrices)}}[kind]
+        y = head_prologue(
+            tensor(B, T, 8, D, dtype=dtype), **maps, norm_weight=tensor(D, dtype=dtype), cos=torch.empty(T, D),
+            sin=torch.empty(T, D), style=style,
+        )  # fmt: skip
+        y.backward(torch.empty_like(y))
+
+    return call
+
+
+CASES: dict[str, Callable[[torch.dtype], object]] = {
+    "softmax causal 64": softmax(64, 64),
+    "softmax causal 128": softmax(128, 128),
+    "softmax causal 128, 4 heads a group": softmax(128, 128, G=2),
+    "softmax causal 256": softmax(256, 256),
+    "softmax causal 80": softmax(80, 80),
+    "softmax full 128": softmax(128, 128, causal=False),
+    "softmax window 128": softmax(128, 128, window=512, sink_tokens=4),
+    "softmax latent 128+64": softmax(128, 128, 64),
+    "softmax tied 64+64": softmax(64, 128, 64, G=2),
+    "softmax everything 64": everything(64),
+    "softmax everything 128": everything(128),
+    "decode 64": decode(8, 2, 64, 64),
+    "decode 128": decode(32, 8, 128, 128),
+    "decode 128, 32 heads a group": decode(32, 1, 128, 128),
+    "decode 256 everything": decode(16, 1, 256, 256, options=True),
+    "decode tied 64+64": decode(16, 1, 64, 128, 64, tied=True),
+    "latent decode 512+64, 16 heads": latent(16, 512, 64),
+    "latent decode 512+64, 128 heads": latent(128, 512, 64),
+    "latent decode 256+32": latent(8, 256, 32),
+    **{f"prologue {kind} {D}": prologue(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
+    "prologue gated 128 interleaved": prologue(128, "gated", "interleaved"),
+}
+SHORT = [
+    ("softmax causal 128", "bf16", "sm_90"),
+    ("softmax causal 128", "bf16", "sm_80"),
+    ("softmax causal 128", "bf16", "gfx942"),
+    ("softmax causal 64", "fp16", "sm_90"),
+    ("softmax latent 128+64", "bf16", "sm_90"),
+    ("softmax everything 64", "bf16", "sm_90"),
+    ("decode 128", "bf16", "sm_90"),
+    ("decode tied 64+64", "bf16", "gfx942"),
+    ("latent decode 512+64, 16 heads", "bf16", "sm_90"),
+    ("latent decode 512+64, 128 heads", "bf16", "sm_90"),
+    ("prologue gated 128", "bf16", "sm_90"),
+    ("prologue linear 128", "bf16", "sm_80"),
+]
+"""What the tests compile: (case, dtype, target)."""
+
+
+def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
+    """Rows of one case."""
+    name, dtype, target = job
+    torch.set_num_threads(1)
+    from attnzoo_kernels import decode, tuning
+    from attnzoo_kernels.aot import SHARED_LIMIT, TARGETS, compile_launch, record
+
+    # Tiles depend on the device that there is not.
+    tuning.architecture = lambda: TARGETS[target].backend
+    decode.device_limits = lambda _: (132, SHARED_LIMIT[target], TARGETS[target].warp_size)
+    rows = []
+    for launch in record(lambda: CASES[name](DTYPES[dtype])):
+        try:
+            found = compile_launch(launch, target)
+        except Exception as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            rows.append({"case": name, "kernel": launch.name, "dtype": dtype, "target": target, "error": first_line})
+            continue
+        tile = {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK_") and isinstance(v, int)}
+        options = {k: launch.options[k] for k in ("num_warps", "num_stages") if k in launch.options}
+        rows.append({
+            "case": name, "kernel": found.kernel, "dtype": dtype, "target": target, **tile, **options,
+            "registers": found.registers, "spills": found.spills, "shared": found.shared,
+            "seconds": round(found.seconds, 1),
+        })  # fmt: skip
+    return rows
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What identifies a row."""
+    return tuple(row[part] for part in ("case", "kernel", "dtype", "target"))
+
+
+def complaints(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with new rows, beside the stored ones."""
+    from attnzoo_kernels.aot import SHARED_LIMIT
+
+    before = {key(row): row for row in stored}
+    found = []
+    for row in rows:
+        where = " ".join(key(row))
+        if "error" in row:
+            found.append(f"{where}: does not compile: {row['error']}")
+            continue
+        limit = SHARED_LIMIT[row["target"]]
+        if row["shared"] > limit:
+            found.append(f"{where}: takes {row['shared']} bytes of shared memory, the chip has {limit}")
+        if row["seconds"] > MAX_SECONDS:
+            found.append(f"{where}: took {row['seconds']} s to compile, {MAX_SECONDS} are allowed")
+        old = before.get(key(row))
+        if stored and old is None:
+            found.append(f"{where}: is not in the table; write it anew")
+        elif old is not None and row["spills"] > old.get("spills", 0):
+            found.append(f"{where}: spills {row['spills']} bytes, {old.get('spills')} in the table")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table and what is wrong with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="only the cases that the tests check")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--processes", type=int, default=2, help="how many compile at a time")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("kernels compile only without TRITON_INTERPRET=1")
+    if options.write:
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # or the seconds would be those of reading a cache
+    jobs = (
+        SHORT if options.short else [(name, dtype, target) for name in CASES for dtype in DTYPES for target in TARGETS]
+    )
+    jobs = [job for job in jobs if options.only in job[0]]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.processes) as pool:
+        for made in pool.map(compiled, jobs):
+            rows += made
+            for row in made:
+                print(
+                    " ".join(key(row)), {k: v for k, v in row.items() if k not in ("case", "kernel", "dtype", "target")}
+                )
+    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not options.write else []
+    wrong = complaints(rows, stored)
+    for line in wrong:
+        print(f"WRONG: {line}", file=sys.stderr)
+    if options.write:
+        import triton
+
+        kept = (
+            [row for row in json.loads(RESULTS.read_text())["rows"] if options.only not in row["case"]]
+            if (options.only and RESULTS.exists())
+            else []
+        )
+        text = ",\n".join(json.dumps(row) for row in kept + rows)
+        RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n')
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Heads removed from whole models equal heads masked: the zoo, Hugging Face families, decoding, reloading."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.diagnostics.attention_layers import attention_layers
+from attnzoo.diagnostics.pruning import head_importance, head_mask, masked_heads
+from attnzoo.diagnostics.structural_pruning import prune_heads, pruned_heads, pruning_speed
+from attnzoo_recipes.lm import DecoderLM
+from tests import golden_decoder
+from tests.golden_decoder import WITHIN, next_token_losses, pairs
+from tests.zoo import MECHANISMS, names
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+
+UNEVEN = {0: [0, 5], 1: [2, 3], 2: [1]}
+"""Of 6 query heads in 2 groups: one of each group, two of one, one of one."""
+EMPTY_GROUP = {0: [0, 1, 2], 2: [3, 4, 5, 0]}
+EMPTY_LAYERS = {0: list(range(6)), 1: [4]}
+CASES = {"uneven": UNEVEN, "whole group": EMPTY_GROUP, "whole layer": EMPTY_LAYERS}
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return golden_decoder.load()
+
+
+@pytest.fixture(scope="module")
+def decoder(stored):
+    return golden_decoder.build(stored)
+
+
+@pytest.fixture(scope="module")
+def batch(stored):
+    return golden_decoder.examples(stored)
+
+
+def hugging_face(name, dtype=torch.float64):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 23, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 20}
+    if name == "bert":
+        config = transformers.BertConfig(**sizes, num_attention_heads=6, max_position_embeddings=16)
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    else:
+        sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+        more = {"qwen2": {"use_sliding_window": True, "sliding_window": 5}, "llama": {"attention_bias": True}}
+        kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma2": "Gemma2"}[name]
+        config = getattr(transformers, f"{kind}Config")(**sizes, **more.get(name, {}))
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def output(model, tokens=TOKENS, **call):
+    found = model(tokens, **call)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def masked_output(model, heads, tokens=TOKENS, **call):
+    total = max(layer.num_heads for layer in attention_layers(model))
+    shape = (len(attention_layers(model)), total)
+    with masked_heads(model, head_mask([(l, h) for l, of in heads.items() for h in of], shape)):  # noqa: E741
+        return output(model, tokens, **call)
+
+
+# The stored decoder
+
+
+def test_the_stored_decoder(stored, decoder, batch):
+    t, _ = stored
+    model = copy.deepcopy(decoder)
+    prune_heads(model, pairs(t["output.structural_heads"]))
+    loss = next_token_losses(model, batch).mean()
+    assert loss.item() == pytest.approx(t["output.structural_loss"].item(), abs=WITHIN)
+
+
+# The zoo in the recipe's decoder
+
+
+def zoo_decoder(name):
+    torch.manual_seed(0)
+    return DecoderLM(23, lambda embed_dim: MECHANISMS[name](embed_dim), embed_dim=32, num_layers=2).double().eval()
+
+
+@pytest.mark.parametrize("name", names("pruning as a mask"))
+def test_zoo_models(name):
+    model = zoo_decoder(name)
+    gone = {0: [0, 3], 1: [1]}
+    with masked_heads(model, head_mask([(0, 0), (0, 3), (1, 1)], (2, 4))):
+        expected = model(TOKENS)
+    prune_heads(model, gone)
+    torch.testing.assert_close(model(TOKENS), expected, atol=1e-12, rtol=0)
+    assert pruned_heads(model) == {0: (0, 3), 1: (1,)}
+    caches = model.init_caches(2, 8)
+    with torch.no_grad():
+        decoded = torch.cat([model(part, caches=caches) for part in TOKENS.split([3, 1, 4], 1)], 1)
+    torch.testing.assert_close(decoded, expected, atol=1e-12, rtol=0)
+
+
+def test_twice_is_once_and_masks_keep_original_numbers():
+    once, twice = zoo_decoder("gqa"), zoo_decoder("gqa")
+    prune_heads(once, {0: [2, 0]})
+    prune_heads(twice, [(0, 2)])
+    prune_heads(twice, [(0, 0)])
+    assert torch.equal(once(TOKENS), twice(TOKENS))
+    xi = torch.randn(2, 4, dtype=torch.float64)
+    full = zoo_decoder("gqa")
+    with masked_heads(once, xi):
+        found = once(TOKENS)
+    xi[0, [0, 2]] = 0
+    with masked_heads(full, xi):
+        torch.testing.assert_close(full(TOKENS), found, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "groups"), [("gqa", 2), ("mla", 4), ("dcmha", 2), ("linear", 2)])
+def test_groups_of_zoo_models(name, groups):
+    by_group, by_head = zoo_decoder(name), zoo_decoder(name)
+    size = 4 // groups
+    prune_heads(by_group, {1: [1]}, unit="kv_group")
+    prune_heads(by_head, {1: range(size, 2 * size)})
+    assert pruned_heads(by_group) == pruned_heads(by_head)
+    assert torch.equal(by_group(TOKENS), by_head(TOKENS))
+    with pytest.raises(ValueError, match="is pruned already"):
+        prune_heads(by_group, {1: [1]}, unit="kv_group")
+
+
+def test_mixtures_remove_heads_from_the_router():
+    model = zoo_decoder("moh")
+    prune_heads(model, {0: [3]})
+    assert pruned_heads(model) == {0: (3,)}
+    with pytest.raises(ValueError, match="num_routed_active"):
+        prune_heads(model, {1: [3], 0: [1, 2]})
+    # Nothing happened in the layer that would have agreed.
+    assert pruned_heads(model) == {0: (3,)}
+
+
+# Hugging Face
+
+
+# Gemma 2 has a soft-cap, which transformers' sdpa function refuses.
+FAMILIES = [(name, kind) for name in ("bert", "llama", "qwen2", "qwen3", "mistral") for kind in ("eager", "sdpa")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), [*FAMILIES, ("gemma2", "eager")])
+@pytest.mark.parametrize("case", CASES)
+def test_hugging_face_models(name, case, implementation):
+    # The eager path computes its softmax in float32 whatever the model's dtype.
+    within = {"atol": 1e-12 if implementation == "sdpa" or name == "bert" else 2e-6, "rtol": 0}
+    model, heads = hugging_face(name), CASES[case]
+    model.set_attn_implementation(implementation)
+    padding = {"attention_mask": torch.tensor([[1] * 8, [1] * 6 + [0] * 2])}
+    real = padding["attention_mask"].bool()
+    with torch.no_grad():
+        expected, padded = masked_output(model, heads), masked_output(model, heads, **padding)[real]
+        before = sum(p.numel() for p in model.parameters())
+        prune_heads(model, heads)
+        torch.testing.assert_close(output(model), expected, **within)
+        torch.testing.assert_close(output(model, **padding)[real], padded, **within)
+    assert sum(p.numel() for p in model.parameters()) < before
+    assert pruned_heads(model) == {layer: tuple(sorted(gone)) for layer, gone in heads.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_of_pruned_hugging_face_models(name, case):
+    model = hugging_face(name)
+    prune_heads(model, CASES[case])
+    with torch.no_grad():
+        expected = output(model)
+        first = model(TOKENS[:, :3], use_cache=True)
+        cache, parts = first.past_key_values, [first.logits]
+        for at in range(3, 8):
+            parts.append(model(TOKENS[:, at : at + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-12, rtol=0)
+    keys = [layer.keys.shape[1] for layer in cache.layers]
+    # Uneven groups are cached once each; an empty layer counts tokens with one head of width 1.
+    assert keys == {"uneven": [2, 2, 2], "whole group": [1, 2, 1], "whole layer": [1, 2, 2]}[case]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("case", CASES)
+def test_pruning_in_steps_reloads_and_measures(name, case):
+    once, steps = hugging_face(name), hugging_face(name)
+    prune_heads(once, CASES[case])
+    for layer, heads in CASES[case].items():
+        for head in heads:
+            prune_heads(steps, [(layer, head)])
+    with torch.no_grad():
+        torch.testing.assert_close(output(steps), output(once), atol=1e-12, rtol=0)
+        fresh = hugging_face(name)
+        for parameter in fresh.parameters():
+            parameter.zero_()
+        prune_heads(fresh, pruned_heads(once))
+        fresh.load_state_dict(once.state_dict())
+        torch.testing.assert_close(output(fresh), output(once), atol=0, rtol=0)
+        torch.testing.assert_close(output(copy.deepcopy(once)), output(once), atol=0, rtol=0)
+
+    def losses(model, tokens):
+        return output(model, tokens).square().mean((1, 2))
+
+    found = head_importance(once, [TOKENS], losses)
+    gone = head_mask([(layer, h) for layer, of in CASES[case].items() for h in of], (3, 6)) == 0
+    assert found[gone].eq(0).all()
+    assert found[~gone].gt(0).all()
+    full = hugging_face(name)
+    expected = head_importance(full, [TOKENS], losses, head_mask=(~gone).double())
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_groups_of_hugging_face_models():
+    model = hugging_face("llama")
+    with torch.no_grad():
+        expected = masked_output(model, {1: [3, 4, 5]})
+        prune_heads(model, {1: [1]}, unit="kv_group")
+        torch.testing.assert_close(output(model), expected, atol=1e-12, rtol=0)
+    layer = attention_layers(model)[1]
+    assert (layer.num_heads, layer.num_kv_heads) == (3, 1)
+    assert layer.module.k_proj.out_features == 8
+
+
+def test_an_uneven_layer_becomes_even_again_and_follows_the_models_implementation():
+    model = hugging_face("llama")
+    prune_heads(model, {0: [0]})
+    assert [len(layer.qk_factors()) for layer in attention_layers(model)] == [5, 6, 6]
+    assert [len(layer.ov_factors()) for layer in attention_layers(model)] == [5, 6, 6]
+    prune_heads(model, {0: [3]})
+    with torch.no_grad():
+        by_sdpa = output(model)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(output(model), by_sdpa, atol=2e-6, rtol=0)
+        torch.testing.assert_close(masked_output(hugging_face("llama"), {0: [0, 3]}), by_sdpa, atol=1e-12, rtol=0)
+
+
+def test_training_goes_on_after_pruning():
+    model = hugging_face("llama")
+    prune_heads(model, UNEVEN)
+    output(model).square().mean().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+# Speed
+
+
+def test_speed_counts_and_compares():
+    model = zoo_decoder("gqa")
+    order = [(0, 1), (1, 0), (1, 3), (0, 0)]
+    found = pruning_speed(model, lambda m: m(TOKENS), fractions=[0, 0.25, 0.5], order=order, tokens=16, rounds=2)
+    assert found.removed == (0, 2, 4)
+    assert max(found.error) < 1e-12
+    assert found.parameters[0] > found.parameters[1] > found.parameters[2]
+    assert found.speedup[0] == 1
+    assert [round(t * ms / 1e3) for t, ms in zip(found.tokens_per_second, found.structural_ms, strict=True)] == [16] * 3
+    assert pruned_heads(model) == {}
+    even = pruning_speed(model, lambda m: m(TOKENS), fractions=[0.5], rounds=1)
+    assert even.removed == (4,)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("heads", "unit", "message"),
+    [
+        ({3: [0]}, "head", "heads must name layers from 0 to 2, got 3"),
+        ({0: [6]}, "head", "must lie between 0 and 5, got 6"),
+        ({0: [1, 1]}, "head", "must not repeat a head"),
+        ({1: [0], 0: [-1]}, "head", "must lie between 0 and 5, got -1"),
+        ({0: [2]}, "kv_group", "heads must name key/value heads from 0 to 1, got 2"),
+        ({0: [0]}, "layer", "unit must be one of 'head', 'kv_group', got 'layer'"),
+    ],
+)
+def test_refusals(heads, unit, message):
+    model = hugging_face("llama")
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model, heads, unit=unit)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_heads_that_are_gone_are_refused():
+    for model in (hugging_face("llama"), hugging_face("bert")):
+        prune_heads(model, {0: range(6), 1: [2]})
+        for heads in ({0: [1]}, {1: [2]}):
+            with pytest.raises(ValueError, match="is pruned already"):
+                prune_heads(model, heads)
+
+
+def test_joint_norms_are_refused_unless_asked_for():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Olmo2Config(
+        vocab_size=23, hidden_size=24, num_hidden_layers=2, intermediate_size=20, num_attention_heads=6,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Olmo2ForCausalLM(config).double().eval()
+    with pytest.raises(ValueError, match=r"q_norm of layer .* runs over all heads together"):
+        prune_heads(model, {0: [0]})
+    prune_heads(model, {0: [0], 1: [0, 1, 2]}, allow_inexact=True)
+    assert output(model).isfinite().all()
+    linear = functools.partial(attnzoo.LinearAttention, num_heads=4, qk_norm=True)
+    with pytest.raises(ValueError, match="qk_norm=False"):
+        prune_heads(DecoderLM(23, linear, embed_dim=32, num_layers=1), {0: [0]})
+
+
+def test_other_attention_is_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=23, n_embd=24, n_layer=1, n_head=6, n_positions=16)
+    with pytest.raises(ValueError, match="prune_heads knows zoo modules, BERT and models with separate projections"):
+        prune_heads(transformers.GPT2Model(config), {0: [0]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fractions": [1.5]}, "fractions must lie between 0 and 1"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"order": [(0, 0)]}, "order must name at least 6 heads, got 1"),
+    ],
+)
+def test_speed_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        pruning_speed(zoo_decoder("gqa"), lambda m: m(TOKENS), **options)

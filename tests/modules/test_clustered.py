@@ -1,0 +1,425 @@
+"""Clustered heads: stored figures, an independent form with copied weights, decoding, caches, refusals."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnzoo
+from attnzoo.modules import clustered
+from attnzoo.modules.clustered import ClusteredHeadAttention
+from attnzoo.modules.head_clusters import ClusteredCache
+from tests.zoo import OPTIONS
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "chai.safetensors"
+E, H, D = 24, 6, 10
+SIZES = {"mha": (6, 3), "gqa": (3, 3), "gqa-more-clusters": (2, 5), "gqa-one": (3, 1)}
+"""Key/value heads G and clusters K."""
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def trained(G=H, seed=0, **options):
+    """A module whose heads attend to different tokens, as an untrained one's do not."""
+    torch.manual_seed(seed)
+    attn = attnzoo.GroupedQueryAttention(E, H, G, D, v_head_dim=7, bias=True, **options).double().eval()
+    for name, parameter in attn.named_parameters():
+        if name != "q_norm.weight":
+            parameter.normal_(std=0.5 if name.startswith(("q_", "k_", "sinks")) else 0.2)
+    return attn
+
+
+def tokens(B=3, T=19, seed=1):
+    return torch.randn(B, T, E, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_copied_heads(attn, labels, x, **call):
+    """The same by a plain module for each sequence, in which every head has its representative's queries and keys."""
+    reads = attn._kv_index or [h * attn.num_kv_heads // attn.num_heads for h in range(attn.num_heads)]
+    rows = []
+    for b, row in enumerate(labels.tolist()):
+        heads = [row.index(c) for c in row]
+        plain = copy.deepcopy(attn)
+        plain.num_kv_heads, plain._kv_index = attn.num_heads, None
+
+        def copied(linear, width, heads):
+            new = torch.nn.Linear(E, 1, linear.bias is not None).to(linear.weight)
+            new.weight = torch.nn.Parameter(torch.cat([linear.weight[h * width : (h + 1) * width] for h in heads]))
+            if linear.bias is not None:
+                new.bias = torch.nn.Parameter(torch.cat([linear.bias[h * width : (h + 1) * width] for h in heads]))
+            return new
+
+        plain.q_proj = copied(attn.q_proj, attn.head_dim, heads)
+        plain.k_proj = copied(attn.k_proj, attn.head_dim, [reads[h] for h in heads])
+        plain.v_proj = copied(attn.v_proj, attn.v_head_dim, reads)
+        if attn.sinks is not None:
+            plain.sinks = torch.nn.Parameter(attn.sinks[heads])
+        if attn.alibi_slopes is not None:
+            plain.alibi_slopes = tuple(attn.alibi_slopes[h] for h in heads)
+        one = {k: v[b : b + 1] if isinstance(v, torch.Tensor) and v.shape[0] > 1 else v for k, v in call.items()}
+        rows.append(plain(x[b : b + 1], **one))
+    return torch.cat(rows)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with safe_open(GOLDEN, "pt") as file:
+        t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        c = json.loads(file.metadata()["config"])
+    attn = attnzoo.GroupedQueryAttention(
+        c["embed_dim"], c["num_heads"], c["num_kv_heads"], c["head_dim"], rope=attnzoo.Rotary(theta=c["rope_theta"])
+    )
+    weights = {key.removeprefix("weights."): value for key, value in t.items() if key.startswith("weights.")}
+    attn.load_state_dict(weights, strict=True)
+    return t, c, attn.double().eval()
+
+
+def close(got, expected, atol=1e-9):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < atol
+
+
+def test_stored_figures(stored):
+    t, c, attn = stored
+    layer = ClusteredHeadAttention(attn, c["num_clusters"], c["probe_tokens"])
+    close(layer(t["input.x"]), t["output.y"])
+    close(attn(t["input.x"]), t["output.y_mha"])
+    assert torch.equal(layer.labels, t["output.labels"])
+    assert torch.equal(layer.representatives, t["output.representatives"])
+    close(layer.probe(t["input.x"]), t["output.probe"])
+    official = ClusteredHeadAttention(attn, c["num_clusters"], c["probe_tokens"], probe_causal=False)
+    official(t["input.x"])
+    assert torch.equal(official.labels, t["output.labels_noncausal_probe"])
+    assert (official.probe(t["input.x"])[:, :, 0] < 1).all()
+    assert (t["output.y"] - t["output.y_mha"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("split", [[20], [7, 1, 3, 1, 8], [5, *[1] * 15], [2, 9, 9]])
+def test_stored_output_from_a_cache(stored, split):
+    t, c, attn = stored
+    layer = ClusteredHeadAttention(attn, c["num_clusters"])
+    cache = layer.init_cache(2, 20)
+    y = torch.cat([layer(part, cache=cache) for part in t["input.x"].split(split, 1)], 1)
+    # A first part that is shorter than the probe is answered before there are clusters.
+    plain = split[0] if split[0] < 5 else 0
+    expected = torch.cat([t["output.y_mha"][:, :plain], t["output.y"][:, plain:]], 1)
+    close(y, expected)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("T", [6, 19])
+def test_equals_plain_modules_with_copied_heads(size, option, T):
+    G, K = SIZES[size]
+    attn, x = trained(G, **OPTIONS[option]), tokens(T=T)
+    layer = ClusteredHeadAttention(attn, K)
+    y = layer(x)
+    assert layer.representatives.shape == (3, K)
+    close(y, with_copied_heads(attn, layer.labels, x))
+    if K == 1:
+        assert not layer.labels.any()
+
+
+def test_sequences_differ_in_their_clusters():
+    labels = []
+    for G, K in SIZES.values():
+        layer = ClusteredHeadAttention(trained(G), K)
+        layer(tokens())
+        labels += [layer.labels]
+    assert any((one != one[:1]).any() for one in labels)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_more_queries_than_a_block(alike):
+    attn, T = trained(), 2 * clustered._BLOCK + 5
+    x = tokens(1, T).expand(2, -1, -1) if alike else tokens(2, T)
+    layer = ClusteredHeadAttention(attn, 2)
+    close(layer(x), with_copied_heads(attn, layer.labels, x))
+    cache = layer.init_cache(2, T)
+    y = torch.cat([layer(part, cache=cache) for part in x.split([7, T - 8, 1], 1)], 1)
+    close(y, layer(x))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("split", [[6, 13], [11, *[1] * 8], [9, 2, 4, 1, 3]])
+def test_decoding_equals_the_full_forward(size, option, split):
+    G, K = SIZES[size]
+    layer, x = ClusteredHeadAttention(trained(G, **OPTIONS[option]), K), tokens()
+    cache = layer.init_cache(3, 19)
+    y = torch.cat([layer(part, cache=cache) for part in x.split(split, 1)], 1)
+    assert cache.length == 19
+    close(y, layer(x))
+
+
+def test_as_many_clusters_as_heads_is_the_wrapped_module():
+    attn, x = trained(3), tokens()
+    layer = ClusteredHeadAttention(attn, H)
+    assert torch.equal(layer(x), attn(x))
+    assert layer.labels.tolist() == [list(range(H))] * 3
+    cache, own = layer.init_cache(3, 19), attn.init_cache(3, 19)
+    for part in x.split([10, 1, 8], 1):
+        assert torch.equal(layer(part, cache=cache), attn(part, cache=own))
+    assert cache.nbytes == own.nbytes
+
+
+def test_duplicated_heads_are_found_and_cost_nothing():
+    attn, x = trained(), tokens()
+    for linear in (attn.q_proj, attn.k_proj):
+        for values in (linear.weight, linear.bias):
+            heads = values.view(H, D, *values.shape[1:])
+            heads[4], heads[5], heads[3] = heads[0], heads[1], heads[1]
+    layer = ClusteredHeadAttention(attn, 3)
+    close(layer(x), attn(x))
+    assert layer.labels.tolist() == [[0, 1, 2, 1, 0, 1]] * 3
+
+
+def test_sequences_of_a_batch_do_not_know_each_other():
+    layer, x = ClusteredHeadAttention(trained(), 3), tokens(5)
+    y, labels, order = layer(x), layer.labels, torch.tensor([3, 0, 4, 2, 1])
+    close(layer(x[order]), y[order], 1e-12)
+    assert torch.equal(layer.labels, labels[order])
+    for b in range(5):
+        close(layer(x[b : b + 1]), y[b : b + 1], 1e-12)
+
+
+def test_labels_do_not_depend_on_tokens_after_the_probe():
+    layer, x = ClusteredHeadAttention(trained(), 3, 4), tokens()
+    y, labels = layer(x), layer.labels
+    other = torch.cat([x[:, :4], tokens(seed=5)[:, 4:]], 1)
+    z = layer(other)
+    assert torch.equal(layer.labels, labels)
+    close(z[:, :4], y[:, :4], 1e-12)
+    layer(tokens(seed=5))
+    assert not torch.equal(layer.labels, labels)
+
+
+def test_less_than_a_probe_is_plain_attention():
+    attn, x = trained(), tokens(T=4)
+    layer = ClusteredHeadAttention(attn, 2)
+    assert torch.equal(layer(x), attn(x))
+    assert layer.labels is None
+    cache = layer.init_cache(3, 4)
+    close(torch.cat([layer(part, cache=cache) for part in x.split(1, 1)], 1), attn(x))
+    assert cache.clusters is None
+
+
+def test_pruned_heads():
+    attn, x = trained(3), tokens()
+    attn.prune_heads([1, 2])
+    layer = ClusteredHeadAttention(attn, 2)
+    y = layer(x)
+    close(y, with_copied_heads(attn, layer.labels, x))
+    cache = layer.init_cache(3, 19)
+    close(torch.cat([layer(part, cache=cache) for part in x.split([12, 1, 6], 1)], 1), y)
+
+
+def test_padding_on_the_left_does_not_shift_the_probe():
+    attn, x = trained(), tokens()
+    layer, lengths = ClusteredHeadAttention(attn, 3), (19, 12, 7)
+    real = torch.arange(19) >= 19 - torch.tensor(lengths)[:, None]
+    positions = (torch.arange(19) - 19 + torch.tensor(lengths)[:, None]).clamp(min=0)
+    y, labels = layer(x, mask=real[:, None, None], positions=positions), layer.labels
+    cache = layer.init_cache(3, 19)
+    parts = [layer(x[:, a:b], mask=real[:, None, None, :b], positions=positions[:, a:b], cache=cache)
+             for a, b in ((0, 18), (18, 19))]  # fmt: skip
+    for b, length in enumerate(lengths):
+        alone = layer(x[b : b + 1, 19 - length :])
+        close(y[b : b + 1, 19 - length :], alone)
+        close(torch.cat(parts, 1)[b : b + 1, 19 - length :], alone)
+        assert torch.equal(layer.labels, labels[b : b + 1])
+
+
+def test_padding_on_the_right():
+    layer, x = ClusteredHeadAttention(trained(), 3), tokens()
+    y = layer(x, mask=attnzoo.AttentionMask.padding([19, 9, 5]))
+    for b, length in enumerate((19, 9, 5)):
+        close(y[b : b + 1, :length], layer(x[b : b + 1, :length]))
+
+
+def test_a_cache_holds_the_keys_of_representatives_only():
+    attn, x = trained(), tokens()
+    layer, number = ClusteredHeadAttention(attn, 2), 8
+    cache, full = layer.init_cache(3, 19), attn.init_cache(3, 19)
+    layer(x, cache=cache)
+    assert [s.shape for s in cache.streams] == [(3, 2, 19, D), (3, H, 19, 7)]
+    assert full.nbytes == 3 * 19 * H * (D + 7) * number
+    assert cache.nbytes == 3 * 19 * (2 * D + H * 7) * number == 3 * 19 * layer.cache_bytes_per_token(torch.float64)
+    grouped = ClusteredHeadAttention(trained(2), 5)
+    cache = grouped.init_cache(3, 19)
+    grouped(x, cache=cache)
+    reads = {h // 3 for row in grouped.representatives.tolist() for h in row}
+    assert cache.streams[0].shape[1] == len(reads) <= 2
+
+
+def test_no_tensor_of_all_scores_and_no_score_twice():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    T = 6 * clustered._BLOCK
+    layer, x = ClusteredHeadAttention(trained(), 2), tokens(1, T)
+    with Watch():
+        layer(x)
+    assert largest < T * T / 4
+    cache = layer.init_cache(1, T + 1)
+    layer(x, cache=cache)
+    with FlopCounterMode(display=False) as counted:
+        layer(x[:, :1], cache=cache)
+    assert counted.get_total_flops() == layer.flops(1, T + 1) < layer.attn.flops(1, T + 1)
+    with FlopCounterMode(display=False) as counted:
+        layer(x)
+    # The counter sees whole blocks where causality cuts them, and the other heads of the probe.
+    assert layer.flops(T) < counted.get_total_flops() < 1.15 * layer.flops(T) < layer.attn.flops(T)
+
+
+def test_reorder_truncate_and_reset():
+    layer, x = ClusteredHeadAttention(trained(3), 3), tokens()
+    full, cache, order = layer(x), layer.init_cache(3, 19), torch.tensor([2, 0, 0])
+    layer(x[:, :12], cache=cache)
+    cache.reorder(order)
+    close(layer(x[order, 12:], cache=cache), full[order, 12:])
+    cache.truncate(12)
+    close(layer(x[order, 12:], cache=cache), full[order, 12:])
+    with pytest.raises(ValueError, match="length must be 0 or at least the probe_tokens 5"):
+        cache.truncate(3)
+    cache.truncate(0)
+    assert cache.clusters is None
+    close(layer(x, cache=cache), full)
+    cache.reset()
+    layer(x[:, :4], cache=cache)
+    cache.reorder(order)
+    close(layer(x[order, 4:], cache=cache), full[order, 4:])
+
+
+def test_gradients_where_they_are_asked_for():
+    attn, x = trained(), tokens()
+    layer = ClusteredHeadAttention(attn, 3, allow_grad=True).train()
+    with torch.enable_grad():
+        found = []
+        for call in (layer, lambda x: with_copied_heads(attn, layer.labels, x)):
+            leaf = x.clone().requires_grad_()
+            found.append(torch.autograd.grad((call(leaf) * tokens(seed=9)).sum(), leaf)[0])
+    close(found[0], found[1])
+
+
+def test_bfloat16_is_as_good_as_the_plain_form():
+    attn, x = trained(), tokens()
+    layer = ClusteredHeadAttention(attn, 3)
+    exact, labels = layer(x), layer.labels
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    got = half(x.bfloat16())
+    if not torch.equal(half.labels, labels):
+        pytest.skip("rounding chose other clusters")
+    plain = with_copied_heads(half.attn, labels, x.bfloat16())
+    budget, floor = (plain - exact).abs().max(), torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= 2 * budget + floor
+
+
+def test_autocast_with_a_cache():
+    layer, x = ClusteredHeadAttention(trained().float(), 3), tokens().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = layer.init_cache(3, 19, dtype=torch.bfloat16)
+        y = torch.cat([layer(part, cache=cache) for part in x.split([9, 1, 9], 1)], 1)
+        torch.testing.assert_close(y, layer(x), atol=0.05, rtol=0.05)
+
+
+def test_empty_batches_and_calls():
+    layer = ClusteredHeadAttention(trained(), 3)
+    assert layer(tokens()[:0]).shape == (0, 19, E)
+    assert layer(tokens()[:, :0]).shape == (3, 0, E)
+    cache = layer.init_cache(3, 19)
+    layer(tokens()[:, :9], cache=cache)
+    assert layer(tokens()[:, :0], cache=cache).shape == (3, 0, E)
+    assert cache.length == 9
+
+
+def test_the_wrapper_shares_weights_and_mode():
+    attn = trained()
+    layer = ClusteredHeadAttention(attn, 3)
+    assert layer.attn is attn
+    assert not layer.training
+    assert set(layer.state_dict()) == {f"attn.{name}" for name in attn.state_dict()}
+    assert (layer.embed_dim, layer.num_heads, layer.causal) == (E, H, True)
+    assert "num_clusters=3" in repr(layer)
+
+
+def test_one_key_head_is_warned_about():
+    with pytest.warns(UserWarning, match="save no key cache"):
+        ClusteredHeadAttention(attnzoo.MultiQueryAttention(E, H), 2)
+
+
+def clustered_cache():
+    layer = ClusteredHeadAttention(trained(), 3)
+    cache = layer.init_cache(3, 19)
+    layer(tokens()[:, :10], cache=cache)
+    return layer, cache
+
+
+def with_cache(x):
+    layer, cache = clustered_cache()
+    return layer(x, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ClusteredHeadAttention(trained(), 7), "num_clusters must be at most num_heads, got 7 and 6"),
+        (lambda: ClusteredHeadAttention(trained(), 0), "num_clusters must be at least 1"),
+        (lambda: ClusteredHeadAttention(trained(), 2, 0), "probe_tokens must be at least 1"),
+        (lambda: ClusteredHeadAttention(trained(), 2, linkage="ward"), "linkage must be 'average', got 'ward'"),
+        (lambda: ClusteredHeadAttention(trained(causal=False), 2), "attn must be causal"),
+        (lambda: ClusteredHeadAttention(attnzoo.DynamicallyComposableAttention(E, H), 2), "attn must be .* got Dynam"),
+        (lambda: ClusteredHeadAttention(attnzoo.MixtureOfHeadAttention(E, H), 2), "attn must be .* got MixtureOfHead"),
+        (lambda: ClusteredHeadAttention(attnzoo.KnockingHeadsAttention(E, H), 2), "attn must be .* got _?Knocking"),
+        (lambda: ClusteredHeadAttention(trained(), 2)(tokens(), tokens()), "context must be None"),
+        (lambda: ClusteredHeadAttention(trained(), 2)(tokens()[..., 1:]), "x must have shape"),
+        (lambda: ClusteredHeadAttention(trained(), 2).probe(tokens(T=3)), "x must have at least the probe_tokens 5"),
+        (
+            lambda: ClusteredHeadAttention(trained(), 2)(tokens(), mask=torch.ones(H, 19, 19).bool()),
+            "mask must be the same for all heads",
+        ),
+        (
+            lambda: ClusteredHeadAttention(trained(), 2)(tokens(), mask=attnzoo.AttentionMask.packed([0, 9, 57])),
+            "mask must not be packed",
+        ),
+        (
+            lambda: ClusteredHeadAttention(trained(), 2)(tokens(), mask=attnzoo.AttentionMask.padding([19, 4, 9])),
+            "mask must leave every row at least the probe_tokens 5, got a row with 4",
+        ),
+        (lambda: with_cache(tokens()), "cache is full: 10 cached and 19 new"),
+        (lambda: with_cache(tokens(2)), "cache was made for states of 3 sequences"),
+        (lambda: ClusteredHeadAttention(trained(), 2).init_cache(3, 0), "max_length must be at least 1"),
+        (
+            lambda: ClusteredHeadAttention(trained(), 2)(tokens(), cache=trained().init_cache(3, 19)),
+            "cache must come from this module's init_cache",
+        ),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_training_is_refused():
+    layer = ClusteredHeadAttention(trained().train(), 2)
+    with torch.enable_grad(), pytest.raises(ValueError, match="is for inference"):
+        layer(tokens())
+    assert isinstance(layer.init_cache(3, 19), ClusteredCache)
+    with torch.inference_mode():
+        assert layer(tokens()).shape == (3, 19, E)
