@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends import BACKENDS, check_name, choose, status, table
+from attnzoo.backends import BACKENDS, check_name, choose, status, table, triton_obstacle
+from attnzoo.ops.softmax_attention import softmax_attention
 
 
 def test_auto_takes_the_first_without_an_obstacle():
@@ -49,3 +50,33 @@ def test_the_module_prints_the_table():
     assert first.startswith(f"attnzoo {attnzoo.__version__}, torch {torch.__version__}")
     assert [row.split()[0] for row in rows] == ["backend", "flash", "triton", "sdpa", "eager"]
     assert out.stderr == ""
+
+
+def test_triton_says_what_is_missing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_obstacle("cpu") == "needs CUDA tensors (or TRITON_INTERPRET=1, for tests), got cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_obstacle("cpu") is None
+    monkeypatch.setattr("attnzoo.backends._HAS_TRITON", False)
+    assert triton_obstacle("cpu") == "triton is not installed (pip install attnzoo[kernels])"
+
+
+def test_auto_never_picks_the_interpreter():
+    calls = ({}, {"softcap": 3.0}, {"sinks": torch.zeros(2, requires_grad=True)})
+    for backend in ("auto", "triton"):
+        for options in calls:
+            q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
+            out = softmax_attention(q, k, v, **options, backend=backend)
+            names = " ".join(type(node).__name__ for node in ancestors(out.grad_fn)).lower()
+            assert ("attnzoo" in names) == (backend == "triton")
+
+
+def ancestors(node):
+    """Every autograd node behind an output."""
+    todo, seen = [node], set()
+    while todo:
+        one = todo.pop()
+        if one is not None and one not in seen:
+            seen.add(one)
+            todo += [parent for parent, _ in one.next_functions]
+    return seen

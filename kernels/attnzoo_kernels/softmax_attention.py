@@ -164,7 +164,7 @@ def _backward(
         if dlse is not None:
             delta -= dlse
         if need_kv:
-            config = call.config("softmax_attention_bwd_dkdv")
+            config = call.config("softmax_attention_bwd_dkdv" + ("" if call.G == call.H else " grouped"))
             grid = (-(-call.S // config.BLOCK_S) * call.B * call.G,)
             softmax_attention_bwd_dkdv_kernel[grid](
                 **call.tensors, do_ptr=do, top_ptr=top, norm_ptr=norm, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv,

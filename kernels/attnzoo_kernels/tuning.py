@@ -35,9 +35,10 @@ Widths = dict[int, Config]
 TABLE: dict[str, dict[tuple[str, int], Widths]] = {
     "softmax_attention_fwd": {
         ("cuda", 2): {
-            64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 192: Config(128, 64, 8, 2), 320: Config(64, 32, 8, 2),
+            64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3),
+            192: Config(128, 64, 8, 2), 320: Config(64, 32, 8, 2),
         },
-        ("cuda", 4): {64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 320: Config(16, 16, 4, 1)},
+        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 32, 4, 1), 320: Config(16, 16, 4, 1)},
         ("hip", 2): {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 320: Config(64, 32, 4, 1)},
         ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1), 320: Config(32, 16, 4, 1)},
     },
@@ -45,8 +46,17 @@ TABLE: dict[str, dict[tuple[str, int], Widths]] = {
         ("cuda", 2): {
             64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(32, 64, 8, 2), 320: Config(32, 32, 8, 1),
         },
-        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 4, 1)},
+        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 8, 1)},
         ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 320: Config(32, 32, 4, 1)},
+        ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 320: Config(16, 16, 4, 1)},
+    },
+    # Several heads a group: a loop around the loops over queries, which takes registers.
+    "softmax_attention_bwd_dkdv grouped": {
+        ("cuda", 2): {
+            64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 192: Config(32, 32, 8, 2), 320: Config(32, 32, 8, 1),
+        },
+        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 8, 1)},
+        ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 320: Config(32, 32, 4, 1)},
         ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 320: Config(16, 16, 4, 1)},
     },
     "softmax_attention_bwd_dq": {
@@ -73,7 +83,7 @@ def pinned(config: Config) -> Iterator[None]:
 
 
 def architecture() -> str:
-    """ "hip" on a ROCm build of torch, else "cuda"."""
+    """The key of the table: "hip" on a ROCm build of torch, else "cuda"."""
     return "hip" if torch.version.hip else "cuda"
 
 

@@ -39,6 +39,8 @@ CALLS: dict[str, dict[str, object]] = {
     "cached prefix": {"S": 11},
     "cached prefix and window": {"S": 11, "window": 4, "sink_tokens": 1},
     "first query": {"S": 11, "query_start": 2},
+    "bias": {"bias": torch.linspace(-1, 1, H * T * T).double().view(H, T, T)},
+    "bias of keys": {"bias": torch.linspace(-1, 1, B * T).double().view(B, 1, 1, T), "causal": False},
     "ring buffer": {"S": 9, "query_start": 6, "key_positions": torch.tensor([9, 10, 11, 12, 4, 5, 6, 7, 8])},
     "everything": {
         "softcap": 2.0, "alibi_slopes": torch.linspace(0, 1, H).double(), "window": 3, "sink_tokens": 1,
@@ -88,6 +90,8 @@ def spelled_out(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
                         s = options["softcap"] * math.tanh(s / options["softcap"])
                     if "alibi_slopes" in options:
                         s -= float(options["alibi_slopes"][h]) * abs(i - j)
+                    if "bias" in options:
+                        s += float(options["bias"].expand(rows, heads, queries, keys)[b, h, t, n])
                     weights[n] = math.exp(s)
                 if not weights:
                     continue
@@ -157,6 +161,8 @@ def _cut(name: str, option: object) -> object:
     if name in ("sinks", "alibi_slopes", "head_scale") and isinstance(option, Tensor):
         cut = option.reshape(-1, H)[0, :2].clone()
         return cut.requires_grad_() if name != "alibi_slopes" else cut
+    if name == "bias":
+        return option.expand(B, -1, -1, -1)[:1, :2].clone().requires_grad_()
     if isinstance(option, AttentionMask):
         lengths = None if option.lengths is None else option.lengths[:1]
         packed = None if option.cu_seqlens is None else option.cu_seqlens.clamp(max=T)
@@ -238,6 +244,13 @@ def test_empty_and_single(shape: tuple[int, ...], keys: int) -> None:
     assert q.grad.shape == q.shape
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_one_query_before_later_keys_does_not_see_them(backend: str) -> None:
+    q, k, v = torch.randn(1, 1, 2, 4), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2, 4)
+    out = softmax_attention(q, k, v, query_start=2, backend=backend)
+    torch.testing.assert_close(out, softmax_attention(q, k[:, :3], v[:, :3], backend="eager"))
+
+
 def test_no_keys_gives_zeros() -> None:
     q = torch.randn(2, 3, 4, 8)
     none = torch.randn(2, 0, 2, 8)
@@ -298,6 +311,9 @@ def _wrong(**changes: object) -> dict[str, object]:
             r"k_extra \(B, S, 1, R\), got .*\(2, 3, 2, 2\)",
         ),
         (_wrong(mask=torch.zeros(3, 3)), "mask must be boolean"),
+        (_wrong(bias=torch.zeros(5, 3)), r"bias must broadcast to \(B, H, T, S\)"),
+        (_wrong(bias=torch.ones(3, 3, dtype=torch.bool)), "bias must be a floating tensor, got torch.bool"),
+        (_wrong(head_scale=torch.ones(2)), r"head_scale must be \(4,\) or \(2, 4\), got shape \(2,\)"),
         (_wrong(mask=torch.ones(5, 3, dtype=torch.bool)), "mask must broadcast"),
         (_wrong(mask=[[True]]), "mask must be a boolean tensor or an AttentionMask, got list"),
         (_wrong(backend="cudnn"), "backend must be one of .*, got 'cudnn'"),
@@ -309,7 +325,8 @@ def test_refusals(call: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash", "triton"])
-def test_a_backend_that_cannot_run_here_says_why(backend: str) -> None:
+def test_a_backend_that_cannot_run_here_says_why(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tensors, _ = call_of("plain", torch.float32)
     with pytest.raises(attnzoo.BackendUnavailable, match=f"backend '{backend}' cannot run softmax_attention: .+"):
         softmax_attention(*tensors, backend=backend)

@@ -118,6 +118,8 @@ def spread(name: str) -> tuple[dict[str, int], dict[str, object], dict[str, obje
     for tensor in ("sinks", "head_scale"):
         if isinstance(call.get(tensor), Tensor):
             extra[tensor] = tuple(call.pop(tensor).shape)
+    if "bias" in call:
+        extra["bias"] = tuple(call.pop("bias").shape)
     if "alibi_slopes" in call:
         call["alibi_slopes"] = call["alibi_slopes"].float().to(DEVICE)
     for key in ("mask", "key_positions"):
