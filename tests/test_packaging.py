@@ -265,7 +265,8 @@ def test_types_are_shipped():
 
 def test_console_scripts_resolve():
     scripts = PYPROJECT["project"]["scripts"]
-    assert set(scripts) == {"attnzoo-pretrain", "attnzoo-generate", "attnzoo-compare"}
+    names = ("pretrain", "generate", "compare", "spectrum", "heads", "prune")
+    assert set(scripts) == {f"attnzoo-{name}" for name in names}
     for name, target in scripts.items():
         entry = importlib.metadata.EntryPoint(name, target, "console_scripts")
         (path,) = (p for p in sources("attnzoo_recipes") if p.stem == entry.module.split(".")[-1])
