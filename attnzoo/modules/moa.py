@@ -16,7 +16,7 @@ from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, derive_head_dim, one_source
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import attention_pairs, surviving_heads
-from attnzoo.ops.expert_projection import Routes, expert_linear, expert_linear_reference
+from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotate
@@ -91,8 +91,8 @@ class MixtureOfAttentionHeads(nn.Module):
         causal: no query sees a later key.
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" and the names of softmax attention's backends with grouped projections; "eager" computes all
-            experts, which is the definition.
+        backend: "auto" and the names of softmax attention's backends with grouped projections, which are torch's or,
+            with "triton", kernels; "eager" computes all experts, which is the definition.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -256,11 +256,11 @@ class MixtureOfAttentionHeads(nn.Module):
         self._note(logits, chosen, gates, real)
         k_slots, M, G = self.num_experts_per_tok, self.heads_per_expert, self.num_kv_heads
         routes = Routes.of(chosen.flatten(), self.num_experts)
-        project = expert_linear_reference if self.backend == "eager" else expert_linear
-        rows = _cast(x).unsqueeze(2).expand(-1, -1, k_slots, -1).reshape(B * T * k_slots, self.embed_dim)
-        q = project(rows, _cast(self.q_experts.weight, rows), routes)
+        x_slots = _cast(x).reshape(B * T, 1, 1, self.embed_dim).expand(-1, -1, k_slots, -1)
         # Slots of a key/value head side by side, so that head h reads h // (k M / G).
-        q = q.view(B, T, k_slots, G, M // G, self.head_dim).transpose(2, 3)
+        q = expert_linear_pieces(
+            x_slots, _cast(self.q_experts.weight, x_slots), routes, out_groups=G, backend=self.backend
+        )
         q = q.reshape(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(source).view(B, S, G, self.head_dim)
         v = self.v_proj(source).view(B, S, G, self.v_head_dim)
@@ -277,11 +277,24 @@ class MixtureOfAttentionHeads(nn.Module):
             q, k, v, causal=self.causal, mask=mask, dropout=self.dropout if self.training else 0.0,
             key_positions=key_positions, query_start=past if cache is not None else None, backend=self.backend,
         )  # fmt: skip
-        out = out.view(B, T, G, k_slots, M // G, self.v_head_dim).transpose(2, 3)
-        out = out.reshape(B, T, k_slots, M * self.v_head_dim) * gates.to(out.dtype)[..., None]
-        out = self.head_outputs(out.flatten(2)).view(B * T * k_slots, M * self.v_head_dim)
-        y = project(out, _cast(self.o_experts.weight, out), routes).view(B, T, k_slots, self.embed_dim).sum(2)
+        out = out.reshape(B * T, G, k_slots, M // G * self.v_head_dim)
+        gates = gates.reshape(B * T, k_slots)
+        wo = _cast(self.o_experts.weight, out)
+        if self.backend == "triton" and not self._outputs_are_watched():
+            y = expert_linear_pieces(out, wo, routes, gates=gates, backend=self.backend)
+        else:
+            gated = out.transpose(1, 2) * gates.to(out.dtype)[..., None, None]
+            gated = self.head_outputs(gated.reshape(B, T, k_slots * M * self.v_head_dim))
+            gated = gated.reshape(B * T, 1, k_slots, M * self.v_head_dim)
+            y = expert_linear_pieces(gated, wo, routes, backend=self.backend)
+        y = y.reshape(B, T, k_slots, self.embed_dim).sum(2)
         return y if self.o_bias is None else y + self.o_bias.to(y.dtype)
+
+    def _outputs_are_watched(self) -> bool:
+        """Whether something may look at `head_outputs`; if not, the kernels take the gates themselves."""
+        place = self.head_outputs
+        hooks = (place._forward_hooks, place._forward_pre_hooks, place._backward_hooks, place._backward_pre_hooks)
+        return type(place) is not nn.Identity or any(hooks)
 
     def router_logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, N) in float32, or float64 for float64; with learned noise in training."""

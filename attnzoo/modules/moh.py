@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.backends import triton_obstacle
 from attnzoo.cache import KeyValueCache
 from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.checks import check_cache, check_input
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.positions import rotary_tables
-from attnzoo.ops.head_routing import load_balance_loss, query_norm_gates, routed_attention, two_stage_gates
+from attnzoo.ops.head_routing import (
+    load_balance_loss,
+    query_norm_gates,
+    routed_attention,
+    runs_packed_kernels,
+    two_stage_gates,
+)
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotate
@@ -76,7 +83,8 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             query_norm.
         ste: gradient of query_norm's selection: through "all" routed gates, the "active" ones, or "none".
         aux_loss_coef: of the load balance.
-        sparse: "auto", True (always in self-attention without a cache) or False.
+        sparse: "auto", True (always in self-attention without a cache) or False. With backend="triton" "auto" is
+            sparse wherever the sparse form can serve the call.
         v_head_dim: width Dv of values. Default: D.
         kdim: width of the context. Default: E.
         vdim: width of the context that values are made from. Default: kdim.
@@ -85,7 +93,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         causal: no query sees a later key.
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' and routers' normal initialisation.
-        backend: as in `GroupedQueryAttention`; the sparse form runs with "auto" and "sdpa" only.
+        backend: as in `GroupedQueryAttention`; the sparse form runs with "auto", "sdpa" and "triton" only.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -212,19 +220,29 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             index = torch.tensor(self._kv_index, device=k.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
         if self._runs_sparse(x, mask, context, cache):
-            out = self._sparse(q, k, v, selected, mask)
+            out = self._sparse(q, k, v, gates, selected, mask)
         else:
             out = softmax_attention(
                 q, k, v, causal=self.causal, mask=mask, scale=self.scale,
                 dropout=self.dropout if self.training else 0.0, key_positions=key_positions,
                 query_start=past if cache is not None else None, backend=self.backend,
             )  # fmt: skip
-        y: Tensor = self.o_proj((out * gates.to(out.dtype)[..., None]).flatten(2))
+            out = out * gates.to(out.dtype)[..., None]
+        y: Tensor = self.o_proj(out.flatten(2))
         return y
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, mask: AttentionMask | None) -> Tensor:
-        """Shared heads as plain attention, of the routed ones the selected rows alone."""
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, selected: Tensor | None, mask: AttentionMask | None
+    ) -> Tensor:
+        """Gated outputs of the active heads, zeros for the others.
+
+        The kernels pack the rows of shared and selected heads together. Elsewhere shared heads are plain attention.
+        """
         shared, size = self.num_shared_heads, q.shape[2] // k.shape[2]
+        if runs_packed_kernels(q, v, mask, self.backend):
+            every = gates.new_ones(*gates.shape[:2], shared, dtype=torch.bool)
+            active = every if selected is None else torch.cat([every, selected], dim=-1)
+            return routed_attention(q, k, v, active, scale=self.scale, mask=mask, gates=gates, backend="triton")
         parts = []
         if shared:
             reads = torch.arange(shared, device=q.device) // size
@@ -234,8 +252,10 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             )
         if selected is not None:
             active = F.pad(selected, (shared, 0), value=False)
-            parts.append(routed_attention(q, k, v, active, scale=self.scale, mask=mask)[:, :, shared:])
-        return torch.cat(parts, dim=2)
+            routed = routed_attention(q, k, v, active, scale=self.scale, mask=mask, backend="sdpa")
+            parts.append(routed[:, :, shared:])
+        out = torch.cat(parts, dim=2)
+        return out * gates.to(out.dtype)[..., None]
 
     def gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gates (B, T, H), the selected routed heads and their probabilities (B, T, R), from x and raw queries."""
@@ -295,16 +315,24 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             obstacle = f"it has no dropout, got {self.dropout}"
         elif self.router == "query_norm" and self.ste == "all" and self.training and torch.is_grad_enabled():
             obstacle = "the gradient of ste='all' needs the outputs of all heads; choose ste='active'"
-        elif self.backend not in ("auto", "sdpa"):
-            obstacle = f"it runs with backend 'auto' or 'sdpa', got {self.backend!r}"
-        elif torch.compiler.is_compiling() or x.device.type == "meta":
+        elif self.backend not in ("auto", "sdpa", "triton"):
+            obstacle = f"it runs with backend 'auto', 'sdpa' or 'triton', got {self.backend!r}"
+        elif (torch.compiler.is_compiling() or x.device.type == "meta") and not self._packs_on_device(x):
             obstacle = "it waits for the routing, which a compiled graph cannot"
         if self.sparse is True:
             if obstacle is not None and cache is None:
                 raise ValueError(f"sparse=True cannot run: {obstacle}")
             return obstacle is None
-        # Where packing has paid for itself on a CPU; on other devices there is no sparse kernel yet.
-        return obstacle is None and x.device.type == "cpu" and x.shape[1] >= 4096 and self.active_share <= 0.5
+        if obstacle is not None or self.backend == "triton":
+            return obstacle is None and self.active_share < 1
+        # Where packing has paid for itself on a CPU; the kernels have not been timed on a GPU yet.
+        return x.device.type == "cpu" and x.shape[1] >= 4096 and self.active_share <= 0.5
+
+    def _packs_on_device(self, x: Tensor) -> bool:
+        """Whether the sparse form is the kernels', which wait for nothing."""
+        if self.backend == "triton":
+            return True
+        return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and triton_obstacle(x.device) is None
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, with all heads; and "router"."""

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.backends import choose
+from attnzoo.ops.fused_routing import expert_obstacle, fused_expert_linear
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -57,11 +60,62 @@ def expert_linear(rows: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])[routes.inverse]
 
 
+def expert_linear_pieces(
+    x: Tensor,
+    weight: Tensor,
+    routes: Routes,
+    *,
+    out_groups: int = 1,
+    gates: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same for k slots of every token, read and written where attention wants them.
+
+    Args:
+        x: (n, g, k, C): the g C features of token n, slot k lie in g pieces. Expand along k what all slots share.
+        weight: (N, out, g C).
+        routes: of the rows token * k + slot.
+        out_groups: pieces of an output row; divides out.
+        gates: (n, k), factors of the rows, or None for 1.
+        backend: "eager" computes all experts; "triton" runs the kernels, which copy and sort no row; "auto" runs them
+            on GPUs where torch has no grouped product for the dtype, and otherwise `expert_linear`, as all others do.
+
+    Returns:
+        (n, out_groups, k, out / out_groups).
+
+    Raises:
+        BackendUnavailable: if backend is "triton" and the kernels cannot serve the call.
+    """
+    if _kernels_run(x, weight, backend):
+        return fused_expert_linear(x, weight, routes, out_groups=out_groups, gates=gates)
+    n, slots = x.shape[0], x.shape[2]
+    rows = x.transpose(1, 2)
+    if gates is not None:
+        rows = rows * gates.to(x.dtype)[:, :, None, None]
+    rows = rows.reshape(n * slots, x.shape[1] * x.shape[3])
+    y = (expert_linear_reference if backend == "eager" else expert_linear)(rows, weight, routes)
+    return y.view(n, slots, out_groups, weight.shape[1] // out_groups).transpose(1, 2)
+
+
+def _kernels_run(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether `expert_linear_pieces` takes the kernels; raises if they are named and cannot run."""
+    if backend == "triton":
+        choose(backend, "expert_linear", {"triton": lambda: expert_obstacle(x, weight)})
+        return True
+    # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
+    automatic = backend == "auto" and x.is_cuda and not _grouped_product_takes(x.dtype, x.device, weight)
+    return automatic and expert_obstacle(x, weight) is None
+
+
 def _grouped_product_runs(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch.nn.functional.grouped_mm takes these: bfloat16, on a CPU also float32, rows of 16 bytes."""
-    if not hasattr(F, "grouped_mm") or rows.dtype != weight.dtype or rows.device.type not in ("cpu", "cuda"):
+    return _grouped_product_takes(rows.dtype, rows.device, weight) and (rows.is_cuda or rows.shape[0] > 0)
+
+
+def _grouped_product_takes(dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
+    if not hasattr(F, "grouped_mm") or dtype != weight.dtype or device.type not in ("cpu", "cuda"):
         return False
-    aligned = all(width * rows.element_size() % 16 == 0 for width in (rows.shape[1], weight.shape[1]))
-    if rows.device.type == "cuda":
-        return aligned and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return aligned and rows.dtype == torch.float32 and not torch.compiler.is_compiling() and rows.shape[0] > 0
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in weight.shape[1:])
+    if device.type == "cuda":
+        return aligned and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return aligned and dtype == torch.float32 and not torch.compiler.is_compiling()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask
+from attnzoo.ops.fused_routing import fused_routed_attention, routed_obstacle
 
 
 def two_stage_gates(
@@ -106,9 +109,11 @@ def routed_attention(
     *,
     scale: float,
     mask: AttentionMask | None = None,
+    gates: Tensor | None = None,
     rows_at_once: int = 256,
+    backend: str = "auto",
 ) -> Tensor:
-    """Causal self-attention of the active (token, head) pairs alone; zeros for the others.
+    """Causal self-attention of the active (token, head) pairs alone, times their gates; zeros for the others.
 
     For each key/value head the active rows of its query heads are packed by token, and every tile of them sees the
     keys up to its last token. Neither the outputs nor the scores of inactive pairs are computed.
@@ -120,11 +125,19 @@ def routed_attention(
         active: (B, T, H) boolean.
         scale: of the scores.
         mask: None, padding or packed documents.
-        rows_at_once: rows of a tile.
+        gates: (B, T, H) factors of the pairs, or None for 1. Those of inactive pairs get no gradient.
+        rows_at_once: rows of a tile, where torch's attention runs the tiles.
+        backend: "sdpa" (torch's attention, tile after tile, which waits for the routing), "triton" (one kernel for all
+            tiles, which does not) or "auto": the kernel on GPUs.
 
     Returns:
         (B, T, H, Dv).
+
+    Raises:
+        BackendUnavailable: if a named backend cannot serve the call.
     """
+    if runs_packed_kernels(q, v, mask, backend):
+        return fused_routed_attention(q, k, v, active, gates, scale=scale, mask=mask)
     B, T, H, D = q.shape
     G, Dv = k.shape[2], v.shape[3]
     size = H // G
@@ -159,4 +172,16 @@ def routed_attention(
                 )  # fmt: skip
             room = v.new_zeros(T * size, Dv)
             outputs.append(room.index_copy(0, place, torch.cat(tiles)) if tiles else room)
-    return torch.stack(outputs).view(B, G, T, size, Dv).transpose(1, 2).reshape(B, T, H, Dv)
+    out = torch.stack(outputs).view(B, G, T, size, Dv).transpose(1, 2).reshape(B, T, H, Dv)
+    return out if gates is None else out * gates.to(out.dtype)[..., None]
+
+
+def runs_packed_kernels(q: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> bool:
+    """Whether `routed_attention` takes the kernels; raises BackendUnavailable if a named backend cannot run."""
+    ways: dict[str, Callable[[], str | None]] = {
+        "triton": lambda: routed_obstacle(q, v, mask),
+        "sdpa": lambda: None,
+    }
+    # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
+    order = ways if q.is_cuda else dict(reversed(ways.items()))
+    return choose(backend, "routed_attention", order) == "triton"

@@ -313,7 +313,7 @@ def test_calls_that_the_sparse_form_cannot_serve():
         make(sparse=True, causal=False)(x)
     with pytest.raises(ValueError, match=r"it has no dropout, got 0\.5"):
         make(sparse=True, dropout=0.5)(x)
-    with pytest.raises(ValueError, match="it runs with backend 'auto' or 'sdpa', got 'eager'"):
+    with pytest.raises(ValueError, match="it runs with backend 'auto', 'sdpa' or 'triton', got 'eager'"):
         make(sparse=True, backend="eager")(x)
     attn = make(sparse=True)
     cache = attn.init_cache(2, T)

@@ -1,0 +1,366 @@
+"""Attention of routed heads: packing of the active (token, head) rows, and attention of packed rows.
+
+For every batch row and key/value head the active rows of its query heads lie side by side, by token and then by head:
+
+    rows[r] = token * GROUP + head within the group,   start[t] = rows of the tokens before t,   start[T] = all rows
+
+A tile of packed rows spans few tokens and shares one walk over the keys. The lists have room for every pair; what a
+list does not fill is never read, and programs beyond its end return at once, so the host never waits for a count.
+
+    o_r = gate_r sum_j p_rj v_j,  e_rj = do_r v_j,  delta_r = do_r o_r,  ds_rj = p_rj (gate_r e_rj - delta_r)
+    dv_j = sum_r gate_r p_rj do_r,  dk_j = scale sum_r ds_rj q_r
+    dq_r = scale sum_j ds_rj k_j,  dgate_r = sum_j p_rj e_rj
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnzoo_kernels.primitives import LOG2E
+from attnzoo_kernels.softmax_attention_bwd import walk_keys_back
+from attnzoo_kernels.softmax_attention_fwd import walk_keys
+from attnzoo_kernels.softmax_attention_tiles import pair_scores, segment_of
+
+
+# grid (B * G * tiles of T): one program writes the rows of BLOCK_T tokens of a group to their places.
+@triton.jit
+def head_routing_pack_kernel(
+    active_ptr, start_ptr, rows_ptr, stride_ab, stride_at, stride_ah, T, G,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_T)
+    o_t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M)
+    inside = (o_t < T)[:, None] & (o_m < GROUP)[None, :]
+    at = bg // G * stride_ab + o_t.to(tl.int64)[:, None] * stride_at + (bg % G * GROUP + o_m)[None, :] * stride_ah
+    active = tl.load(active_ptr + at, mask=inside, other=0).to(tl.int32)
+    start = tl.load(start_ptr + bg * (T + 1) + o_t, mask=o_t < T, other=0)
+    place = start[:, None] + tl.cumsum(active, 1) - active
+    row = o_t[:, None] * GROUP + o_m[None, :]
+    tl.store(rows_ptr + bg * T * GROUP + place, row, mask=inside & (active != 0))
+
+
+@triton.jit
+def packed_rows(tile, bg, start_ptr, rows_ptr, T, GROUP: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Offsets, tokens and heads within the group of a tile's rows, which of them exist, and the end of the list.
+
+    Rows that do not exist have token T.
+    """
+    count = tl.load(start_ptr + bg * (T + 1) + T)
+    o_r = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = o_r < count
+    row = tl.load(rows_ptr + bg * T * GROUP + o_r, mask=inside, other=T * GROUP)
+    return o_r, row // GROUP, row % GROUP, inside, count
+
+
+@triton.jit
+def packed_key_range(
+    tile, b, bg, count, rows_ptr, lengths_ptr, first_ptr, last_ptr, T,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Keys that a tile of rows visits: (lo, full_lo, full_hi, hi), those in [full_lo, full_hi) without a mask."""
+    r_0 = tile * BLOCK_T
+    own = rows_ptr + bg * T * GROUP
+    t_0 = tl.load(own + r_0) // GROUP
+    t_1 = tl.load(own + tl.minimum(r_0 + BLOCK_T, count) - 1) // GROUP
+    lo = t_0 * 0
+    full_lo = lo
+    full_hi = t_0 + 1
+    hi = t_1 + 1
+    if first_ptr is not None:
+        lo = tl.load(first_ptr + b * T + t_0)
+        full_lo = tl.load(first_ptr + b * T + t_1)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + b)
+        hi = tl.minimum(hi, length)
+        full_hi = tl.minimum(full_hi, length)
+    lo = lo // BLOCK_S * BLOCK_S
+    hi = tl.maximum(hi, lo)
+    full_lo = (full_lo + BLOCK_S - 1) // BLOCK_S * BLOCK_S
+    full_hi = full_hi // BLOCK_S * BLOCK_S
+    none = full_hi <= full_lo
+    full_lo = tl.where(none, lo, full_lo)
+    full_hi = tl.where(none, lo, full_hi)
+    return lo, full_lo, full_hi, hi
+
+
+# grid (B * G * tiles of T GROUP): one program owns BLOCK_T packed rows and walks the keys up to its last token with a
+# running max m, denominator l and numerator acc. Scores, gathered keys and outputs of inactive pairs never exist. The
+# tiles with the most keys come first.
+@triton.jit
+def head_routing_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, o_ptr, top_ptr, norm_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    stride_gb, stride_gt, stride_gh, T, G, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T * GROUP, BLOCK_T)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    o_r, token, member, inside, count = packed_rows(tile, bg, start_ptr, rows_ptr, T, GROUP, BLOCK_T)
+    if tile * BLOCK_T >= count:
+        return
+    b = bg // G
+    g = bg % G
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_t = token.to(tl.int64)
+    o_h = g * GROUP + member
+    q_mask = inside[:, None] & (o_d < D)[None, :]
+    q_at = b * stride_qb + o_t * stride_qt + o_h * stride_qh
+    b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
+    k_ptr += b * stride_kb + g * stride_kg
+    v_ptr += b * stride_vb + g * stride_vg
+    first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
+    SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_DV], tl.float32)
+    lo, full_lo, full_hi, hi = packed_key_range(
+        tile, b, bg, count, rows_ptr, lengths_ptr, first_ptr, last_ptr, T, GROUP, BLOCK_T, BLOCK_S
+    )
+    if first_ptr is not None:
+        acc, m, l = walk_keys(
+            acc, m, l, lo, full_lo, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
+            stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+            SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+        )  # fmt: skip
+    acc, m, l = walk_keys(
+        acc, m, l, full_lo, full_hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
+        stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+        SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+    )  # fmt: skip
+    acc, m, l = walk_keys(
+        acc, m, l, full_hi, hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
+        stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+        SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+    )  # fmt: skip
+    norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+    top = tl.where(l > 0, m, 0.0)
+    factor = norm
+    if gates_ptr is not None:
+        at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
+        factor *= tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    o_at = ((b * T + o_t) * G * GROUP + o_h) * DV
+    o_mask = inside[:, None] & (o_dv < DV)[None, :]
+    b_o = (acc * factor[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + o_at[:, None] + o_dv[None, :], b_o, mask=o_mask)
+    tl.store(top_ptr + bg * T * GROUP + o_r, top, mask=inside)
+    tl.store(norm_ptr + bg * T * GROUP + o_r, norm, mask=inside)
+
+
+# grid (B * G * tiles of T GROUP): delta of packed rows.
+@triton.jit
+def head_routing_bwd_delta_kernel(
+    o_ptr, do_ptr, start_ptr, rows_ptr, delta_ptr, stride_dob, stride_dot, stride_doh, T, G,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T * GROUP, BLOCK_T)
+    tile = tl.program_id(0) % tiles
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    o_r, token, member, inside, count = packed_rows(tile, bg, start_ptr, rows_ptr, T, GROUP, BLOCK_T)
+    if tile * BLOCK_T >= count:
+        return
+    b = bg // G
+    o_t = token.to(tl.int64)
+    o_h = bg % G * GROUP + member
+    o_dv = tl.arange(0, BLOCK_DV)
+    mask = inside[:, None] & (o_dv < DV)[None, :]
+    o_at = ((b * T + o_t) * G * GROUP + o_h) * DV
+    do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
+    b_o = tl.load(o_ptr + o_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
+    b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
+    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(delta_ptr + bg * T * GROUP + o_r, delta, mask=inside)
+
+
+# grid (B * G * tiles of T GROUP): the forward kernel's tiles; scatters dq and dgate to zeroed (B, T, H) places.
+@triton.jit
+def head_routing_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, top_ptr, norm_ptr,
+    delta_ptr, dq_ptr, dgates_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T * GROUP, BLOCK_T)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    o_r, token, member, inside, count = packed_rows(tile, bg, start_ptr, rows_ptr, T, GROUP, BLOCK_T)
+    if tile * BLOCK_T >= count:
+        return
+    b = bg // G
+    g = bg % G
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_t = token.to(tl.int64)
+    o_h = g * GROUP + member
+    q_mask = inside[:, None] & (o_d < D)[None, :]
+    do_mask = inside[:, None] & (o_dv < DV)[None, :]
+    q_at = b * stride_qb + o_t * stride_qt + o_h * stride_qh
+    do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
+    b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
+    b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=do_mask, other=0.0)
+    top = tl.load(top_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
+    norm = tl.load(norm_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
+    gate = norm * 0.0 + 1.0
+    if gates_ptr is not None:
+        at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
+        gate = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    k_ptr += b * stride_kb + g * stride_kg
+    v_ptr += b * stride_vb + g * stride_vg
+    first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
+    SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    b_dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    spare = tl.zeros([BLOCK_T, 16], tl.float32)
+    r = tl.zeros([BLOCK_T], tl.float32)
+    lo, full_lo, full_hi, hi = packed_key_range(
+        tile, b, bg, count, rows_ptr, lengths_ptr, first_ptr, last_ptr, T, GROUP, BLOCK_T, BLOCK_S
+    )
+    if first_ptr is not None:
+        b_dq, spare, r = walk_keys_back(
+            b_dq, spare, r, lo, full_lo, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
+            None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
+            0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+        )  # fmt: skip
+    b_dq, spare, r = walk_keys_back(
+        b_dq, spare, r, full_lo, full_hi, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
+        None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
+        0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+    )  # fmt: skip
+    b_dq, spare, r = walk_keys_back(
+        b_dq, spare, r, full_hi, hi, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
+        None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
+        0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+    )  # fmt: skip
+    place = (b * T + o_t) * G * GROUP + o_h
+    b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + place[:, None] * D + o_d[None, :], b_dq, mask=q_mask)
+    if dgates_ptr is not None:
+        tl.store(dgates_ptr + place, r, mask=inside)
+
+
+@triton.jit
+def walk_packed_rows(
+    b_dk, b_dv, lo, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr, delta_ptr,
+    lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Adds what the packed rows lo, lo + BLOCK_T, ... < hi of a group bring; tiles are [keys, rows]."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    for start in range(lo, hi, BLOCK_T):
+        o_r = start + tl.arange(0, BLOCK_T)
+        # Rows from hi on belong to the next walk.
+        inside = o_r < hi
+        row = tl.load(rows_ptr + o_r, mask=inside, other=T * GROUP)
+        token = row // GROUP
+        o_t = token.to(tl.int64)
+        o_h = (row % GROUP).to(tl.int64)
+        q_mask = inside[:, None] & (o_d < D)[None, :]
+        q_at = o_t * stride_qt + o_h * stride_qh
+        b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
+        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_S, BLOCK_T]
+        first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
+        s, _ = pair_scores(
+            s, token[None, :], o_s[:, None], token[None, :], o_s[:, None], first[None, :], last[None, :],
+            None, 0, 0, None, 0, 0, T, T, scale, 0.0, 0.0, 0, 0, True, False, False, False, False, SEGMENT, MASKED,
+        )  # fmt: skip
+        top = tl.load(top_ptr + o_r, mask=inside, other=0.0)
+        norm = tl.load(norm_ptr + o_r, mask=inside, other=0.0)
+        p = tl.exp2(s * LOG2E - top[None, :]) * norm[None, :]
+        gate = norm * 0.0 + 1.0
+        if gates_ptr is not None:
+            g_at = o_t * stride_gt + o_h * stride_gh
+            gate = tl.load(gates_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
+        do_mask = inside[:, None] & (o_dv < DV)[None, :]
+        do_at = o_t * stride_dot + o_h * stride_doh
+        b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=do_mask, other=0.0)
+        b_dv = tl.dot((p * gate[None, :]).to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
+        e = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + o_r, mask=inside, other=0.0)
+        ds = p * (e * gate[None, :] - delta[None, :])
+        b_dk = tl.dot(ds.to(b_q.dtype), b_q, acc=b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+# grid (B * G * tiles of T): one program owns BLOCK_S keys of one group and walks the packed rows from the first token
+# of its tile on, which lie side by side; a group's gradient is summed in registers.
+@triton.jit
+def head_routing_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, top_ptr, norm_ptr,
+    delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
+    stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_S)
+    s_0 = tl.program_id(0) % tiles * BLOCK_S
+    bg = (tl.program_id(0) // tiles).to(tl.int64)
+    b = bg // G
+    g = bg % G
+    s_1 = tl.minimum(s_0 + BLOCK_S, T)
+    o_s = s_0 + tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    row = o_s.to(tl.int64)[:, None]
+    inside = (o_s < T)[:, None]
+    k_mask = inside & (o_d < D)[None, :]
+    v_mask = inside & (o_dv < DV)[None, :]
+    b_k = tl.load(k_ptr + b * stride_kb + g * stride_kg + row * stride_ks + o_d[None, :], mask=k_mask, other=0.0)
+    b_v = tl.load(v_ptr + b * stride_vb + g * stride_vg + row * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
+    b_dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
+    SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+
+    start_ptr += bg * (T + 1)
+    lo = tl.load(start_ptr + s_0)
+    full_lo = tl.load(start_ptr + s_1 - 1)
+    hi = tl.load(start_ptr + T)
+    full_hi = hi
+    if first_ptr is not None:
+        hi = tl.load(start_ptr + tl.load(last_ptr + b * T + s_1 - 1))
+        full_hi = tl.load(start_ptr + tl.load(last_ptr + b * T + s_0))
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + b)
+        hi = tl.where(s_0 >= length, lo, hi)
+        full_hi = tl.where(s_1 > length, lo, full_hi)
+    full_hi = tl.maximum(full_lo, tl.minimum(full_hi, hi))
+    full_lo = tl.minimum(full_lo, hi)
+    full_hi = tl.minimum(full_hi, hi)
+    h_0 = g * GROUP
+    q_ptr += b * stride_qb + h_0 * stride_qh
+    do_ptr += b * stride_dob + h_0 * stride_doh
+    if gates_ptr is not None:
+        gates_ptr += b * stride_gb + h_0 * stride_gh
+    rows_ptr += bg * T * GROUP
+    top_ptr += bg * T * GROUP
+    norm_ptr += bg * T * GROUP
+    delta_ptr += bg * T * GROUP
+    b_dk, b_dv = walk_packed_rows(
+        b_dk, b_dv, lo, full_lo, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr, delta_ptr,
+        lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
+        scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    b_dk, b_dv = walk_packed_rows(
+        b_dk, b_dv, full_lo, full_hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr,
+        delta_ptr,
+        lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
+        scale, GROUP, D, DV, SEGMENT, False, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    if SEGMENT:
+        b_dk, b_dv = walk_packed_rows(
+            b_dk, b_dv, full_hi, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr,
+            delta_ptr, lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt,
+            stride_gh, T, scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    at = (b * T + row) * G + g
+    tl.store(dk_ptr + at * D + o_d[None, :], (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=k_mask)
+    tl.store(dv_ptr + at * DV + o_dv[None, :], b_dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
