@@ -120,6 +120,60 @@ def prologue(D: int, kind: str, style: str = "half") -> Callable[[torch.dtype], 
     return call
 
 
+def composed(M: int, D: int, key_side: bool, causal: bool = True) -> Callable[[torch.dtype], object]:
+    """DCMHA's core, forward and backward: M heads mixed before and after the softmax."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.composed_attention import composed_attention
+
+        q, k, v = (tensor(B, T, M, D, dtype=dtype) for _ in range(3))
+        sides = ("q_pre", "q_post", *(("k_pre", "k_post") if key_side else ()))
+        matrices = {side: tensor(B, T, 1, M, M, dtype=dtype) for side in sides}
+        composed_attention(q, k, v, scale=0.1, causal=causal, **matrices).sum().backward()
+
+    return call
+
+
+def linear(D: int, DV: int, size: int, heads: int, causal: bool = True) -> Callable[[torch.dtype], object]:
+    """Linear attention in blocks, mixed with weights of that many heads (0: none), forward and backward."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.linear_attention import linear_attention
+
+        q, k, v = (tensor(B, T, n, d, dtype=dtype) for n, d in ((8, D), (2, D), (2, DV)))
+        n = T // size
+        weights = tensor(1, heads, n, n, dtype=torch.float32) if heads else None
+        linear_attention(q, k, v, size=size, causal=causal, weights=weights)[0].sum().backward()
+
+    return call
+
+
+def routed(D: int, H: int, G: int) -> Callable[[torch.dtype], object]:
+    """The active heads of a mixture of heads, forward and backward."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.head_routing import routed_attention
+
+        q, k, v = (tensor(B, T, n, D, dtype=dtype) for n in (H, G, G))
+        active, gates = torch.zeros(B, T, H, dtype=torch.bool), tensor(B, T, H, dtype=torch.float32)
+        routed_attention(q, k, v, active, scale=0.1, gates=gates).sum().backward()
+
+    return call
+
+
+def experts(inner: int, outer: int) -> Callable[[torch.dtype], object]:
+    """Grouped projections of a mixture of attention heads, forward and backward."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.expert_projection import expert_linear
+
+        order, ends = torch.zeros(B * T * 8, dtype=torch.int64), torch.zeros(16, dtype=torch.int32)
+        x, weight = tensor(B * T, 1, 8, inner, dtype=dtype), tensor(16, outer, inner, dtype=dtype)
+        expert_linear(x, weight, order, ends, gates=tensor(B * T, 8, dtype=torch.float32)).sum().backward()
+
+    return call
+
+
 CASES: dict[str, Callable[[torch.dtype], object]] = {
     "softmax causal 64": softmax(64, 64),
     "softmax causal 128": softmax(128, 128),
@@ -142,6 +196,19 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "latent decode 256+32": latent(8, 256, 32),
     **{f"prologue {kind} {D}": prologue(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
     "prologue gated 128 interleaved": prologue(128, "gated", "interleaved"),
+    "composed 8 heads of 128": composed(8, 128, True),
+    "composed 8 heads of 128, query side": composed(8, 128, False),
+    "composed 16 heads of 64": composed(16, 64, True),
+    "composed 32 heads of 32": composed(32, 32, True),
+    "composed 4 heads of 64": composed(4, 64, True),
+    "linear 128 mixed": linear(128, 128, 64, 1),
+    "linear 128 mixed per head": linear(128, 128, 64, 8),
+    "linear 128": linear(128, 128, 64, 0),
+    "linear 64 full, mixed": linear(64, 64, 64, 1, causal=False),
+    "routed 128": routed(128, 16, 16),
+    "routed 64, 4 heads a group": routed(64, 16, 4),
+    "experts 2048 to 128": experts(2048, 128),
+    "experts 128 to 2048": experts(128, 2048),
 }
 SHORT = [
     ("softmax causal 128", "bf16", "sm_90"),
@@ -156,16 +223,19 @@ SHORT = [
     ("latent decode 512+64, 128 heads", "bf16", "sm_90"),
     ("prologue gated 128", "bf16", "sm_90"),
     ("prologue linear 128", "bf16", "sm_80"),
+    ("composed 8 heads of 128", "bf16", "sm_90"),
+    ("linear 128 mixed", "bf16", "sm_90"),
+    ("routed 128", "bf16", "sm_90"),
+    ("experts 2048 to 128", "bf16", "sm_90"),
 ]
 """What the tests compile: (case, dtype, target)."""
 
 
 def dtypes(case: str) -> tuple[str, ...]:
     """All of them for the plain cases; features and odd widths, which change no tile, in bfloat16 alone."""
-    plain = re.fullmatch(
-        r"softmax causal (64|128|256)|decode \d+|latent decode 512.64, 16 heads|prologue \w+ 128", case
-    )
-    return tuple(DTYPES) if plain else ("bf16",)
+    plain = r"softmax causal (64|128|256)|decode \d+|latent decode 512.64, 16 heads|prologue \w+ 128"
+    own = r"linear 128 mixed|routed 128|composed 8 heads of 128"
+    return tuple(DTYPES) if re.fullmatch(f"{plain}|{own}", case) else ("bf16",)
 
 
 def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
@@ -237,9 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("kernels compile only without TRITON_INTERPRET=1")
     if options.write:
         os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # or the seconds would be those of reading a cache
-    jobs = (
-        SHORT if options.short else [(name, dtype, target) for name in CASES for dtype in DTYPES for target in TARGETS]
-    )
+    jobs = SHORT if options.short else [(n, dtype, t) for n in CASES for dtype in dtypes(n) for t in TARGETS]
     jobs = [job for job in jobs if options.only in job[0]]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.processes) as pool:

@@ -14,7 +14,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
-from tests.zoo import MECHANISMS, OPTIONS, REFUSED, E, G, H, build, cases, directed, exact_numbers, gradients, names
+from tests.zoo import (
+    LACKS,
+    MECHANISMS,
+    OPTIONS,
+    REFUSED,
+    E,
+    G,
+    H,
+    build,
+    cases,
+    directed,
+    exact_numbers,
+    gradients,
+    names,
+)
 
 B, T = 2, 12
 EXACT = 1e-12
@@ -139,6 +153,14 @@ def test_flops_by_part_are_those_that_are_counted(name: str) -> None:
 # Who sees whom
 
 
+def rounding(name: str, backend: str = "auto") -> float:
+    """How far two runs may differ that must agree: not at all, except where an expert's product has other rows.
+
+    The processor's library may sum a product of more rows in another order.
+    """
+    return EXACT if "rounding of its own" in LACKS.get(name, ()) and backend != "eager" else 0.0
+
+
 @every_case
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_later_tokens_change_no_earlier_output(name: str, option: str, backend: str) -> None:
@@ -147,7 +169,7 @@ def test_later_tokens_change_no_earlier_output(name: str, option: str, backend: 
     for t in (1, 4, T - 1):
         changed = torch.cat([x[:, :t], 10 * sample(B, T - t, E)], dim=1)
         after = module(changed)
-        assert torch.equal(after[:, :t], before[:, :t])
+        assert apart(after[:, :t], before[:, :t]) <= rounding(name, backend)
         assert not torch.equal(after[:, t:], before[:, t:])
 
 
@@ -157,9 +179,9 @@ def test_rows_of_a_batch_are_independent(name: str, option: str, causal: bool) -
     y = module(x)
     assert apart(torch.cat([module(row) for row in x.split(1)]), y) <= EXACT
     changed = torch.cat([x[:1], 10 * sample(2, T, E)])
-    assert torch.equal(module(changed)[0], y[0])
+    assert apart(module(changed)[0], y[0]) <= rounding(name)
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(module(x[order]), y[order])
+    assert apart(module(x[order]), y[order]) <= rounding(name)
 
 
 @every_case_in_either_direction
