@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 def main(arguments: list[str] | None = None) -> int:
     """Run the grid, write JSON lines, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", default="standard", help="standard, train or decode")
+    parser.add_argument("--grid", default="standard", help="standard, mechanisms, train or decode")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --interpret")
     parser.add_argument("--interpret", action="store_true", help="run the kernels in Triton's interpreter")
     parser.add_argument("--tiny", action="store_true", help="shrink every row")
@@ -39,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
     from gpu_cases import GRIDS, Bench, missing_peers
+    from gpu_cases_mechanisms import ROWS
 
-    if options.grid not in GRIDS:
-        parser.error(f"--grid must be one of {', '.join(GRIDS)}, got {options.grid}")
+    if options.grid not in (*GRIDS, "mechanisms"):
+        parser.error(f"--grid must be one of {', '.join(GRIDS)}, mechanisms, got {options.grid}")
     if options.device == "cpu" and not (options.interpret and options.tiny):
         parser.error("--device cpu needs --interpret and --tiny")
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     copy_rate = measured_copy_rate(options.device)
     lines: list[dict[str, Any]] = []
     left_out, rows = [], []
-    for rows_of in GRIDS[options.grid]:
+    mechanisms = ROWS if options.grid in ("standard", "mechanisms") else ()
+    for rows_of in (*mechanisms, *GRIDS.get(options.grid, ())):
         for row in rows_of(bench):
             if options.only not in row.case:
                 continue

@@ -142,8 +142,8 @@ class DynamicallyComposableAttention(nn.Module):
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are made anew in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (folded where that is possible, chunked for more than chunk_size queries) or "eager" (all
-            scores at once); others where it folds.
+        backend: "auto" (folded where that is possible, chunked for more than chunk_size queries), "eager" (all
+            scores at once) or "triton" (fused kernels, by name only); others where it folds.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -342,7 +342,7 @@ class DynamicallyComposableAttention(nn.Module):
                 q, k, v, pre, post, Sight(self.causal, self.sliding_window, mask, start, key_positions),
                 scale=self.scale, dropout=self.dropout if self.training else 0.0,
                 chunk_size=composed_chunk(self.backend, self.chunk_size), value_heads=self._value_heads(q.device),
-                value_groups=self._value_groups(),
+                value_groups=self._value_groups(), backend=self.backend,
             )  # fmt: skip
         y: Tensor = self.o_proj(out.flatten(2))
         return y

@@ -16,6 +16,7 @@ from attnzoo.modules.checks import check_groups, check_input, check_options, che
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import group_index, head_rows, keep_columns, keep_entries, keep_rows, surviving_heads
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
+from attnzoo.ops.fused_linear import finished, linear_obstacle
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary, rotate
 
@@ -123,13 +124,23 @@ class FeatureAttention(nn.Module):
             elif isinstance(module, FeatureMap):
                 module.reset_parameters()
 
-    def chosen_backend(self) -> str:
-        """ "auto" for the chunked form, "eager" for the quadratic definition."""
+    def chosen_backend(self, x: Tensor) -> str:
+        """ "auto" for the chunked form, "eager" for the quadratic definition, "triton" for the kernels."""
         if self.backend in ("auto", "eager"):
             return self.backend
-        raise BackendUnavailable(
-            f"backend {self.backend!r} cannot run linear attention: it has no softmax; only auto and eager can"
-        )
+        reason = "it has no softmax; only auto, eager and triton can"
+        if self.backend == "triton":
+            obstacle = linear_obstacle(x.device, self.product_dtype(x))
+            if obstacle is None:
+                return self.backend
+            reason = obstacle
+        raise BackendUnavailable(f"backend {self.backend!r} cannot run linear attention: {reason}")
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The projections' dtype: that of x, or of autocast."""
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else x.dtype
 
     def checked_mask(self, mask: Tensor | AttentionMask | None) -> AttentionMask | None:
         """The mask, refused where sums over keys cannot express it."""
@@ -187,18 +198,18 @@ class FeatureAttention(nn.Module):
         """A subclass may normalise features."""
         return q, k
 
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def finish(self, out: Tensor, x: Tensor, backend: str) -> Tensor:
         """Output norm, gate and output projection of heads (B, T, H, Dv) in float32 or float64."""
         norm = getattr(self, self._norm_name)
-        if norm is not None:
-            out = F.rms_norm(out, (self.v_head_dim,), norm.weight.to(out.dtype), norm.eps)
-        # The projections' dtype: that of x, or of autocast.
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        wanted = torch.get_autocast_dtype(device) if autocast else x.dtype
-        heads = out.flatten(2).to(wanted)
-        if self.g_proj is not None:
-            heads = heads * F.silu(self.g_proj(x))
+        gate = None if self.g_proj is None else self.g_proj(x)
+        if backend == "triton" and (norm is not None or gate is not None):
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            heads = finished(out, weight, gate, eps=eps, dtype=self.product_dtype(x)).flatten(2)
+        else:
+            if norm is not None:
+                out = F.rms_norm(out, (self.v_head_dim,), norm.weight.to(out.dtype), norm.eps)
+            heads = out.flatten(2).to(self.product_dtype(x))
+            heads = heads if gate is None else heads * F.silu(gate)
         y: Tensor = self.o_proj(heads)
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.checks import check_cache, check_sizes, one_source
 from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable
+from attnzoo.ops.fused_linear import continued, fused_linear_attention
 from attnzoo.ops.linear_attention import (
     block_weights,
     document_blocks,
@@ -61,7 +63,7 @@ class LinearAttention(FeatureAttention):
         chunk_size: tokens of a chunk in the chunked form; it changes speed only.
         dropout: of the output, in training.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked) or "eager" (the quadratic definition).
+        backend: "auto" (chunked), "eager" (the quadratic definition) or "triton" (chunked, in kernels).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -139,7 +141,7 @@ class LinearAttention(FeatureAttention):
                 restarting in each packed document. A pair (queries, keys) in cross-attention.
             cache: from `init_cache`; its sums are updated in place.
         """
-        backend = self.chosen_backend()
+        backend, dtype = self.chosen_backend(x), self.product_dtype(x)
         mask = self.checked_mask(mask)
         if not self.num_heads:
             return self.without_heads(x, cache)
@@ -149,12 +151,12 @@ class LinearAttention(FeatureAttention):
         with without_autocast(x):
             if cache is not None:
                 check_cache(cache, StateCache, self.causal, context, mask)
-                out = self._continue(cache, plain_q, plain_k, q, k, v)
+                out = self._continue(cache, plain_q, plain_k, q, k, v, backend, dtype)
             else:
-                out = self._attend(q, k, v, mask, backend)[0]
+                out = self._attend(q, k, v, mask, backend, dtype)[0]
                 if self.normalize:
-                    out = out / self._denominator(plain_q, plain_k, mask, backend)
-        return self.finish(out, x)
+                    out = out / self._denominator(plain_q, plain_k, mask, backend, dtype)
+        return self.finish(out, x, backend)
 
     def normalised_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features over their sum, with `sum_norm`."""
@@ -163,12 +165,12 @@ class LinearAttention(FeatureAttention):
         return q / (q.sum(-1, keepdim=True) + 1e-4), k / (k.sum(-1, keepdim=True) + 1e-4)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str, state: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Numerators (B, T, H, Dv), and without packing the state after all keys."""
         B, T, S = q.shape[0], q.shape[1], k.shape[1]
         packed = mask is not None and mask.cu_seqlens is not None
-        if backend == "eager" and state is None:
+        if backend == "eager":
             weights = torch.ones(T, S, dtype=q.dtype, device=q.device)
             weights = weights.tril() if self.causal else weights
             if packed and mask is not None:
@@ -176,21 +178,30 @@ class LinearAttention(FeatureAttention):
                 assert same is not None
                 weights = weights * same
             return linear_attention_reference(q, k, v, weights), q
+        shape: dict[str, Any] = {"size": self.chunk_size, "causal": self.causal}
         if not packed:
-            return linear_attention_chunked(q, k, v, size=self.chunk_size, causal=self.causal, state=state)
+            if backend == "triton":
+                return fused_linear_attention(q, k, v, dtype=dtype, **shape)
+            return linear_attention_chunked(q, k, v, **shape)
         assert mask is not None
         blocks = document_blocks(mask, B, T, self.chunk_size)
+        if backend == "triton" and self.causal:
+            return fused_linear_attention(q, k, v, dtype=dtype, blocks=blocks, **shape)
         ones = torch.ones(1, 1, dtype=q.dtype, device=q.device)
         weights = block_weights(ones.expand(blocks.count, blocks.count), blocks, blocks.count)
+        if backend == "triton":
+            return fused_linear_attention(q, k, v, dtype=dtype, blocks=blocks, weights=weights, **shape)
         out, end = linear_attention_chunked(
-            blocks.spread(q), blocks.spread(k), blocks.spread(v), size=blocks.size, causal=self.causal, weights=weights
+            blocks.spread(q), blocks.spread(k), blocks.spread(v), weights=weights, **shape
         )
         return blocks.gather(out), end
 
-    def _denominator(self, q: Tensor, k: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
+    def _denominator(
+        self, q: Tensor, k: Tensor, mask: AttentionMask | None, backend: str, dtype: torch.dtype
+    ) -> Tensor:
         """q~ . z + e_n, (B, T, H, 1)."""
         ones = k.new_ones(*k.shape[:3], 1)
-        return self._attend(q, k, ones, mask, backend)[0] + self.normalizer_eps
+        return self._attend(q, k, ones, mask, backend, dtype)[0] + self.normalizer_eps
 
     def _continue(
         self,
@@ -200,11 +211,19 @@ class LinearAttention(FeatureAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        backend: str,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Outputs of new tokens after the cached ones; the cache moves on."""
         cache.admit(q.shape[0], q.shape[1], v)
         states, sums = cache.streams
-        if q.shape[1] == 1:
+        if backend == "triton":
+            ones = plain_k.new_ones(*plain_k.shape[:3], 1)
+            out = continued(q, k, v, states, size=self.chunk_size, dtype=dtype)
+            bottom = continued(plain_q, plain_k, ones, sums.unsqueeze(-1), size=self.chunk_size, dtype=dtype)
+            if self.normalize:
+                out = out / (bottom + self.normalizer_eps)
+        elif q.shape[1] == 1:
             k, v, plain_k = k.detach(), v.detach(), plain_k.detach()
             states += torch.einsum("bgd,bgv->bgdv", k[:, 0], v[:, 0])
             sums += plain_k[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from attnzoo.masks import AttentionMask
 from attnzoo.modules.checks import check_cache, check_sizes
 from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable
 from attnzoo.ops.block_mixing import MIXING_INITS, clipped, extended, initial_mixing
+from attnzoo.ops.fused_linear import block_states, continued_block, fused_linear_attention
 from attnzoo.ops.linear_attention import (
     block_weights,
     document_blocks,
@@ -74,7 +76,7 @@ class MultiHeadLinearAttention(FeatureAttention):
         lepe_kernel: width of a depthwise convolution of the values that is added, 0 for none; needs a grid.
         dropout: of the output, in training.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked) or "eager" (the quadratic definition).
+        backend: "auto" (chunked), "eager" (the quadratic definition) or "triton" (chunked, in kernels).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -247,7 +249,7 @@ class MultiHeadLinearAttention(FeatureAttention):
             positions: (T,) or (B, T) integers for the rotation; blocks go by the index of a token.
             cache: from `init_cache`; its states are updated in place.
         """
-        backend = self.chosen_backend()
+        backend, dtype = self.chosen_backend(x), self.product_dtype(x)
         mask = self.checked_mask(mask)
         if not self.num_heads:
             return self.without_heads(x, cache)
@@ -259,17 +261,17 @@ class MultiHeadLinearAttention(FeatureAttention):
         with without_autocast(x):
             if cache is not None:
                 check_cache(cache, BlockStateCache, self.causal, context, mask)
-                out = self._continue(cache, plain_q, plain_k, q, k, v)
+                out = self._continue(cache, plain_q, plain_k, q, k, v, backend, dtype)
             else:
-                ones = plain_k.new_ones(*plain_k.shape[:3], 1)
-                out = self._attend(q, k, v, mask, backend)
+                out = self._attend(q, k, v, mask, backend, dtype)
                 if self.normalizer == "mixed":
-                    out = out / (self._attend(plain_q, plain_k, ones, mask, backend) + self.normalizer_eps)
+                    ones = plain_k.new_ones(*plain_k.shape[:3], 1)
+                    out = out / (self._attend(plain_q, plain_k, ones, mask, backend, dtype) + self.normalizer_eps)
                 elif self.normalizer == "compat":
                     out = out / self._compat_denominator(plain_q, plain_k)
                 if hasattr(self, "lepe"):
                     out = out + self._local_values(v)
-        return self.finish(out, x)
+        return self.finish(out, x, backend)
 
     def _check_length(self, x: Tensor, mask: AttentionMask | None, past: int) -> None:
         tokens, most = past + x.shape[1], self.num_blocks * self.block_size
@@ -286,7 +288,9 @@ class MultiHeadLinearAttention(FeatureAttention):
         if self.normalizer == "compat" and tokens != most:
             raise ValueError(f"normalizer 'compat' needs exactly num_blocks * block_size = {most} tokens, got {tokens}")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str, dtype: torch.dtype
+    ) -> Tensor:
         """Weighted sums (B, T, H, Dv)."""
         B, T = q.shape[:2]
         C = self.block_size
@@ -299,12 +303,20 @@ class MultiHeadLinearAttention(FeatureAttention):
                 pairs = weights.expand(B, -1, -1, -1).permute(0, 2, 3, 1)[rows, at[:, :, None], at[:, None, :]]
                 pairs = pairs.permute(0, 3, 1, 2)
                 return linear_attention_reference(q, k, v, pairs.tril() if self.causal else pairs)
+            if backend == "triton":
+                return fused_linear_attention(
+                    q, k, v, size=C, causal=self.causal, dtype=dtype, weights=weights, blocks=blocks
+                )[0]
             out, _ = linear_attention_chunked(
                 blocks.spread(q), blocks.spread(k), blocks.spread(v), size=C, causal=self.causal, weights=weights
             )
             return blocks.gather(out)
         weights = block_weights(self.mixing(max(1, -(-T // C)), q.dtype), None, max(1, -(-T // C)))
         order = self._raster_order(q.device)
+        if backend == "triton":
+            return fused_linear_attention(
+                q, k, v, size=C, causal=self.causal, dtype=dtype, weights=weights, order=order
+            )[0]
         if order is not None:
             q, k, v = (x.index_select(1, order) for x in (q, k, v))
         if backend == "eager":
@@ -346,7 +358,15 @@ class MultiHeadLinearAttention(FeatureAttention):
         return local.flatten(2).transpose(1, 2).reshape(B, T, H, Dv)
 
     def _continue(
-        self, cache: BlockStateCache, plain_q: Tensor, plain_k: Tensor, q: Tensor, k: Tensor, v: Tensor
+        self,
+        cache: BlockStateCache,
+        plain_q: Tensor,
+        plain_k: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Outputs of new tokens after the cached ones, block after block; the cache moves on."""
         cache.admit(q.shape[0], q.shape[1], v)
@@ -355,17 +375,27 @@ class MultiHeadLinearAttention(FeatureAttention):
             return q.new_zeros(*q.shape[:3], v.shape[3])
         matrix = self.mixing((cache.length + T - 1) // C + 1, q.dtype)
         ones = plain_k.new_ones(*plain_k.shape[:3], 1)
+        mixed = self.normalizer == "mixed"
+        if backend == "triton" and cache.length == 0 and T > 1:
+            out, n = self._attend(q, k, v, None, backend, dtype), -(-T // C)
+            if mixed:
+                out = out / (self._attend(plain_q, plain_k, ones, None, backend, dtype) + self.normalizer_eps)
+            cache.streams[0][:, :n] = block_states(k, v, size=C, dtype=dtype)
+            cache.streams[1][:, :n] = block_states(plain_k, ones, size=C, dtype=dtype)[..., 0]
+            cache.length = T
+            return out
+        advance = partial(continued_block, size=C, dtype=dtype) if backend == "triton" else _block_step
         while t < T:
             block, stop = cache.length // C, min(T, t + C - cache.length % C)
             row = matrix[..., block, : block + 1]
             part = slice(t, stop)
-            out = _block_step(q[:, part], k[:, part], v[:, part], cache.streams[0], row)
-            if self.normalizer == "mixed":
-                states = cache.streams[1].unsqueeze(-1)
-                bottom = _block_step(plain_q[:, part], plain_k[:, part], ones[:, part], states, row)
+            states, sums = (stream[:, : block + 1] for stream in cache.streams)
+            out = advance(q[:, part], k[:, part], v[:, part], states, row)
+            if mixed:
+                bottom = advance(plain_q[:, part], plain_k[:, part], ones[:, part], sums.unsqueeze(-1), row)
                 out = out / (bottom + self.normalizer_eps)
-            cache.streams[0][:, block] += torch.einsum("bcgd,bcgv->bgdv", k[:, part].detach(), v[:, part].detach())
-            cache.streams[1][:, block] += plain_k[:, part].detach().sum(1)
+            else:
+                sums[:, block] += plain_k[:, part].detach().sum(1)
             cache.length += stop - t
             outputs.append(out)
             t = stop
@@ -422,11 +452,14 @@ class MultiHeadLinearAttention(FeatureAttention):
 
 
 def _block_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, row: Tensor) -> Tensor:
-    """Tokens of one block, q (B, c, H, D), after states (B, n, G, D, Dv) weighed by row (i + 1,) or (H, i + 1)."""
+    """Tokens of one block, q (B, c, H, D), after states (B, i + 1, G, D, Dv) weighed by row (i + 1,) or (H, i + 1).
+
+    The last state moves on.
+    """
     B, c, H, D = q.shape
     G, blocks = k.shape[2], row.shape[-1]
     q = q.view(B, c, G, H // G, D)
-    states = states[:, :blocks].clone()
+    kept, states = states, states.clone()
     within = torch.einsum("bcgrd,bsgd->bgrcs", q, k).tril()
     own = row[..., -1]
     if row.ndim == 1:
@@ -437,4 +470,5 @@ def _block_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, row: Tensor) ->
         out = torch.einsum("bcgrd,bgrdv->bcgrv", q, before)
         own = own.view(G, H // G, 1, 1)
     out = out + torch.einsum("bgrcs,bsgv->bcgrv", own * within, v)
+    kept[:, -1] += torch.einsum("bcgd,bcgv->bgdv", k.detach(), v.detach())
     return out.reshape(B, c, H, v.shape[3])

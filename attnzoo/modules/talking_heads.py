@@ -51,7 +51,8 @@ class TalkingHeadsAttention(nn.Module):
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are made anew in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked for more than chunk_size queries) or "eager" (all scores at once).
+        backend: "auto" (chunked for more than chunk_size queries), "eager" (all scores at once) or "triton" (fused
+            kernels, by name only).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -196,7 +197,7 @@ class TalkingHeadsAttention(nn.Module):
             Composition(self.weights_proj[None], residual=False),
             Sight(self.causal, self.sliding_window, mask, past if cache is not None else k.shape[1] - T, key_positions),
             scale=self.scale, dropout=self.dropout if self.training else 0.0,
-            chunk_size=composed_chunk(self.backend, self.chunk_size),
+            chunk_size=composed_chunk(self.backend, self.chunk_size), backend=self.backend,
         )  # fmt: skip
         y: Tensor = self.o_proj(out.flatten(2))
         return y
@@ -279,10 +280,10 @@ class TalkingHeadsAttention(nn.Module):
 
 def composed_chunk(backend: str, chunk_size: int) -> int | None:
     """Queries at once for a backend; refuses those that cannot mix heads."""
-    if backend not in ("auto", "eager"):
+    if backend not in ("auto", "eager", "triton"):
         raise BackendUnavailable(
             f"backend {backend!r} cannot run composed_attention: heads are mixed between its score and its softmax; "
-            "only auto and eager can"
+            "only auto, eager and triton can"
         )
     return chunk_size if backend == "auto" else None
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, check_broadcastable
+from attnzoo.ops.fused_composition import composed_obstacle, fused_composed_attention
 from attnzoo.ops.precision import without_autocast
 
 Side = tuple[Tensor, Tensor, Tensor]
@@ -142,6 +144,7 @@ def composed_attention(
     chunk_size: int | None = None,
     value_heads: Tensor | None = None,
     value_groups: tuple[int, ...] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """o_n = sum_s post(softmax_s(pre(scale q . k) + visibility))_n v_s.
 
@@ -160,8 +163,14 @@ def composed_attention(
             (B, H, T, S) scores never exist. None: all at once, which is the definition.
         value_heads: indices (Hv,) of the target heads that are wanted. Default: all.
         value_groups: which of v's heads each of them reads, where that is not n // (Hv / Gv).
+        backend: "triton" runs the kernels or raises `BackendUnavailable`; anything else is plain PyTorch.
     """
     T, S = q.shape[1], k.shape[1]
+    if backend == "triton":
+        choose(backend, "composed_attention", {"triton": lambda: composed_obstacle(q, v, pre, post, dropout)})
+        return fused_composed_attention(
+            q, k, v, pre, post, sight, scale=scale, value_heads=value_heads, value_groups=value_groups
+        )
     if chunk_size is None or chunk_size >= T:
         return _tile(q, k, v, pre, post, sight, slice(0, T), slice(0, S), T, scale, dropout, value_heads, value_groups)
     outputs = []

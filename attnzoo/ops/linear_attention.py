@@ -41,6 +41,12 @@ class Blocks:
         index = self.slot.view(B, T, *(1,) * (x.ndim - 2)).expand_as(x)
         return room.scatter(1, index, x)
 
+    def starts(self) -> Tensor:
+        """(B, count + 1): block i of a row holds its tokens starts[i] .. starts[i + 1] - 1, none if it is unused."""
+        of_token = (self.slot // self.size).contiguous()
+        block = torch.arange(self.count + 1, device=of_token.device).expand(of_token.shape[0], -1).contiguous()
+        return torch.searchsorted(of_token, block)
+
     def gather(self, x: Tensor) -> Tensor:
         """The inverse of `spread`."""
         index = self.slot.view(*self.slot.shape, *(1,) * (x.ndim - 2))

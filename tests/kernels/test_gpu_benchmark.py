@@ -21,12 +21,14 @@ def main(monkeypatch):
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("only", ["prologue", "latent", "T=512", "decode G=1 B=1"])
+@pytest.mark.parametrize(
+    "only", ["prologue", "latent", "T=512", "decode G=1 B=1", "core M=8", "mhla core T=2048", "moh core 50%", "moa"]
+)
 def test_the_dry_run_checks_its_rows(main, tmp_path, capsys, only):
     assert main(["--device", "cpu", "--interpret", "--tiny", "--only", only, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) >= 3
+    assert len(lines) >= 2
     for line in lines:
         assert line["correct"]
         assert line["interpreted"]
@@ -55,7 +57,10 @@ def test_the_budget_leaves_rows_out_by_name(main, tmp_path, capsys):
     [
         (["--device", "cpu"], "--device cpu needs --interpret and --tiny"),
         ([], "--device cuda needs a GPU"),
-        (["--device", "cpu", "--interpret", "--tiny", "--grid", "x"], "--grid must be one of standard, train, decode"),
+        (
+            ["--device", "cpu", "--interpret", "--tiny", "--grid", "x"],
+            "--grid must be one of standard, train, decode, mechanisms",
+        ),
     ],
 )
 def test_mistakes(main, capsys, arguments, message):
