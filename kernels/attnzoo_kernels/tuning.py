@@ -44,7 +44,7 @@ TABLE: dict[str, dict[tuple[str, int], Widths]] = {
     },
     "softmax_attention_bwd_dkdv": {
         ("cuda", 2): {
-            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(32, 64, 8, 2), 320: Config(32, 32, 8, 1),
+            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(64, 32, 8, 2), 320: Config(32, 32, 8, 1),
         },
         ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 8, 1)},
         ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 320: Config(32, 32, 4, 1)},
@@ -61,7 +61,7 @@ TABLE: dict[str, dict[tuple[str, int], Widths]] = {
     },
     "softmax_attention_bwd_dq": {
         ("cuda", 2): {
-            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(64, 64, 8, 2), 320: Config(32, 32, 8, 1),
+            64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 192: Config(64, 32, 8, 2), 320: Config(32, 32, 8, 1),
         },
         ("cuda", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 320: Config(16, 16, 4, 2)},
         ("hip", 2): {64: Config(128, 32, 4, 1), 128: Config(128, 32, 4, 1), 320: Config(64, 32, 4, 1)},
