@@ -196,7 +196,7 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "latent decode 256+32": latent(8, 256, 32),
     **{f"prologue {kind} {D}": prologue(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
     "prologue gated 128 interleaved": prologue(128, "gated", "interleaved"),
-    "composed 4 heads of 64": composed(8, 128, True),
+    "composed 8 heads of 128": composed(8, 128, True),
     "composed 8 heads of 128, query side": composed(8, 128, False),
     "composed 16 heads of 64": composed(16, 64, True),
     "composed 32 heads of 32": composed(32, 32, True),

@@ -84,7 +84,7 @@ def key_range(
     if causal:
         end = min(end, query_start + T)
     elif window is not None:
-        end = min(end, query_start + T - 1 + window)
+        end = min(end, max(query_start + T - 1 + window, sink_tokens))
     if window is not None and not sink_tokens:
         begin = max(begin, query_start - window + 1)
     return min(begin, max(end, 0)), max(end, 0)

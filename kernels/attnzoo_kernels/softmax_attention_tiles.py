@@ -55,7 +55,14 @@ def key_ranges(
     if WINDOW:
         lo = tl.maximum(lo, i_0 - window + 1)
         if not CAUSAL:
-            hi = tl.minimum(hi, i_1 - 1 + window)
+            near = i_1 - 1 + window
+            if SINK_TOKENS:
+                # Sink tokens may lie to the right of the window; a document may begin at any of these queries.
+                if first_ptr is not None:
+                    near = tl.maximum(near, i_1 - 1 + sink_tokens)
+                else:
+                    near = tl.maximum(near, sink_tokens)
+            hi = tl.minimum(hi, near)
     full_lo = lo
     full_hi = hi
     if CAUSAL:

@@ -149,6 +149,15 @@ LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
     "window and sink tokens": ({"T": 61, "S": 61}, {}, {"window": 5, "sink_tokens": 3}),
     "window and many sink tokens": ({}, {}, {"window": 3, "sink_tokens": 20}),
     "bidirectional window and sink tokens": ({}, {}, {"window": 4, "sink_tokens": 18, "causal": False}),
+    "sink tokens to the right of the window": (
+        {"T": 5, "S": 37}, {}, {"window": 2, "sink_tokens": 20, "causal": False, "query_start": 0},
+    ),
+    "sink tokens of documents to the right of the window": (
+        {}, {}, {
+            "mask": AttentionMask.packed([0, 14, 37, 38, 74]).to(DEVICE), "window": 2, "sink_tokens": 20,
+            "causal": False,
+        },
+    ),
     "padding": ({}, {}, {"mask": AttentionMask.padding([37, 18]).to(DEVICE), "causal": False}),
     "causal padding with an empty row": ({}, {}, {"mask": AttentionMask.padding([0, 33]).to(DEVICE)}),
     "packed": ({}, {}, {"mask": AttentionMask.packed([0, 3, 20, 41, 57, 74]).to(DEVICE)}),
