@@ -90,14 +90,14 @@ def wide(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_as_good_as_eager(tensors: list[Tensor], options: dict[str, Any], num_splits: int | None = None) -> None:
-    """At most twice as far from the float64 answer as the definition in the tensors' own dtype."""
+    """At most twice as far from the float64 answer as the definition in the tensors' own dtype, and four steps."""
     out = fused(tensors, options, num_splits)
     exact = defined([x.double() for x in tensors], wide(options))
     assert out.shape == exact.shape
     assert out.dtype == tensors[0].dtype
     if exact.numel():
         budget = (defined(tensors, options).double() - exact).abs().max()
-        bound = 2 * budget + torch.finfo(out.dtype).eps * exact.abs().max()
+        bound = 2 * budget + 4 * torch.finfo(out.dtype).eps * exact.abs().max().clamp(min=1)
         error = (out.double() - exact).abs().max()
         assert error <= bound, f"error {error:.2e}, budget {bound:.2e}"
 
