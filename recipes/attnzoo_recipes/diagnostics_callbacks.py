@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from attnzoo_recipes.callbacks import run_folder
 PRESETS = ("jha_reagen",)
 
 
-class Recorder(L.Callback):
+class Recorder(L.Callback, ABC):
     """What both callbacks share: when a record is due, the file of JSON lines, loggers, pictures, resuming.
 
     A checkpoint holds where the file lies. A resumed run takes the lines up to its step over from there, so its own
@@ -68,13 +69,13 @@ class Recorder(L.Callback):
         self._last = -1
         self._resumed: dict[str, Any] | None = None
 
+    @abstractmethod
     def rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[dict[str, Any]]:
         """One record's rows, each with "layer"; the step is added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """What loggers get of one record's rows."""
-        raise NotImplementedError
 
     def groups(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """Rows that are drawn together, by name."""
