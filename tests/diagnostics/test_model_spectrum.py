@@ -30,7 +30,7 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert (found.layer, found.head, found.matrix) == (expected.layer, expected.head, expected.matrix)
     assert (found.hard_rank, found.outlier_count) == (expected.hard_rank, expected.outlier_count)
     for field in FIGURES:
@@ -49,7 +49,7 @@ def test_a_model_is_its_modules(name, form):
     ]
     assert len(found) == len(expected) > 0
     for ours, theirs in zip(found, expected, strict=True):
-        same(ours, theirs)
+        assert_same(ours, theirs)
 
 
 def planted():
@@ -85,7 +85,7 @@ def test_layers_of_different_sizes_parts_and_matrices():
     assert max(ov, key=lambda record: record.mp_gap).head == 1
     weights = {record.matrix: record for record in found if record.head is None and record.layer == "wide"}
     assert set(weights) == {f"{x}_proj.weight" for x in "qkvo"}
-    same(weights["v_proj.weight"], analyze_matrix_named(module.v_proj.weight, "wide", "v_proj.weight"))
+    assert_same(weights["v_proj.weight"], analyze_matrix_named(module.v_proj.weight, "wide", "v_proj.weight"))
 
 
 def analyze_matrix_named(weight, layer, matrix):
@@ -101,7 +101,7 @@ def test_other_nulls_and_whole_layers(null):
         found = analyze_model(model["other"], per=per, null=null)
         expected = analyze_attention(model["other"], per=per, null=null, layer="")
         for ours, theirs in zip(found, expected, strict=True):
-            same(ours, theirs)
+            assert_same(ours, theirs)
 
 
 def test_latent_attention_is_redrawn_for_what_heads_write_too():

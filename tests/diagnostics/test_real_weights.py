@@ -80,7 +80,7 @@ def _stacked(factors):
     return tuple(torch.stack([pair[i] for pair in factors]) for i in range(2))
 
 
-def _compare(report, stored, layers):
+def _assert_statistics(report, stored, layers):
     for name in STATISTICS:
         expected = torch.tensor(stored[name][:layers], dtype=torch.float64)
         bound = 20 * TOLERANCE if name == "distance" else TOLERANCE
@@ -91,7 +91,7 @@ def _compare(report, stored, layers):
 
 def test_statistics_of_the_first_layers_as_modules_of_the_zoo(first_layers, stored):
     model, numbers = first_layers
-    _compare(head_report(model, numbers(stored["input_ids"]).split(2)), stored, FEW)
+    _assert_statistics(head_report(model, numbers(stored["input_ids"]).split(2)), stored, FEW)
 
 
 def test_induction_stripe_of_the_first_layers(first_layers, stored):
@@ -105,7 +105,7 @@ def test_induction_stripe_of_the_first_layers(first_layers, stored):
 @pytest.mark.timeout(600)
 def test_statistics_of_all_layers(smollm2, stored):
     rows = [{"input_ids": torch.tensor([row])} for row in stored["input_ids"]]
-    _compare(head_report(smollm2, rows), stored, 30)
+    _assert_statistics(head_report(smollm2, rows), stored, 30)
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def through(backend: str, names: list[str], call: dict[str, Any]) -> Callable[..
     return run
 
 
-def compare(
+def assert_same_as_eager(
     changed: dict[str, int], parts: tuple[str, ...], call: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
     names, tensors = draw(changed, parts, dtype)
@@ -138,18 +138,18 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name: str) -> None:
-    compare(*CASES[name])
+    assert_same_as_eager(*CASES[name])
 
 
 @pytest.mark.parametrize("name", ["both sides", "window", "talking heads"])
 def test_half_precision(name: str) -> None:
-    compare(*CASES[name], dtype=torch.float16)
+    assert_same_as_eager(*CASES[name], dtype=torch.float16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_of_every_case(name: str) -> None:
-    compare(*CASES[name], dtype=torch.float16)
+    assert_same_as_eager(*CASES[name], dtype=torch.float16)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_few_and_many_heads(count: int, dtype: torch.dtype, monkeypatch: pytest.
     if DEVICE == "cpu":
         # The interpreter has room for everything.
         monkeypatch.setattr(composed_tuning, "room", lambda *_: (32, 1024))
-    compare(heads(count, R=1), EVERYTHING, {}, dtype)
+    assert_same_as_eager(heads(count, R=1), EVERYTHING, {}, dtype)
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_few_and_many_heads(count: int, dtype: torch.dtype, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["both sides, several tiles", "window", "packed", "talking heads, several tiles"])
 def test_other_tiles(name: str, tile: tuple[int, int]) -> None:
     changed, parts, call = CASES[name]
-    compare(changed, parts, call | {"config": tuning.Config(*tile, 4, 1)})
+    assert_same_as_eager(changed, parts, call | {"config": tuning.Config(*tile, 4, 1)})
 
 
 @pytest.mark.parametrize("splits", [2, 5])
@@ -350,7 +350,7 @@ def test_stored_figures_of_dcmha_in_float32() -> None:
     tensors, _, single = test_dcmha.stored()
     module = test_dcmha.golden(backend="triton").float().to(DEVICE)
     found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    within_ten_times(found, tensors, single)
+    assert_within_ten_times(found, tensors, single)
 
 
 def test_stored_figures_of_talking_heads_in_float32() -> None:
@@ -363,10 +363,10 @@ def test_stored_figures_of_talking_heads_in_float32() -> None:
     module.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
     module = module.float().to(DEVICE)
     found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    within_ten_times(found, tensors, single)
+    assert_within_ten_times(found, tensors, single)
 
 
-def within_ten_times(found: dict[str, Tensor], stored: dict[str, Tensor], single: dict[str, float]) -> None:
+def assert_within_ten_times(found: dict[str, Tensor], stored: dict[str, Tensor], single: dict[str, float]) -> None:
     """Everything stored, to ten times the difference that the reference's own float32 run has."""
     assert (found["y"].double().cpu() - stored["output.y"]).abs().max() < 10 * single["y"]
     checked = [key.removeprefix("grad.") for key in stored if key.startswith("grad.")]

@@ -190,17 +190,17 @@ OPTIONS = [name for name in FEATURES if name not in ("dense mask", "mask of rows
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_shapes_and_options(data: st.DataObject) -> None:
-    draw_and_compare(data)
+    assert_a_drawn_call(data)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_many_random_shapes_and_options(data: st.DataObject) -> None:
-    draw_and_compare(data)
+    assert_a_drawn_call(data)
 
 
-def draw_and_compare(data: st.DataObject) -> None:
+def assert_a_drawn_call(data: st.DataObject) -> None:
     groups, per_group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     heads, rows = groups * per_group, data.draw(st.integers(0, 3))
     tokens, keys = data.draw(st.integers(1, 16)), data.draw(st.integers(0, 130))

@@ -47,7 +47,9 @@ def draw(
     return list(shapes), tensors
 
 
-def compare(names: list[str], tensors: list[Tensor], call: dict[str, object], config: tuning.Config = SMALL) -> None:
+def assert_same_as_eager(
+    names: list[str], tensors: list[Tensor], call: dict[str, object], config: tuning.Config = SMALL
+) -> None:
     """Output and log-sum-exp of the kernel with all gradients, held to the eager form."""
     scale = call.get("scale", (sum(x.shape[3] for n, x in zip(names, tensors, strict=True) if n[0] == "q")) ** -0.5)
 
@@ -131,7 +133,7 @@ def spread(name: str) -> tuple[dict[str, int], dict[str, object], dict[str, obje
 @pytest.mark.parametrize("name", CALLS)
 def test_every_feature(name: str) -> None:
     sizes, extra, call = spread(name)
-    compare(*draw(sizes, extra), call)
+    assert_same_as_eager(*draw(sizes, extra), call)
 
 
 SIZES = {"B": B, "T": T, "S": T, "H": H, "G": G, "D": D, "DV": DV, "R": 0}
@@ -198,20 +200,20 @@ LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
 @pytest.mark.parametrize("name", LONG)
 def test_several_tiles(name: str) -> None:
     changed, extra, call = LONG[name]
-    compare(*draw(SIZES | changed, extra), call)
+    assert_same_as_eager(*draw(SIZES | changed, extra), call)
 
 
 @pytest.mark.parametrize("name", ["causal", "window and sink tokens", "packed", "softcap", "shared key", "everything"])
 def test_half_precision(name: str) -> None:
     changed, extra, call = LONG[name]
-    compare(*draw(SIZES | changed, extra, torch.float16), call)
+    assert_same_as_eager(*draw(SIZES | changed, extra, torch.float16), call)
 
 
 @pytest.mark.parametrize("tile", [(32, 16), (16, 32), (64, 64)])
 @pytest.mark.parametrize("name", ["causal", "bidirectional window and sink tokens", "packed and padded"])
 def test_tiles_of_other_shapes(name: str, tile: tuple[int, int]) -> None:
     changed, extra, call = LONG[name]
-    compare(*draw(SIZES | changed, extra), call, tuning.Config(*tile, 4, 1))
+    assert_same_as_eager(*draw(SIZES | changed, extra), call, tuning.Config(*tile, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -219,14 +221,14 @@ def test_tiles_of_other_shapes(name: str, tile: tuple[int, int]) -> None:
     [(1, 1, 0), (8, 8, 0), (33, 5, 0), (64, 128, 0), (80, 96, 0), (192, 128, 0), (256, 17, 0), (3, 40, 17)],
 )
 def test_any_width(d: int, dv: int, r: int) -> None:
-    compare(*draw(SIZES | {"T": 19, "S": 19, "H": 2, "G": 1, "D": d, "DV": dv, "R": r}, {}), {})
+    assert_same_as_eager(*draw(SIZES | {"T": 19, "S": 19, "H": 2, "G": 1, "D": d, "DV": dv, "R": r}, {}), {})
 
 
 def test_a_head_scaled_to_nothing_still_has_a_gradient() -> None:
     names, tensors = draw(SIZES, {"head_scale": (H,)})
     with torch.no_grad():
         tensors[-1][::2] = 0.0
-    compare(names, tensors, {})
+    assert_same_as_eager(names, tensors, {})
     out = softmax_attention(**dict(zip(names, tensors, strict=True)), backend="triton")
     (grad,) = torch.autograd.grad(out.sum(), tensors[-1])
     assert (grad != 0).all()
@@ -235,7 +237,7 @@ def test_a_head_scaled_to_nothing_still_has_a_gradient() -> None:
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_pairs_of_features(data: st.DataObject) -> None:
-    check_a_drawn_call(data)
+    assert_a_drawn_call(data)
 
 
 @pytest.mark.slow
@@ -243,10 +245,10 @@ def test_pairs_of_features(data: st.DataObject) -> None:
 @given(st.data())
 @pytest.mark.timeout(3000)
 def test_many_combinations_of_features(data: st.DataObject) -> None:
-    check_a_drawn_call(data)
+    assert_a_drawn_call(data)
 
 
-def check_a_drawn_call(data: st.DataObject) -> None:
+def assert_a_drawn_call(data: st.DataObject) -> None:
     """A call with drawn sizes and any set of features."""
     groups = data.draw(st.integers(1, 3))
     t = data.draw(st.sampled_from([1, 2, 7, 16, 17, 31, 40]))
@@ -285,7 +287,7 @@ def check_a_drawn_call(data: st.DataObject) -> None:
         call["softcap"] = data.draw(st.sampled_from([0.5, 30.0]))
     if data.draw(st.booleans()):
         call["alibi_slopes"] = torch.linspace(0, 1, heads, device=DEVICE)
-    compare(*draw(sizes, extra), call)
+    assert_same_as_eager(*draw(sizes, extra), call)
 
 
 def test_tiles_that_no_query_sees_are_never_read() -> None:
