@@ -75,6 +75,18 @@ def triton_obstacle(device: torch.device | str = "cuda") -> str | None:
     return None if torch.cuda.is_available() else "needs a CUDA or ROCm device"
 
 
+def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why our Triton kernels cannot run on tensors of that device and dtype, or None."""
+    missing = triton_obstacle(device)
+    if missing is not None:
+        return missing
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, got {dtype}"
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
 # Looked up once: asking the import system costs as much as a whole decoding step's attention.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_KERNELS = importlib.util.find_spec("attnzoo_kernels") is not None

@@ -96,7 +96,7 @@ def head_importance(
                 summed += s.sum(0) if granularity == "batch" else s.abs().sum(0)
                 weight += count
     measured.check_slope(largest)
-    return _normalized(summed.abs() / weight, normalize)
+    return normalize_importance(summed.abs() / weight, normalize)
 
 
 def head_gradients(
@@ -221,7 +221,9 @@ class _Gradients:
             raise ValueError(f"{reason}, got a largest gradient of {largest:.1e}")
 
 
-def _normalized(table: Tensor, how: str | None) -> Tensor:
+def normalize_importance(table: Tensor, how: str | None) -> Tensor:
+    """Importance (L, H) as it is (None), over its layer's norm ("l2"), or that mapped to [0, 1] ("minmax")."""
+    check_choice("normalize", how, NORMALIZATIONS)
     if how is None:
         return table
     table = table / (table.square().sum(1, keepdim=True).sqrt() + 1e-20)

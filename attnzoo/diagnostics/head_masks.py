@@ -57,6 +57,10 @@ class HeadSlots:
             table[layer, list(heads)] = True
         return table
 
+    def units(self, size: int) -> list[Head]:
+        """(layer, unit) for units of `size` heads: 1 for heads, `group_size()` for key/value groups."""
+        return [(int(layer), int(unit)) for layer, unit in self.present()[:, ::size].nonzero().tolist()]
+
     def group_size(self) -> int:
         """Query heads that share a key/value head, the same in all layers.
 

@@ -262,7 +262,7 @@ def head_pruning_curve(
         raise ValueError("mode 'iterative' finds an order of its own, got order too")
     slots = head_slots(model)
     size = slots.group_size() if unit == "kv_group" else 1
-    units = [(int(layer), int(h)) for layer, h in slots.present()[:, ::size].nonzero().tolist()]
+    units = slots.units(size)
     counts = [int(len(units) * p / 100) for p in percents]
     batches = list(batches)
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.backends import BackendUnavailable, check_name
+from attnzoo.backends import BackendUnavailable, check_name, kernel_obstacle
 from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.checks import check_groups, check_input, check_options, check_sizes, derive_head_dim
 from attnzoo.modules.positions import rotary_tables
 from attnzoo.modules.structure import group_index, head_rows, keep_columns, keep_entries, keep_rows, surviving_heads
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
-from attnzoo.ops.fused_linear import finished, linear_obstacle
+from attnzoo.ops.fused_linear import finished
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary, rotate
 
@@ -130,7 +130,7 @@ class FeatureAttention(nn.Module):
             return self.backend
         reason = "it has no softmax; only auto, eager and triton can"
         if self.backend == "triton":
-            obstacle = linear_obstacle(x.device, self.product_dtype(x))
+            obstacle = kernel_obstacle(x.device, self.product_dtype(x))
             if obstacle is None:
                 return self.backend
             reason = obstacle

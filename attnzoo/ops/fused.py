@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from attnzoo.backends import triton_obstacle
+from attnzoo.backends import kernel_obstacle
 from attnzoo.masks import AttentionMask
 
 MAX_HEAD_DIM = 256
@@ -23,13 +21,9 @@ def fused_obstacle(
     q: Tensor, v: Tensor, q_extra: Tensor | None, dropout: float, max_width: int = MAX_HEAD_DIM
 ) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    missing = triton_obstacle(q.device)
-    if missing is not None:
-        return missing
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, got {q.dtype}"
-    if q.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+    obstacle = kernel_obstacle(q.device, q.dtype)
+    if obstacle is not None:
+        return obstacle
     widest = max(q.shape[3], v.shape[3], 0 if q_extra is None else q_extra.shape[3])
     if widest > max_width:
         return f"the kernels take heads up to {max_width} wide, got {widest}"

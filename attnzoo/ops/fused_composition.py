@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnzoo.backends import triton_obstacle
+from attnzoo.backends import kernel_obstacle
 from attnzoo.ops.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -22,13 +21,9 @@ def composed_obstacle(
     q: Tensor, v: Tensor, pre: Composition | None, post: Composition | None, dropout: float
 ) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    missing = triton_obstacle(q.device)
-    if missing is not None:
-        return missing
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, got {q.dtype}"
-    if q.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+    obstacle = kernel_obstacle(q.device, q.dtype)
+    if obstacle is not None:
+        return obstacle
     if dropout:
         return f"the kernels have no dropout, got {dropout}"
     groups = _groups(pre, post)

@@ -5,25 +5,10 @@ Features come in float32 and go into the kernels in the dtype of the model's pro
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from attnzoo.backends import triton_obstacle
 from attnzoo.ops.linear_attention import Blocks
-
-
-def linear_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve a call with products in that dtype, or None."""
-    missing = triton_obstacle(device)
-    if missing is not None:
-        return missing
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, got {dtype}"
-    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    return None
 
 
 def fused_linear_attention(
@@ -39,7 +24,7 @@ def fused_linear_attention(
     blocks: Blocks | None = None,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_attention_chunked`, through the kernels; checked before by `linear_obstacle`.
+    """As `linear_attention_chunked`, through the kernels; checked before by `attnzoo.backends.kernel_obstacle`.
 
     Args:
         q: queries (B, T, H, D).

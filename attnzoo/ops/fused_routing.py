@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnzoo.backends import triton_obstacle
+from attnzoo.backends import kernel_obstacle
 from attnzoo.masks import AttentionMask
 from attnzoo.ops.fused import fused_obstacle
 
@@ -48,13 +47,9 @@ def fused_routed_attention(
 
 def expert_obstacle(x: Tensor, weight: Tensor) -> str | None:
     """Why the kernels cannot serve a projection by experts, or None."""
-    missing = triton_obstacle(x.device)
-    if missing is not None:
-        return missing
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, got {x.dtype}"
-    if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+    obstacle = kernel_obstacle(x.device, x.dtype)
+    if obstacle is not None:
+        return obstacle
     if weight.dtype != x.dtype:
         return f"the kernels take rows and matrices of one dtype, got {x.dtype} and {weight.dtype}"
     return None

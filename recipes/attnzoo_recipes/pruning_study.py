@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attnzoo.diagnostics.head_importance import head_importance
+from attnzoo.diagnostics.head_importance import head_importance, normalize_importance
 from attnzoo.diagnostics.head_masks import Head, LossFn, head_slots
 from attnzoo.diagnostics.pruning import (
     BASELINES,
@@ -198,7 +198,7 @@ def greedy_curves(
     )
     slots = head_slots(model)
     size = slots.group_size() if unit == "kv_group" else 1
-    units = [(int(layer), int(h)) for layer, h in slots.present()[:, ::size].nonzero().tolist()]
+    units = slots.units(size)
 
     def along(order: Sequence[Head], baselines: Sequence[str] = ()) -> HeadPruningCurve:
         return head_pruning_curve(
@@ -208,21 +208,13 @@ def greedy_curves(
 
     found: dict[str, HeadPruningCurve] = {}
     for how in normalize:
-        table = normalized(raw, how)
+        table = normalize_importance(raw, None if how == "none" else how)
         order = sort_heads(table, units)
         curve = replace(along(order, () if found else ("random",)), mode="greedy", importance=table)
         if not found:
             curve = replace(curve, baselines={**curve.baselines, "reverse": along(order[::-1])})
         found[f"greedy, {how}"] = curve
     return found
-
-
-def normalized(importance: Tensor, how: str) -> Tensor:
-    """Importance (L, H) as it is ("none"), over its layer's norm ("l2"), or that mapped to [0, 1] ("minmax")."""
-    if how == "none":
-        return importance
-    table = importance / importance.norm(dim=1, keepdim=True).clamp(min=1e-20)
-    return table if how == "l2" else (table - table.min()) / (table.max() - table.min()).clamp(min=1e-20)
 
 
 def measure_speed(
