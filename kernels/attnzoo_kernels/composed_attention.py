@@ -6,7 +6,6 @@ runs three kernels (delta and the queries' second matrices; queries; keys) and i
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from attnzoo_kernels.composed_attention_fwd import (
     composed_attention_fwd_stats_kernel,
 )
 from attnzoo_kernels.decode_tiles import device_limits, splits_for
+from attnzoo_kernels.launch import as_int, on_device, strides
 from attnzoo_kernels.tuning import Config, padded
-
-LOG2E = 1.4426950408889634
 
 
 def composed_attention(
@@ -92,15 +90,11 @@ def composed_attention(
     if splits is None:
         splits = 0 if split_keys else 1
     out, _, _ = _forward(
-        q, k, v, *matrices, None if mask is None else mask.expand(B, softmax_heads, T, S), _as_int(lengths),
-        _as_int(first), _as_int(last), _as_int(key_positions), groups, scale, window or 0,
+        q, k, v, *matrices, None if mask is None else mask.expand(B, softmax_heads, T, S), as_int(lengths),
+        as_int(first), as_int(last), as_int(key_positions), groups, scale, window or 0,
         S - T if query_start is None else query_start, splits, causal, residual_pre, residual_post,
     )  # fmt: skip
     return out
-
-
-def _as_int(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 def _heads(heads: int, groups: int, of_queries: Tensor | None, of_keys: Tensor | None) -> int:
@@ -131,7 +125,7 @@ def _forward(
     if splits > 1:
         tops, norms = (torch.empty((splits, *top.shape), dtype=torch.float32, device=q.device) for _ in range(2))
         outs = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
-    with _on(q):
+    with on_device(q):
         config = call.config("composed_attention_fwd_stats")
         composed_attention_fwd_stats_kernel[(call.tiles(call.T, config) * splits,)](
             **call.tensors,
@@ -144,7 +138,7 @@ def _forward(
             **config.options(),
         )
         if splits > 1:
-            _join(tops, norms, top, norm, LOG2E if q.dtype == torch.float32 else 1.0)
+            _join(tops, norms, top, norm)
         config = call.config("composed_attention_fwd_out")
         composed_attention_fwd_out_kernel[(call.tiles(call.T, config) * splits,)](
             **call.tensors, top_ptr=top, norm_ptr=norm, o_ptr=outs, **call.strides, **numbers, splits=splits,
@@ -153,14 +147,11 @@ def _forward(
     return (outs.sum(0).to(out.dtype) if splits > 1 else out), top, norm
 
 
-def _join(tops: Tensor, sums: Tensor, top: Tensor, norm: Tensor, unit: float) -> None:
-    """Maxima and denominators of the splits (splits, B, H, T) -> those of the rows; 0 and 0 where nothing was seen.
-
-    Maxima times unit are in base 2.
-    """
+def _join(tops: Tensor, sums: Tensor, top: Tensor, norm: Tensor) -> None:
+    """Maxima and denominators of the splits (splits, B, H, T) -> those of the rows; 0 and 0 where nothing was seen."""
     highest = tops.amax(0)
     highest = highest.masked_fill(highest.isinf(), 0.0)
-    total = (sums * torch.exp2((tops - highest) * unit)).sum(0)
+    total = (sums * torch.exp2(tops - highest)).sum(0)
     top.copy_(highest)
     norm.copy_(torch.where(total > 0, 1.0 / total, 0.0))
 
@@ -204,21 +195,21 @@ def _backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     high = {"dtype": torch.float32, "device": q.device}
     delta = torch.empty(top.shape, **high)
-    shared = {**call.strides, **_strides(do, "do", "bth")}
+    shared = {**call.strides, **strides(do, "do", "bth")}
     rows = {"do_ptr": do, "top_ptr": top, "norm_ptr": norm, "delta_ptr": delta}
-    with _on(q):
+    with on_device(q):
         config = call.config("composed_attention_bwd_delta")
         # The gradient of a matrix that all tokens share is left as one sum for every tile of queries.
         post = call.room(q_post, config) if need_q else None
         composed_attention_bwd_delta_kernel[(call.tiles(T, config),)](
-            **call.tensors, **rows, dq_post_ptr=post, **shared, **_strides(post, "dq_post", "btn"), **numbers,
+            **call.tensors, **rows, dq_post_ptr=post, **shared, **strides(post, "dq_post", "btn"), **numbers,
             SHARED_POST=q_post is not None and q_post.ndim == 3, **config.options(),
         )  # fmt: skip
         if need_q:
             config = call.config("composed_attention_bwd_dq")
             pre = call.room(q_pre, config)
             composed_attention_bwd_dq_kernel[(call.tiles(T, config),)](
-                **call.tensors, **rows, dq_ptr=dq, dq_pre_ptr=pre, **shared, **_strides(pre, "dq_pre", "btn"),
+                **call.tensors, **rows, dq_ptr=dq, dq_pre_ptr=pre, **shared, **strides(pre, "dq_pre", "btn"),
                 **numbers, SHARED_PRE=q_pre is not None and q_pre.ndim == 3, **config.options(),
             )  # fmt: skip
             dq_pre = _summed(pre, q_pre, dq_pre)
@@ -234,8 +225,8 @@ def _backward(
             for wanted in (keys | values,) if one else (keys, values):
                 written = dict.fromkeys((*keys, *values)) | wanted
                 composed_attention_bwd_dkdv_kernel[(call.tiles(S, config, keys=True),)](
-                    **call.tensors, **rows, **written, **shared, **_strides(pre, "dk_pre", "bsn"),
-                    **_strides(post, "dk_post", "bsn"), **numbers, **config.options(),
+                    **call.tensors, **rows, **written, **shared, **strides(pre, "dk_pre", "bsn"),
+                    **strides(post, "dk_post", "bsn"), **numbers, **config.options(),
                 )  # fmt: skip
             dk_pre = _summed(pre, k_pre, dk_pre)
             dk_post = _summed(post, k_post, dk_post)
@@ -328,9 +319,9 @@ class _Call:
             "positions_ptr": positions,
         }  # fmt: skip
         self.strides = {
-            **_strides(q, "q", "bth"), **_strides(k, "k", "bsg"), **_strides(v, "v", "bsg"),
-            **_strides(q_pre, "q_pre", "btn"), **_strides(k_pre, "k_pre", "bsn"),
-            **_strides(q_post, "q_post", "btn"), **_strides(k_post, "k_post", "bsn"), **_strides(mask, "m", "bhts"),
+            **strides(q, "q", "bth"), **strides(k, "k", "bsg"), **strides(v, "v", "bsg"),
+            **strides(q_pre, "q_pre", "btn"), **strides(k_pre, "k_pre", "bsn"),
+            **strides(q_post, "q_post", "btn"), **strides(k_post, "k_post", "bsn"), **strides(mask, "m", "bhts"),
         }  # fmt: skip
 
     def numbers(
@@ -368,12 +359,3 @@ def _tight(matrix: Tensor | None) -> Tensor | None:
     if matrix.stride(-1) != 1 or matrix.stride(-2) != matrix.shape[-1]:
         matrix = matrix.contiguous()
     return matrix.as_strided((1, 1, *matrix.shape), (0, 0, *matrix.stride())) if matrix.ndim == 3 else matrix
-
-
-def _strides(tensor: Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """stride_{name}{axis} of the leading axes; 0 where there is no tensor."""
-    return {f"stride_{name}{axis}": 0 if tensor is None else tensor.stride(n) for n, axis in enumerate(axes)}
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -107,7 +107,7 @@ def composed_attention_bwd_delta_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm, EXACT)
+        p = normalised(x, top, norm)
         b_v = load_heads(v_ptr, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
         dw = products(b_do, b_v, PRECISION)
         low = dw.to(b_v.dtype)
@@ -159,7 +159,6 @@ def composed_attention_bwd_dq_kernel(
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
     AGAIN: tl.constexpr = M > 16
-    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
@@ -215,7 +214,7 @@ def composed_attention_bwd_dq_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm, EXACT)
+        p = normalised(x, top, norm)
         b_v = load_heads(v_ptr, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
         dw = products(b_do, b_v, PRECISION)
         c_k_post = c_q

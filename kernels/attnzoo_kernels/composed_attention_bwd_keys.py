@@ -50,7 +50,6 @@ def composed_attention_bwd_dkdv_kernel(
     o_s = s_0 + tl.arange(0, BLOCK_S)
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
     AGAIN: tl.constexpr = M > 16
-    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_k = load_heads(k_ptr + b * stride_kb, stride_ks, stride_kg, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
@@ -110,7 +109,7 @@ def composed_attention_bwd_dkdv_kernel(
             )  # fmt: skip
         top = load_rows(top_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
         norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-        p = normalised(x, top, norm, EXACT)
+        p = normalised(x, top, norm)
         low_p = p.to(b_k.dtype)
         c_q_post = c_k
         if q_post_ptr is not None:

@@ -15,18 +15,17 @@ import triton.language as tl
 
 from attnzoo_kernels.composed_attention_tiles import (
     compose,
-    exponent,
     load_heads,
     load_matrices,
     load_rows,
     mask_scores,
     normalised,
-    power,
     products,
     store_heads,
     store_rows,
     transposed,
 )
+from attnzoo_kernels.primitives import LOG2E, powers
 from attnzoo_kernels.softmax_attention_tiles import key_ranges, segment_of
 
 
@@ -68,7 +67,6 @@ def composed_attention_fwd_stats_kernel(
     o_t = t_0 + tl.arange(0, BLOCK_T)
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
-    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
@@ -107,10 +105,9 @@ def composed_attention_fwd_stats_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        x = exponent(x, EXACT)
-        m_new = tl.maximum(m, tl.max(x, 2))
+        m_new = tl.maximum(m, tl.max(x, 2) * LOG2E)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l = l * power(m - base, EXACT) + tl.sum(power(x - base[:, :, None], EXACT), 2)
+        l = l * tl.exp2(m - base) + tl.sum(powers(x, LOG2E, base[:, :, None]), 2)
         m = m_new
     if not SPLIT:
         seen = l > 0
@@ -151,7 +148,6 @@ def composed_attention_fwd_out_kernel(
     o_t = t_0 + tl.arange(0, BLOCK_T)
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
-    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
@@ -198,7 +194,7 @@ def composed_attention_fwd_out_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm, EXACT)
+        p = normalised(x, top, norm)
         c_k_post = c_q
         if k_post_ptr is not None:
             c_k_post = transposed(load_matrices(k_post_ptr, s_0, S, stride_k_posts, MJ, MV, M, W, BLOCK_S))

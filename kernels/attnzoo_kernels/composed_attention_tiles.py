@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LOG2E, visible
+from attnzoo_kernels.primitives import LOG2E, powers, visible
 
 
 @triton.jit
@@ -187,22 +187,6 @@ def store_rows(ptr, x, base, head_0, T, t_0, HEADS: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
-def exponent(x, EXACT: tl.constexpr):
-    """Scores in the unit of the rows' maxima: as they are with EXACT, else in base 2, to fuse with the shift."""
-    if EXACT:
-        return x
-    return x * LOG2E
-
-
-@triton.jit
-def power(x, EXACT: tl.constexpr):
-    """exp of a difference of exponents. With EXACT no product is rounded before large numbers cancel."""
-    if EXACT:
-        return tl.exp2(x * LOG2E)
-    return tl.exp2(x)
-
-
-@triton.jit
-def normalised(s, top, norm, EXACT: tl.constexpr):
-    """Softmax weights of scores [queries, M, keys] from each row's largest exponent and inverse denominator."""
-    return power(exponent(s, EXACT) - top[:, :, None], EXACT) * norm[:, :, None]
+def normalised(s, top, norm):
+    """Softmax weights of scores [queries, M, keys] from each row's largest exponent of 2 and inverse denominator."""
+    return powers(s, LOG2E, top[:, :, None]) * norm[:, :, None]

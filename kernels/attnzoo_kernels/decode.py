@@ -5,7 +5,6 @@ The mathematics and its kernels are in `attnzoo_kernels.decode_kernels`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from attnzoo_kernels.decode_kernels import decode_attention_fwd_kernel, decode_attention_merge_kernel
 from attnzoo_kernels.decode_tiles import constants, decode_config, device_limits, key_range, splits_for, tile_bytes
+from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.tuning import padded
 
 MAX_TOKENS = 16
@@ -61,9 +61,9 @@ def launch_decode(
     if out.numel() == 0:
         return out
     tied = is_tied(k, v)
-    q, k, v = _dense_features(q), _dense_features(k), _dense_features(v)
-    qx = _dense_features(q_extra) if q_extra is not None else None
-    kx = _dense_features(k_extra) if k_extra is not None else None
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    qx = dense_rows(q_extra) if q_extra is not None else None
+    kx = dense_rows(k_extra) if k_extra is not None else None
     if mask is not None:
         # A ring's mask has a column for every position, so only one of a single column is spread over the keys.
         mask = mask.expand(B, H, T, S if key_positions is None or mask.shape[-1:] in ((), (1,)) else -1)
@@ -93,7 +93,7 @@ def launch_decode(
         part = torch.empty(splits, B, T, H, DV, dtype=torch.float32, device=q.device)
         state = torch.empty(splits, B, T, H, 2, dtype=torch.float32, device=q.device)
     scale_strides = (0, 0) if head_scale is None else head_scale.stride()
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device(q):
         decode_attention_fwd_kernel[(programs, splits)](
             q, k, v, qx, kx, slopes, lengths, positions, mask, sinks if close else None,
             head_scale if close else None, part, state,
@@ -113,11 +113,6 @@ def launch_decode(
                 DV=DV, BLOCK_C=MERGED, BLOCK_V=padded(DV), num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out
-
-
-def _dense_features(x: Tensor) -> Tensor:
-    """The same with features side by side in memory, which caches and projections have already."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @torch.library.custom_op("attnzoo::decode_attention", mutates_args=())

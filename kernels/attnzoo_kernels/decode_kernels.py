@@ -111,7 +111,7 @@ def decode_attention_fwd_kernel(
             mask_row = mask_ptr + b * mask_stride_b + h * mask_stride_h + t * mask_stride_t
             at = mask_row[:, None] + j.to(tl.int64)[None, :] * mask_stride_s
             ok = ok & (tl.load(at, mask=ok, other=0) != 0)
-        p, shrink, m, l = softmax_step(tl.where(ok, s * LOG2E, float("-inf")), m, l)
+        p, shrink, m, l = softmax_step(tl.where(ok, s, float("-inf")), LOG2E, m, l)
         p = p.to(b_k.dtype)
         if TIED:
             b_ok = tl.dot(p, b_k, b_ok * shrink[:, None], input_precision="ieee")

@@ -10,7 +10,6 @@ has: it launches as many tiles as there can be, and the surplus returns at once.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.routing_tuning import config
 
 STEP = 32
@@ -195,11 +195,11 @@ def _backward(
         if dot is not None:
             dgates.copy_(dot.sum(0).view(dgates.shape))
     if need_weight:
-        x, dy = _unit(x), _unit(dy)
+        x, dy = dense_rows(x), dense_rows(dy)
         N, OUT, IN = weight.shape
         tiles = config("expert_projection_bwd_weights", x.dtype)
         grid = (N * -(-OUT // tiles.BLOCK_T) * -(-IN // tiles.BLOCK_S),)
-        with _on(x):
+        with on_device(x):
             expert_projection_bwd_weights_kernel[grid](
                 x, dy, order, ends, gates, dw, *x.stride()[:3], *dy.stride()[:3], *_gate_strides(gates), x.shape[2],
                 IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=_precision(x), BLOCK_K=STEP,
@@ -248,14 +248,14 @@ def _launch_rows(
     x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, y: Tensor, z: Tensor | None = None
 ) -> Tensor | None:
     """Fills y; with z, laid out like y, also returns the parts (column tiles, pairs) of the sums of z and ungated y."""
-    x, z = _unit(x), None if z is None else _unit(z)
+    x, z = dense_rows(x), None if z is None else dense_rows(z)
     N, OUT, IN = weight.shape
     pairs = order.shape[0]
     tiles = config("expert_projection_rows", x.dtype)
     columns = -(-OUT // tiles.BLOCK_S)
     grid = ((-(-pairs // tiles.BLOCK_T) + N) * columns,)
     dot = None if z is None else torch.empty((columns, pairs), dtype=torch.float32, device=x.device)
-    with _on(x):
+    with on_device(x):
         expert_projection_rows_kernel[grid](
             x, weight, order, ends, gates, y, z, dot, *x.stride()[:3], *weight.stride(), *y.stride()[:3],
             *((0, 0, 0) if z is None else z.stride()[:3]), *_gate_strides(gates), N, x.shape[2], pairs,
@@ -271,12 +271,3 @@ def _gate_strides(gates: Tensor | None) -> tuple[int, int]:
 
 def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, as the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -18,7 +18,6 @@ programs, each over its own tiles in order, and then over the programs: no atomi
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from attnzoo_kernels.head_prologue_kernels import (
     head_prologue_bwd_out_kernel,
     head_prologue_fwd_kernel,
 )
+from attnzoo_kernels.launch import dense_rows, on_device, strides
 
 MAX_WIDTH = 256
 MAX_ROWS = 2**31 - 1024
@@ -105,7 +105,7 @@ def _common(
         "rows": B * T * N,
         "T": T,
         "N": N,
-        **_strided("z", z),
+        **strides(z, "z", "btn"),
         "stride_cb": cos.stride(0) if cos is not None and cos.dim() == 3 and cos.shape[0] > 1 else 0,
         "eps": norm_eps,
         "D": D,
@@ -117,11 +117,6 @@ def _common(
         # The default changes between versions of Triton.
         "enable_fp_fusion": True,
     }
-
-
-def _strided(name: str, x: Tensor) -> dict[str, int]:
-    """The strides of x (B, T, N, D) but the last, under the names of a kernel's arguments."""
-    return {f"stride_{name}b": x.stride(0), f"stride_{name}t": x.stride(1), f"stride_{name}n": x.stride(2)}
 
 
 def _shared(common: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -136,20 +131,10 @@ def _check_runnable(z: Tensor, has_map: bool) -> None:
         raise ValueError(f"z must not be bfloat16 with a head map in Triton's interpreter, got {z.dtype}")
 
 
-def _on_device(z: Tensor) -> AbstractContextManager[Any]:
-    """Kernels launch on the current device, which need not be z's."""
-    return nullcontext() if z.device.type == "cpu" else torch.cuda.device(z.device)
-
-
 def _matrix_grid(rows: int, tiles: dict[str, int], *blocks: int) -> tuple[int, ...]:
     """About MATRIX_PROGRAMS programs in all, at least one and at most one a tile for every block of the matrix."""
     programs = max(1, MATRIX_PROGRAMS // math.prod(blocks))
     return (min(programs, triton.cdiv(rows, tiles["BLOCK_M"])), *blocks)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x with a last stride of 1; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op(
@@ -163,10 +148,10 @@ def _head_prologue(z: Tensor, *options: Any) -> Tensor:
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if z.numel() == 0:
         return y
-    common = _common(_rows_contiguous(z), *options)
+    common = _common(dense_rows(z), *options)
     tiles = _tiles("fwd", common["MAP"], z.shape[3], z.element_size())
     grid = (triton.cdiv(common["rows"], tiles["BLOCK_M"]),)
-    with _on_device(z):
+    with on_device(z):
         head_prologue_fwd_kernel[grid](y_ptr=y, **common, **tiles)
     return y
 
@@ -190,9 +175,9 @@ def _head_prologue_backward(dy: Tensor, z: Tensor, *options: Any) -> list[Tensor
     if z.numel() == 0:
         inputs = (z, out, up, gate, norm_weight)
         return [torch.zeros_like(x) for x, need in zip(inputs, needed, strict=True) if need]
-    dy, z = _rows_contiguous(dy), _rows_contiguous(z)
+    dy, z = dense_rows(dy), dense_rows(z)
     common = _common(z, *weights_and_tables)
-    with _on_device(z):
+    with on_device(z):
         dz, dx, dnorm = _input_gradients(dy, z, common, need_z, need_out or need_up or need_gate, need_norm)
         dout = _out_gradient(dx, z, common) if need_out else None
         dup, dgate = _hidden_gradients(dx, z, common, need_up, need_gate)
@@ -215,8 +200,8 @@ def _input_gradients(
     dx = torch.empty(z.shape, dtype=z.dtype, device=z.device) if need_x else None
     dnorm = torch.empty(programs, z.shape[3], dtype=torch.float32, device=z.device) if need_norm else None
     head_prologue_bwd_input_kernel[(programs,)](
-        **_strided("y", dy), dz_ptr=dz, dx_ptr=dx, dnorm_ptr=dnorm, NEED_Z=need_z, NEED_X=need_x, NEED_NORM=need_norm,
-        dy_ptr=dy, **common, **tiles,
+        **strides(dy, "y", "btn"), dz_ptr=dz, dx_ptr=dx, dnorm_ptr=dnorm, NEED_Z=need_z, NEED_X=need_x,
+        NEED_NORM=need_norm, dy_ptr=dy, **common, **tiles,
     )  # fmt: skip
     return dz, dy if dx is None else dx, dnorm
 
@@ -231,7 +216,7 @@ def _out_gradient(dx: Tensor, z: Tensor, common: dict[str, Any]) -> Tensor:
         dx_ptr=dx,
         dout_ptr=dout,
         MAP=common["MAP"],
-        **_strided("x", dx),
+        **strides(dx, "x", "btn"),
         **_shared(common, "up_ptr", "gate_ptr"),
         **tiles,
     )
@@ -252,7 +237,7 @@ def _hidden_gradients(
         for need in (need_up, need_gate)
     )
     head_prologue_bwd_hidden_kernel[grid](
-        dx_ptr=dx, dup_ptr=dup, dgate_ptr=dgate, NEED_UP=need_up, NEED_GATE=need_gate, **_strided("x", dx),
+        dx_ptr=dx, dup_ptr=dup, dgate_ptr=dgate, NEED_UP=need_up, NEED_GATE=need_gate, **strides(dx, "x", "btn"),
         **_shared(common, "out_ptr", "up_ptr", "gate_ptr"), **tiles,
     )  # fmt: skip
     return dup, dgate

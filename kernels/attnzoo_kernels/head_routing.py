@@ -6,7 +6,6 @@ nothing of size T S. The backward pass runs three kernels (delta; dk and dv; dq 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from attnzoo_kernels.head_routing_kernels import (
     head_routing_fwd_kernel,
     head_routing_pack_kernel,
 )
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, strides
 from attnzoo_kernels.tuning import Config, padded
 
 PACKED_AT_ONCE = 64
@@ -57,7 +57,8 @@ def routed_attention(
         (B, T, H, Dv) in q's dtype.
     """
     first, last = (None, None) if documents is None else documents
-    out, _, _, _, _ = _forward(q, k, v, active, gates, _as_int(lengths), _as_int(first), _as_int(last), scale)
+    scale, q, _ = positive_scale(scale, q)
+    out, _, _, _, _ = _forward(q, k, v, active, gates, as_int(lengths), as_int(first), as_int(last), scale)
     return out
 
 
@@ -79,16 +80,12 @@ def pack_rows(active: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     torch.cumsum(counts, -1, dtype=torch.int32, out=start[..., 1:])
     rows = torch.empty((B, groups, T * size), dtype=torch.int32, device=active.device)
     if rows.numel():
-        with _on(active):
+        with on_device(active):
             head_routing_pack_kernel[(-(-T // PACKED_AT_ONCE) * B * groups,)](
                 active.view(torch.uint8), start, rows, *active.stride(), T, groups,
                 GROUP=size, BLOCK_T=PACKED_AT_ONCE, BLOCK_M=triton.next_power_of_2(size),
             )  # fmt: skip
     return rows, start
-
-
-def _as_int(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 @torch.library.custom_op("attnzoo::routed_attention", mutates_args=())
@@ -105,7 +102,7 @@ def _forward(
     if out.numel():
         call = _Call(q, k, v, gates, start, rows, lengths, first, last, scale)
         config = call.config("head_routing_fwd")
-        with _on(q):
+        with on_device(q):
             head_routing_fwd_kernel[call.row_grid(config.BLOCK_T)](
                 **call.tensors, o_ptr=out, top_ptr=top, norm_ptr=norm, **call.strides, **call.numbers,
                 **config.options(),
@@ -147,10 +144,10 @@ def _backward(
     if do.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), dgates
     call = _Call(q, k, v, gates, start, rows, lengths, first, last, scale)
-    do = _unit(do)
+    do = dense_rows(do)
     strides = {"stride_dob": do.stride(0), "stride_dot": do.stride(1), "stride_doh": do.stride(2)}
     delta = torch.empty_like(top)
-    with _on(q):
+    with on_device(q):
         head_routing_bwd_delta_kernel[call.row_grid(PACKED_AT_ONCE)](
             out, do, start, rows, delta, **strides, T=call.T, G=call.G, GROUP=call.GROUP, DV=call.DV,
             BLOCK_DV=padded(call.DV), BLOCK_T=PACKED_AT_ONCE,
@@ -229,7 +226,7 @@ class _Call:
         last: Tensor | None,
         scale: float,
     ) -> None:
-        q, k, v = _unit(q), _unit(k), _unit(v)
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         self.B, self.T, self.G = q.shape[0], q.shape[1], k.shape[2]
         self.GROUP, self.DV = q.shape[2] // self.G, v.shape[3]
         self.width, self.dtype = padded(max(q.shape[3], self.DV)), q.dtype
@@ -238,8 +235,8 @@ class _Call:
             "lengths_ptr": lengths, "first_ptr": first, "last_ptr": last,
         }  # fmt: skip
         self.strides = {
-            **_strides(q, "q", "bth"), **_strides(k, "k", "bsg"), **_strides(v, "v", "bsg"),
-            **_strides(gates, "g", "bth"),
+            **strides(q, "q", "bth"), **strides(k, "k", "bsg"), **strides(v, "v", "bsg"),
+            **strides(gates, "g", "bth"),
         }  # fmt: skip
         self.numbers = {
             "T": self.T, "G": self.G, "scale": scale, "GROUP": self.GROUP, "D": q.shape[3], "DV": self.DV,
@@ -252,17 +249,3 @@ class _Call:
 
     def row_grid(self, rows: int) -> tuple[int]:
         return (-(-self.T * self.GROUP // rows) * self.B * self.G,)
-
-
-def _strides(tensor: Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """stride_{name}{axis} of the leading axes; 0 where there is no tensor."""
-    return {f"stride_{name}{axis}": 0 if tensor is None else tensor.stride(n) for n, axis in enumerate(axes)}
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, as the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

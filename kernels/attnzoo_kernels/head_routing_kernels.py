@@ -17,10 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LOG2E
+from attnzoo_kernels.primitives import powers
 from attnzoo_kernels.softmax_attention_bwd import walk_keys_back
 from attnzoo_kernels.softmax_attention_fwd import walk_keys
-from attnzoo_kernels.softmax_attention_tiles import pair_scores, segment_of
+from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, pair_scores, segment_of
 
 
 # grid (B * G * tiles of T): one program writes the rows of BLOCK_T tokens of a group to their places.
@@ -173,7 +173,9 @@ def head_routing_bwd_delta_kernel(
     do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
     b_o = tl.load(o_ptr + o_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
     b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
-    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    # As in the dense kernel.
+    wide = tl.float64 if o_ptr.dtype.element_ty == tl.float32 else tl.float32
+    delta = tl.sum(b_o.to(wide) * b_do.to(wide), 1).to(tl.float32)
     tl.store(delta_ptr + bg * T * GROUP + o_r, delta, mask=inside)
 
 
@@ -255,6 +257,7 @@ def walk_packed_rows(
     """Adds what the packed rows lo, lo + BLOCK_T, ... < hi of a group bring; tiles are [keys, rows]."""
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    factor, unit = factor_and_unit(scale, True)
     for start in range(lo, hi, BLOCK_T):
         o_r = start + tl.arange(0, BLOCK_T)
         # Rows from hi on belong to the next walk.
@@ -270,11 +273,11 @@ def walk_packed_rows(
         first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
         s, _ = pair_scores(
             s, token[None, :], o_s[:, None], token[None, :], o_s[:, None], first[None, :], last[None, :],
-            None, 0, 0, None, 0, 0, T, T, scale, 0.0, 0.0, 0, 0, True, False, False, False, False, SEGMENT, MASKED,
+            None, 0, 0, None, 0, 0, T, T, factor, 0.0, 0.0, 0, 0, True, False, False, False, False, SEGMENT, MASKED,
         )  # fmt: skip
         top = tl.load(top_ptr + o_r, mask=inside, other=0.0)
         norm = tl.load(norm_ptr + o_r, mask=inside, other=0.0)
-        p = tl.exp2(s * LOG2E - top[None, :]) * norm[None, :]
+        p = powers(s, unit, top[None, :]) * norm[None, :]
         gate = norm * 0.0 + 1.0
         if gates_ptr is not None:
             g_at = o_t * stride_gt + o_h * stride_gh

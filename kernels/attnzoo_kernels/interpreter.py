@@ -6,9 +6,10 @@ from typing import Any
 
 
 def repair() -> None:
-    """Let the interpreter of Triton 3.6 use scalars as loop bounds under NumPy 2.4 and newer.
+    """Mend what the interpreter of Triton 3.6 does unlike a GPU, or not at all under NumPy 2.4 and newer.
 
-    It keeps a scalar as an array of shape (1,), and NumPy 2.4 no longer turns one into an int by itself.
+    It keeps a scalar as an array of shape (1,), which NumPy 2.4 no longer turns into a loop bound by itself. And its
+    fma rounds the product, where the instruction rounds once.
     """
     from triton.runtime import interpreter
 
@@ -23,5 +24,11 @@ def repair() -> None:
         else:
             tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    def create_fma(_: Any, x: Any, y: Any, z: Any) -> Any:
+        # A product of float32 is exact in float64.
+        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     patched.repaired = True  # type: ignore[attr-defined]
     interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_fma = create_fma

@@ -6,7 +6,6 @@ pass, and both are deterministic.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import linear_attention_tuning as tuning
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, stored_as
 from attnzoo_kernels.linear_attention_kernels import (
     linear_attention_mix_kernel,
     linear_attention_pair_kernel,
@@ -79,8 +79,8 @@ def linear_attention(
     if state is not None:
         state = state.to(torch.float32).contiguous()
     out: tuple[Tensor, Tensor] = _forward(
-        _unit(q), _unit(k), _unit(v), weights, state, _as(starts, torch.int32), _as(fresh, torch.uint8),
-        _as(order, torch.int32), size, causal,
+        dense_rows(q), dense_rows(k), dense_rows(v), weights, state, as_int(starts), stored_as(fresh, torch.uint8),
+        as_int(order), size, causal,
     )  # fmt: skip
     return out
 
@@ -88,17 +88,13 @@ def linear_attention(
 @torch.no_grad()
 def linear_attention_states(k: Tensor, v: Tensor, size: int) -> Tensor:
     """sum k_s^T v_s over each block of `size` tokens of k (B, S, G, D), v (B, S, G, Dv): (B, G, n, D, Dv), float32."""
-    k, v = _unit(k), _unit(v)
+    k, v = dense_rows(k), dense_rows(v)
     call = _Call(k, k, v, None, None, None, size, True)
     if k.shape[0] == 0 or k.shape[2] == 0:
         shape = (k.shape[0], k.shape[2], call.blocks(k.shape[1]), k.shape[3], v.shape[3])
         return k.new_zeros(shape, dtype=torch.float32)
-    with _on(k):
+    with on_device(k):
         return call.states(k, v)
-
-
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 @torch.library.custom_op("attnzoo::linear_attention", mutates_args=())
@@ -110,7 +106,7 @@ def _forward(
     call = _Call(q, k, v, weights, starts, order, size, causal)
     if q.shape[0] == 0 or q.shape[2] == 0:
         return out.zero_(), end.zero_()
-    with _on(q):
+    with on_device(q):
         before = call.before(call.states(k, v), state, fresh, end if end.numel() else None)
         call.tile(q, k, v, before, out)
     return out, end
@@ -145,8 +141,8 @@ def _backward(
             gradient.zero_()
         return made
     call = _Call(q, k, v, weights, starts, order, size, causal)
-    do = _unit(do)
-    with _on(q):
+    do = dense_rows(do)
+    with on_device(q):
         states = call.states(k, v) if need_q or need_weights else None
         diagonal = None
         if need_q or (need_weights and causal):
@@ -366,12 +362,3 @@ class _Call:
             return 0, 0, 0, 0
         b, h, i, j = self.weights.stride()
         return (b if self.weights.shape[0] > 1 else 0), (h if self.weights.shape[1] > 1 else 0), i, j
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, as the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

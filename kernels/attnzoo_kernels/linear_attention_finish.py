@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo_kernels.linear_attention import _on
+from attnzoo_kernels.launch import on_device
 from attnzoo_kernels.primitives import LOG2E
 
 ROWS = 16
@@ -113,7 +113,7 @@ def _forward(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
     y = torch.empty_like(out, dtype=dtype)
     if out.numel():
         rows, width = out.numel() // out.shape[-1], out.shape[-1]
-        with _on(out):
+        with on_device(out):
             linear_attention_finish_fwd_kernel[(-(-rows // ROWS),)](
                 out, weight, gate, y, rows, eps, DV=width, BLOCK_N=ROWS, BLOCK_DV=triton.next_power_of_2(width),
                 num_warps=4, enable_fp_fusion=True,
@@ -136,7 +136,7 @@ def _backward(
     rows, width = out.numel() // out.shape[-1], out.shape[-1]
     programs = min(WAVES, -(-rows // ROWS))
     partial = torch.empty((programs, width), dtype=torch.float32, device=out.device)
-    with _on(out):
+    with on_device(out):
         linear_attention_finish_bwd_kernel[(programs,)](
             out, weight, gate, dy.contiguous(), do, partial, dg, rows, eps, programs, DV=width, BLOCK_N=ROWS,
             BLOCK_DV=triton.next_power_of_2(width), num_warps=4, enable_fp_fusion=True,

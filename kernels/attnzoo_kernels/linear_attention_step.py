@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo_kernels.linear_attention import _on, _unit
+from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.linear_attention_tuning import side
 
 BLOCK_V = 16
@@ -69,7 +69,9 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weigh
             place. Without weights (B, 1, G, D, Dv). Its last axis is contiguous.
         weights: (i + 1,) or (H, i + 1), or None for 1.
     """
-    return _step(_unit(q), _unit(k), _unit(v), states, None if weights is None else weights.to(torch.float32))
+    return _step(
+        dense_rows(q), dense_rows(k), dense_rows(v), states, None if weights is None else weights.to(torch.float32)
+    )
 
 
 @torch.library.custom_op("attnzoo::linear_attention_step", mutates_args=("states",))
@@ -82,7 +84,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | Non
     per_head = weights is not None and weights.ndim == 2
     stride_wh = weights.stride(0) if weights is not None and per_head else 0
     stride_wj = 0 if weights is None else weights.stride(-1)
-    with _on(q):
+    with on_device(q):
         linear_attention_step_kernel[(B * G * -(-Dv // BLOCK_V),)](
             q, k, v, states, weights, out, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
             *states.stride()[:4], stride_wh, stride_wj, G, H // G, states.shape[1] - 1, D=D, DV=Dv, PER_HEAD=per_head,

@@ -36,6 +36,12 @@ def finish_scores(s, i, j, scale, softcap, slope, SOFTCAP: tl.constexpr, ALIBI: 
 
 
 @triton.jit
+def powers(s, unit, top):
+    """2 to the power of s unit - top. Nothing is rounded before large numbers cancel, and it costs one instruction."""
+    return tl.exp2(tl.fma(s, unit, -top))
+
+
+@triton.jit
 def visible(
     i, j, window, sink_tokens, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr,
@@ -65,15 +71,15 @@ def visible(
 
 
 @triton.jit
-def softmax_step(s, m, l):
+def softmax_step(s, unit, m, l):
     """One step of the online softmax over the last axis of s, in base 2.
 
-    s holds scores times log2(e), -inf where masked; m is the running maximum, l the running denominator. Returns
-    the tile's weights, the factor for what was summed so far, and the new m and l. Rows that have seen nothing
-    keep m = -inf, l = 0 and get weights 0.
+    s holds scores, -inf where masked, that become base 2 times unit > 0; m is the running maximum in base 2, l the
+    running denominator. Returns the tile's weights, the factor for what was summed so far, and the new m and l. Rows
+    that have seen nothing keep m = -inf, l = 0 and get weights 0.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * unit)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - base[:, None])
+    p = powers(s, unit, base[:, None])
     shrink = tl.exp2(m - base)
     return p, shrink, m_new, l * shrink + tl.sum(p, 1)

@@ -6,13 +6,13 @@ runs three kernels (delta; dk and dv; dq) and is deterministic.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo_kernels import tuning
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, stored_as, strides
 from attnzoo_kernels.softmax_attention_bwd import (
     softmax_attention_bwd_delta_kernel,
     softmax_attention_bwd_dkdv_kernel,
@@ -77,6 +77,7 @@ def softmax_attention(
     """
     B, T, H, _ = q.shape
     S = k.shape[1]
+    scale, q, q_extra = positive_scale(scale, q, q_extra)
     if sinks is not None and not isinstance(sinks, Tensor):
         sinks = torch.full((H,), float(sinks), device=q.device)
     if head_scale is not None:
@@ -84,16 +85,12 @@ def softmax_attention(
     first, last = (None, None) if documents is None else documents
     out, lse, _, _ = _forward(
         q, k, v, q_extra, k_extra, None if bias is None else bias.expand(B, H, T, S),
-        None if mask is None else mask.expand(B, H, T, S), _as(alibi_slopes, torch.float32),
-        _as(sinks, torch.float32), head_scale, _as(lengths, torch.int32), _as(first, torch.int32),
-        _as(last, torch.int32), _as(key_positions, torch.int32), scale, softcap or 0.0, window or 0, sink_tokens,
+        None if mask is None else mask.expand(B, H, T, S), stored_as(alibi_slopes, torch.float32),
+        stored_as(sinks, torch.float32), head_scale, as_int(lengths), as_int(first), as_int(last),
+        as_int(key_positions), scale, softcap or 0.0, window or 0, sink_tokens,
         S - T if query_start is None else query_start, causal,
     )  # fmt: skip
     return out, lse
-
-
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 @torch.library.custom_op("attnzoo::softmax_attention", mutates_args=())
@@ -112,7 +109,7 @@ def _forward(
     call = _Call(q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last, positions)
     numbers = call.numbers(scale, softcap, window, sink_tokens, query_start, causal)
     config = call.config("softmax_attention_fwd")
-    with _on(q):
+    with on_device(q):
         softmax_attention_fwd_kernel[call.query_grid(config)](
             **call.tensors, sinks_ptr=sinks, o_ptr=out, lse_ptr=lse, top_ptr=top, norm_ptr=norm, **call.strides,
             **numbers, **config.options(),
@@ -153,11 +150,11 @@ def _backward(
         return made
     call = _Call(q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last, positions)
     numbers = call.numbers(scale, softcap, window, sink_tokens, query_start, causal)
-    do = _unit(do)
+    do = dense_rows(do)
     value = {"DV": numbers["DV"], "BLOCK_DV": numbers["BLOCK_DV"], "BLOCK_T": 32}
     shared = dict(call.strides)
     shared |= {"stride_dob": do.stride(0), "stride_dot": do.stride(1), "stride_doh": do.stride(2)}
-    with _on(q):
+    with on_device(q):
         softmax_attention_bwd_delta_kernel[(-(-call.T // 32) * call.B * call.H,)](
             out, do, delta, *out.stride()[:3], *do.stride()[:3], call.T, call.H, **value
         )
@@ -230,7 +227,8 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Tensor | No
     dsinks = None
     if need[8]:
         # The sink has a weight like a key's and no value: it only takes weight from the others.
-        dsinks = -(torch.exp2(sinks[:, None] * LOG2E - top) * norm * delta).sum((0, 2))
+        taken = torch.exp2(sinks[:, None] * LOG2E - top) * norm * delta
+        dsinks = -taken.sum((0, 2), dtype=torch.float64).to(sinks.dtype)
     return (
         dq if need[0] else None,
         dk if need[1] else None,
@@ -241,7 +239,7 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Tensor | No
         None,
         None,
         dsinks,
-        r.sum(-1) if need[9] else None,
+        r.sum(-1, dtype=torch.float64).to(gain.dtype) if need[9] else None,
         *(None,) * 10,
     )
 
@@ -268,8 +266,8 @@ class _Call:
         last: Tensor | None,
         positions: Tensor | None,
     ) -> None:
-        q, k, v = _unit(q), _unit(k), _unit(v)
-        q_extra, k_extra = (None if x is None or x.shape[3] == 0 else _unit(x) for x in (q_extra, k_extra))
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        q_extra, k_extra = (None if x is None or x.shape[3] == 0 else dense_rows(x) for x in (q_extra, k_extra))
         mask = None if mask is None else mask.view(torch.uint8)
         self.B, self.T, self.H, self.D = q.shape
         self.S, self.G, self.DV = k.shape[1], k.shape[2], v.shape[3]
@@ -281,9 +279,9 @@ class _Call:
             "last_ptr": last, "positions_ptr": positions,
         }  # fmt: skip
         self.strides = {
-            **_strides(q, "q", "bth"), **_strides(k, "k", "bsg"), **_strides(v, "v", "bsg"),
-            **_strides(q_extra, "qx", "bth"), **_strides(k_extra, "kx", "bs"), **_strides(bias, "b", "bhts"),
-            **_strides(mask, "m", "bhts"), **_strides(gain, "g", "bh"),
+            **strides(q, "q", "bth"), **strides(k, "k", "bsg"), **strides(v, "v", "bsg"),
+            **strides(q_extra, "qx", "bth"), **strides(k_extra, "kx", "bs"), **strides(bias, "b", "bhts"),
+            **strides(mask, "m", "bhts"), **strides(gain, "g", "bh"),
         }  # fmt: skip
 
     def numbers(
@@ -304,17 +302,3 @@ class _Call:
 
     def query_grid(self, config: tuning.Config) -> tuple[int]:
         return (-(-self.T // config.BLOCK_T) * self.B * self.H,)
-
-
-def _strides(tensor: Tensor | None, name: str, axes: str) -> dict[str, int]:
-    """stride_{name}{axis} of the leading axes; 0 where there is no tensor."""
-    return {f"stride_{name}{axis}": 0 if tensor is None else tensor.stride(n) for n, axis in enumerate(axes)}
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, as the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -11,11 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LOG2E
-from attnzoo_kernels.softmax_attention_tiles import key_ranges, pair_scores, query_ranges, segment_of
+from attnzoo_kernels.primitives import powers
+from attnzoo_kernels.softmax_attention_tiles import (
+    factor_and_unit,
+    key_ranges,
+    pair_scores,
+    query_ranges,
+    segment_of,
+)
 
 
-# grid (B * H * tiles of T): delta_i = sum over the value width of do_i o_i.
+# grid (B * H * tiles of T): delta_i = sum over the value width of do_i o_i. Where one key dominates a row, e_ij nearly
+# equals delta_i and ds carries all of delta's rounding, so float32 is summed in float64, which the reads hide.
 @triton.jit
 def softmax_attention_bwd_delta_kernel(
     o_ptr, do_ptr, delta_ptr, stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh, T, H,
@@ -32,7 +39,8 @@ def softmax_attention_bwd_delta_kernel(
     inside = (o_t < T)[:, None] & (o_dv < DV)[None, :]
     b_o = tl.load(o_ptr + b * stride_ob + h * stride_oh + row * stride_ot + o_dv[None, :], mask=inside, other=0.0)
     b_do = tl.load(do_ptr + b * stride_dob + h * stride_doh + row * stride_dot + o_dv[None, :], mask=inside, other=0.0)
-    delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    wide = tl.float64 if o_ptr.dtype.element_ty == tl.float32 else tl.float32
+    delta = tl.sum(b_o.to(wide) * b_do.to(wide), 1).to(tl.float32)
     tl.store(delta_ptr + bh.to(tl.int64) * T + o_t, delta, mask=o_t < T)
 
 
@@ -50,6 +58,8 @@ def walk_queries(
     """Adds what the queries lo, lo + BLOCK_T, ... < hi of one head bring; tiles are [keys, queries]."""
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
+    factor, unit = factor_and_unit(scale, FOLD)
     for start in range(lo, hi, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
         row = o_t.to(tl.int64)
@@ -67,12 +77,12 @@ def walk_queries(
         i = query_start + o_t
         s, capped = pair_scores(
             s, o_t[None, :], o_s[:, None], i[None, :], j[:, None], first[None, :], last[None, :],
-            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, scale, softcap, slope, window,
+            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
             sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
         )  # fmt: skip
         top = tl.load(top_ptr + o_t, mask=inside, other=0.0)
         norm = tl.load(norm_ptr + o_t, mask=inside, other=0.0)
-        p = tl.exp2(s * LOG2E - top[None, :]) * norm[None, :]
+        p = powers(s, unit, top[None, :]) * norm[None, :]
         do_mask = inside[:, None] & (o_dv < DV)[None, :]
         b_do = tl.load(do_ptr + row[:, None] * stride_dot + o_dv[None, :], mask=do_mask, other=0.0)
         b_dv = tl.dot((p * gain).to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
@@ -208,6 +218,8 @@ def walk_keys_back(
     """Adds what the keys lo, lo + BLOCK_S, ... < hi bring to a tile of queries."""
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
+    factor, unit = factor_and_unit(scale, FOLD)
     for start in range(lo, hi, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
         row = o_s.to(tl.int64)
@@ -227,10 +239,10 @@ def walk_keys_back(
             j = tl.load(positions_ptr + o_s, mask=inside, other=0)
         s, capped = pair_scores(
             s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None],
-            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, scale, softcap, slope, window,
+            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
             sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
         )  # fmt: skip
-        p = tl.exp2(s * LOG2E - top[:, None]) * norm[:, None]
+        p = powers(s, unit, top[:, None]) * norm[:, None]
         b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
         e = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         r += tl.sum(p * e, 1)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels.primitives import LN2, LOG2E, softmax_step
-from attnzoo_kernels.softmax_attention_tiles import key_ranges, pair_scores, segment_of
+from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, key_ranges, pair_scores, segment_of
 
 
 @triton.jit
@@ -29,6 +29,8 @@ def walk_keys(
     """The online softmax over key tiles lo, lo + BLOCK_S, ... < hi."""
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
+    factor, unit = factor_and_unit(scale, FOLD)
     for start in range(lo, hi, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
         row = o_s.to(tl.int64)
@@ -52,10 +54,10 @@ def walk_keys(
             j = tl.load(positions_ptr + o_s, mask=inside, other=0)
         s, _ = pair_scores(
             s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None],
-            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, scale, softcap, slope, window,
+            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
             sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
         )  # fmt: skip
-        p, shrink, m, l = softmax_step(s * LOG2E, m, l)
+        p, shrink, m, l = softmax_step(s, unit, m, l)
         if MASKED:
             b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
         elif DV == BLOCK_DV:

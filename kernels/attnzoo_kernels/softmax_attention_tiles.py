@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import finish_scores, visible
+from attnzoo_kernels.primitives import LOG2E, finish_scores, visible
 
 
 @triton.jit
@@ -144,6 +144,14 @@ def query_ranges(
     full_lo = tl.where(none, lo, full_lo)
     full_hi = tl.where(none, lo, full_hi)
     return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def factor_and_unit(scale, FOLD: tl.constexpr):
+    """What products are multiplied by, and then scores: with FOLD the scale is part of the step to base 2."""
+    if FOLD:
+        return 1.0, scale * LOG2E
+    return scale, LOG2E
 
 
 @triton.jit

@@ -224,6 +224,14 @@ def test_any_width(d: int, dv: int, r: int) -> None:
     assert_same_as_eager(*draw(SIZES | {"T": 19, "S": 19, "H": 2, "G": 1, "D": d, "DV": dv, "R": r}, {}), {})
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
+@pytest.mark.parametrize("name", ["causal", "packed and padded", "softcap"])
+def test_any_scale(name: str, scale: float) -> None:
+    """30: scores in the hundreds, whose weights hang on their last digits."""
+    changed, extra, call = LONG[name]
+    assert_same_as_eager(*draw(SIZES | changed, extra), {**call, "scale": scale})
+
+
 def test_a_head_scaled_to_nothing_still_has_a_gradient() -> None:
     names, tensors = draw(SIZES, {"head_scale": (H,)})
     with torch.no_grad():

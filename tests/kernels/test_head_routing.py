@@ -54,10 +54,11 @@ def definition(
 
 
 def compare(
-    tensors: list[Tensor], active: Tensor, mask: AttentionMask | None = None, config: tuning.Config | None = SMALL
-) -> None:
+    tensors: list[Tensor], active: Tensor, mask: AttentionMask | None = None, config: tuning.Config | None = SMALL,
+    scale: float | None = None,
+) -> None:  # fmt: skip
     """The output and all gradients of the kernels, held to the definition."""
-    scale = tensors[0].shape[3] ** -0.5
+    scale = tensors[0].shape[3] ** -0.5 if scale is None else scale
 
     def reference(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None) -> list[Tensor]:
         return [definition(q, k, v, gates, active, mask, scale)]
@@ -113,6 +114,11 @@ QUICK = ("causal", "an empty row", "long documents", "packed and padded", "group
 def test_it_is_the_definition(name: str) -> None:
     changed, mask = CASES[name]
     compare(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE))
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_need_not_be_positive(scale: float) -> None:
+    compare(*draw(SIZES | {"T": 21}), scale=scale)
 
 
 @pytest.mark.parametrize("share", [0.0, slow(0.1), slow(1.0)])
