@@ -1,4 +1,4 @@
-"""Registers, spilled bytes and shared memory of every kernel, compiled without a GPU for sm_80, sm_90 and gfx942.
+"""Registers, spills, shared memory and loop length of every kernel, compiled without a GPU for sm_80, sm_90 and gfx942.
 
     python benchmarks/aot_resources.py --write       # all cases, minutes; writes benchmarks/results/aot_resources.json
     python benchmarks/aot_resources.py --short       # the cases that the tests check against that file
@@ -199,6 +199,8 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "composed 8 heads of 128": composed(8, 128, True),
     "composed 8 heads of 128, query side": composed(8, 128, False),
     "composed 16 heads of 64": composed(16, 64, True),
+    "composed 16 heads of 64, query side": composed(16, 64, False),
+    "composed 8 heads of 64": composed(8, 64, True),
     "composed 32 heads of 32": composed(32, 32, True),
     "composed 4 heads of 64": composed(4, 64, True),
     "linear 128 mixed": linear(128, 128, 64, 1),
@@ -274,7 +276,7 @@ def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
         rows.append({
             "case": name, "kernel": found.kernel, "dtype": dtype, "target": target, **tile, **options,
             "registers": found.registers, "spills": found.spills, "shared": found.shared,
-            "seconds": round(found.seconds, 1),
+            "instructions": found.instructions, "seconds": round(found.seconds, 1),
         })  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""What a call would launch, compiled without a GPU: registers, spilled bytes and shared memory of every kernel.
+"""What a call would launch, compiled without a GPU: registers, spills, shared memory and loop length of every kernel.
 
     launches = record(lambda: softmax_attention(q, k, v, scale=0.1))
     resources = compile_launch(launches[0], "sm_90")
@@ -53,14 +53,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes. Spills are bytes of a thread (on gfx942 registers), seconds
-    those of the processor, the assembler's included."""
+    """What one program of a compiled kernel takes. Spills are bytes of a thread (on gfx942 registers), instructions
+    those of `loop_length` (0 on gfx942), seconds those of the processor, the assembler's included."""
 
     kernel: str
     target: str
     registers: int
     spills: int
     shared: int
+    instructions: int
     seconds: float
 
 
@@ -101,8 +102,30 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     start = sum(os.times()[:4])
     compiled = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
     seconds = sum(os.times()[:4]) - start
-    registers, spills = _usage(compiled.asm)
-    return Resources(launch.name, target, registers, spills, int(compiled.metadata.shared), seconds)
+    registers, spills, instructions = _usage(compiled.asm)
+    return Resources(launch.name, target, registers, spills, int(compiled.metadata.shared), instructions, seconds)
+
+
+def loop_length(listing: str) -> int:
+    """Instructions of the innermost loop with the most matrix products, on the shortest way through, 0 without one.
+
+    That is what a tile that needs no mask costs a warp. listing is what `cuobjdump -sass` prints.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)]
+    jumps = [(at, int(found[1], 16)) for at, text in code if (found := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(target, at) for at, target in jumps if target < at]
+    lengths = []
+    for first, last in loops:
+        if any(first <= start and end <= last and (start, end) != (first, last) for start, end in loops):
+            continue
+        skipped: set[int] = set()
+        for at, target in jumps:
+            if first <= at < target <= last:
+                skipped |= {place for place, _ in code if at < place < target}
+        body = [text for at, text in code if first <= at <= last and at not in skipped]
+        lengths.append((-sum("MMA" in text for text in body), len(body)))
+    products, length = min(lengths, default=(0, 0))
+    return length if products else 0
 
 
 def _type_of(value: Any) -> tuple[str, bool]:
@@ -116,18 +139,25 @@ def _type_of(value: Any) -> tuple[str, bool]:
     return ("fp32" if isinstance(value, float) else "constexpr"), False
 
 
-def _usage(asm: dict[str, Any]) -> tuple[int, int]:
-    """Registers of a thread and spills."""
+def _usage(asm: dict[str, Any]) -> tuple[int, int, int]:
+    """Registers of a thread, spills, and the length of the loop."""
     if "amdgcn" in asm:
         text = asm["amdgcn"]
-        return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text), 0
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # cuobjdump runs nvdisasm, which it looks for in the path.
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+        usage, listing = (
+            subprocess.run(
+                [str(tools / "cuobjdump"), option, file.name],
+                check=True, capture_output=True, text=True, env=environment,
+            ).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )  # fmt: skip
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), loop_length(listing)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -23,7 +23,7 @@ from attnzoo_kernels.composed_attention_fwd import (
     composed_attention_fwd_stats_kernel,
 )
 from attnzoo_kernels.decode_tiles import device_limits, splits_for
-from attnzoo_kernels.launch import as_int, on_device, strides
+from attnzoo_kernels.launch import as_int, on_device, row_norm, strides
 from attnzoo_kernels.tuning import Config, padded
 
 
@@ -110,26 +110,26 @@ def _forward(
     positions: Tensor | None, groups: int, scale: float, window: int, query_start: int, splits: int, causal: bool,
     residual_pre: bool, residual_post: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, top, norm = _forward_fake(
+    out, shift, norm = _forward_fake(
         q, k, v, q_pre, k_pre, q_post, k_post, mask, lengths, first, last, positions, groups, scale, window,
         query_start, splits, causal, residual_pre, residual_post,
     )  # fmt: skip
-    if top.numel() == 0 or k.shape[1] == 0 or out.numel() == 0:
-        return out.zero_(), top.zero_(), norm.zero_()
+    if shift.numel() == 0 or k.shape[1] == 0 or out.numel() == 0:
+        return out.zero_(), shift.zero_(), norm.zero_()
     call = _Call(q, k, v, q_pre, k_pre, q_post, k_post, mask, lengths, first, last, positions, groups)
     numbers = call.numbers(scale, window, query_start, causal, residual_pre, residual_post)
     if splits == 0:
         programs = call.tiles(call.T, call.config("composed_attention_fwd_stats"))
         splits = splits_for(programs, call.S, 32, device_limits(q.device)[0])
-    tops, norms, outs = top, norm, out
+    shifts, norms, outs = shift, norm, out
     if splits > 1:
-        tops, norms = (torch.empty((splits, *top.shape), dtype=torch.float32, device=q.device) for _ in range(2))
+        shifts, norms = (torch.empty((splits, *shift.shape), dtype=torch.float32, device=q.device) for _ in range(2))
         outs = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
     with on_device(q):
         config = call.config("composed_attention_fwd_stats")
         composed_attention_fwd_stats_kernel[(call.tiles(call.T, config) * splits,)](
             **call.tensors,
-            top_ptr=tops,
+            shift_ptr=shifts,
             norm_ptr=norms,
             **call.strides,
             **numbers,
@@ -138,22 +138,25 @@ def _forward(
             **config.options(),
         )
         if splits > 1:
-            _join(tops, norms, top, norm)
+            _join(shifts, norms, shift, norm if norm.numel() else None)
         config = call.config("composed_attention_fwd_out")
         composed_attention_fwd_out_kernel[(call.tiles(call.T, config) * splits,)](
-            **call.tensors, top_ptr=top, norm_ptr=norm, o_ptr=outs, **call.strides, **numbers, splits=splits,
+            **call.tensors, shift_ptr=shift, norm_ptr=norm, o_ptr=outs, **call.strides, **numbers, splits=splits,
             SPLIT=splits > 1, **config.options(),
         )  # fmt: skip
-    return (outs.sum(0).to(out.dtype) if splits > 1 else out), top, norm
+    return (outs.sum(0).to(out.dtype) if splits > 1 else out), shift, norm
 
 
-def _join(tops: Tensor, sums: Tensor, top: Tensor, norm: Tensor) -> None:
-    """Maxima and denominators of the splits (splits, B, H, T) -> those of the rows; 0 and 0 where nothing was seen."""
-    highest = tops.amax(0)
+def _join(shifts: Tensor, sums: Tensor, shift: Tensor, norm: Tensor | None) -> None:
+    """Maxima and denominators of the splits (splits, B, H, T) -> what the first kernel leaves where there are none."""
+    highest = shifts.amax(0)
     highest = highest.masked_fill(highest.isinf(), 0.0)
-    total = (sums * torch.exp2(tops - highest)).sum(0)
-    top.copy_(highest)
-    norm.copy_(torch.where(total > 0, 1.0 / total, 0.0))
+    total = (sums * torch.exp2(shifts - highest)).sum(0)
+    if norm is None:
+        shift.copy_(torch.where(total > 0, highest + total.log2(), torch.inf))
+    else:
+        shift.copy_(highest)
+        norm.copy_(torch.where(total > 0, 1.0 / total, 0.0))
 
 
 @_forward.register_fake
@@ -167,13 +170,13 @@ def _forward_fake(
     softmax_heads = _heads(heads, groups, q_pre, k_pre)
     value_heads = _heads(softmax_heads, groups, q_post, k_post)
     out = torch.empty((B, T, value_heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    top, norm = (torch.empty((B, softmax_heads, T), dtype=torch.float32, device=q.device) for _ in range(2))
-    return out, top, norm
+    shift = torch.empty((B, softmax_heads, T), dtype=torch.float32, device=q.device)
+    return out, shift, row_norm(shift, q.dtype)
 
 
 @torch.library.custom_op("attnzoo::composed_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor, top: Tensor, norm: Tensor,
+    do: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_pre: Tensor | None, k_pre: Tensor | None, q_post: Tensor | None,
     k_post: Tensor | None, mask: Tensor | None, lengths: Tensor | None, first: Tensor | None, last: Tensor | None,
     positions: Tensor | None, groups: int, scale: float, window: int, query_start: int, causal: bool,
@@ -184,19 +187,19 @@ def _backward(
     B, T, S, N = call.B, call.T, call.S, groups
     numbers = call.numbers(scale, window, query_start, causal, residual_pre, residual_post)
     made = _backward_fake(
-        do, top, norm, q, k, v, q_pre, k_pre, q_post, k_post, mask, lengths, first, last, positions, groups, scale,
+        do, shift, norm, q, k, v, q_pre, k_pre, q_post, k_post, mask, lengths, first, last, positions, groups, scale,
         window, query_start, causal, residual_pre, residual_post, need_q, need_kv,
     )  # fmt: skip
-    if do.numel() == 0 or k.numel() == 0 or top.numel() == 0:
+    if do.numel() == 0 or k.numel() == 0 or shift.numel() == 0:
         for gradient in made:
             gradient.zero_()
         return made
     dq, dk, dv, dq_pre, dk_pre, dq_post, dk_post = made
     do = do if do.stride(-1) == 1 else do.contiguous()
     high = {"dtype": torch.float32, "device": q.device}
-    delta = torch.empty(top.shape, **high)
+    delta = torch.empty(shift.shape, **high)
     shared = {**call.strides, **strides(do, "do", "bth")}
-    rows = {"do_ptr": do, "top_ptr": top, "norm_ptr": norm, "delta_ptr": delta}
+    rows = {"do_ptr": do, "shift_ptr": shift, "norm_ptr": norm, "delta_ptr": delta}
     with on_device(q):
         config = call.config("composed_attention_bwd_delta")
         # The gradient of a matrix that all tokens share is left as one sum for every tile of queries.
@@ -246,7 +249,7 @@ def _summed(parts: Tensor | None, matrix: Tensor | None, absent: Tensor) -> Tens
 
 @_backward.register_fake
 def _backward_fake(
-    do: Tensor, top: Tensor, norm: Tensor,
+    do: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_pre: Tensor | None, k_pre: Tensor | None, q_post: Tensor | None,
     k_post: Tensor | None, mask: Tensor | None, lengths: Tensor | None, first: Tensor | None, last: Tensor | None,
     positions: Tensor | None, groups: int, scale: float, window: int, query_start: int, causal: bool,
@@ -269,12 +272,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, top, norm = ctx.saved_tensors
+    *tensors, shift, norm = ctx.saved_tensors
     need = ctx.needs_input_grad
     if do is None:
         return (None,) * 20
     found = _backward(
-        do, top, norm, *tensors, *ctx.numbers, need[0] or need[3] or need[5], need[1] or need[2] or need[4] or need[6]
+        do, shift, norm, *tensors, *ctx.numbers, need[0] or need[3] or need[5], need[1] or need[2] or need[4] or need[6]
     )
     return (*(gradient if wanted else None for gradient, wanted in zip(found, need, strict=False)), *(None,) * 13)
 

@@ -35,7 +35,7 @@ from attnzoo_kernels.softmax_attention_tiles import key_ranges, segment_of
 @triton.jit
 def composed_attention_bwd_delta_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
-    positions_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, dq_post_ptr,
+    positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dq_post_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
     stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
@@ -80,8 +80,10 @@ def composed_attention_bwd_delta_kernel(
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + n * MJ * stride_mh
     first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
-    top = load_rows(top_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-    norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+    shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
+    norm = shift
+    if EXACT:
+        norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
     delta = tl.zeros([BLOCK_T, M], tl.float32)
     total = tl.zeros([BLOCK_T, M], tl.float32)
     dc = tl.zeros([BLOCK_T * M // W, W, W], tl.float32)
@@ -107,7 +109,7 @@ def composed_attention_bwd_delta_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm)
+        p = normalised(x, shift, norm, EXACT)
         b_v = load_heads(v_ptr, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
         dw = products(b_do, b_v, PRECISION)
         low = dw.to(b_v.dtype)
@@ -135,7 +137,7 @@ def composed_attention_bwd_delta_kernel(
 @triton.jit
 def composed_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
-    positions_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, dq_ptr, dq_pre_ptr,
+    positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dq_ptr, dq_pre_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
     stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
@@ -158,6 +160,7 @@ def composed_attention_bwd_dq_kernel(
     o_t = t_0 + tl.arange(0, BLOCK_T)
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    EXACT: tl.constexpr = PRECISION == "ieee"
     AGAIN: tl.constexpr = M > 16
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
@@ -180,8 +183,10 @@ def composed_attention_bwd_dq_kernel(
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + n * MJ * stride_mh
     first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
-    top = load_rows(top_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-    norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+    shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
+    norm = shift
+    if EXACT:
+        norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
     delta = load_rows(delta_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
     dq = tl.zeros([M, BLOCK_T, BLOCK_D], tl.float32)
     dc = tl.zeros([BLOCK_T * M // W, W, W], tl.float32)
@@ -214,7 +219,7 @@ def composed_attention_bwd_dq_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm)
+        p = normalised(x, shift, norm, EXACT)
         b_v = load_heads(v_ptr, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
         dw = products(b_do, b_v, PRECISION)
         c_k_post = c_q

@@ -29,7 +29,7 @@ from attnzoo_kernels.softmax_attention_tiles import query_ranges, segment_of
 @triton.jit
 def composed_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
-    positions_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pre_ptr, dk_post_ptr,
+    positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pre_ptr, dk_post_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
     stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
@@ -49,6 +49,7 @@ def composed_attention_bwd_dkdv_kernel(
     s_0 = tile * BLOCK_S
     o_s = s_0 + tl.arange(0, BLOCK_S)
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    EXACT: tl.constexpr = PRECISION == "ieee"
     AGAIN: tl.constexpr = M > 16
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
@@ -107,9 +108,11 @@ def composed_attention_bwd_dkdv_kernel(
                 x, o_t, o_s, query_start + o_t, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window,
                 MJ, CAUSAL, WINDOW, SEGMENT,
             )  # fmt: skip
-        top = load_rows(top_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-        norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-        p = normalised(x, top, norm)
+        shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
+        norm = shift
+        if EXACT:
+            norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+        p = normalised(x, shift, norm, EXACT)
         low_p = p.to(b_k.dtype)
         c_q_post = c_k
         if q_post_ptr is not None:

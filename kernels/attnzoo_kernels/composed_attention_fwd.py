@@ -4,8 +4,7 @@
     p_j = softmax_s(a'_j),   w_n = [p_n] + sum_j p_j (Q'_t + K'_s)[j, n],   o_n = sum_s w_n v_n
 
 Q, Q' are matrices of the query, K, K' of the key. Weights of different heads must be normalised before they are mixed,
-so there are two sweeps over the keys: the first leaves each row's maximum and inverse denominator, the second makes the
-scores anew.
+so there are two sweeps over the keys: the first leaves what each row's weights need, the second makes the scores anew.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from attnzoo_kernels.composed_attention_tiles import (
     store_rows,
     transposed,
 )
-from attnzoo_kernels.primitives import LOG2E, powers
+from attnzoo_kernels.primitives import LOG2E, powers, shift_and_norm
 from attnzoo_kernels.softmax_attention_tiles import key_ranges, segment_of
 
 
@@ -44,7 +43,7 @@ def split_of(lo, hi, split, splits, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def composed_attention_fwd_stats_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
-    positions_ptr, top_ptr, norm_ptr,
+    positions_ptr, shift_ptr, norm_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
     stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
@@ -67,6 +66,7 @@ def composed_attention_fwd_stats_kernel(
     o_t = t_0 + tl.arange(0, BLOCK_T)
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
@@ -110,13 +110,13 @@ def composed_attention_fwd_stats_kernel(
         l = l * tl.exp2(m - base) + tl.sum(powers(x, LOG2E, base[:, :, None]), 2)
         m = m_new
     if not SPLIT:
-        seen = l > 0
-        store_rows(top_ptr, tl.where(seen, m, 0.0), b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-        norm = tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)
-        store_rows(norm_ptr, norm, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+        shift, norm = shift_and_norm(m, l, EXACT)
+        store_rows(shift_ptr, shift, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+        if EXACT:
+            store_rows(norm_ptr, norm, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
     else:
         own = (split * B + b) * N * MJ * T
-        store_rows(top_ptr, m, own, n * MJ, T, t_0, MJ, M, BLOCK_T)
+        store_rows(shift_ptr, m, own, n * MJ, T, t_0, MJ, M, BLOCK_T)
         store_rows(norm_ptr, l, own, n * MJ, T, t_0, MJ, M, BLOCK_T)
 
 
@@ -125,7 +125,7 @@ def composed_attention_fwd_stats_kernel(
 @triton.jit
 def composed_attention_fwd_out_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
-    positions_ptr, top_ptr, norm_ptr, o_ptr,
+    positions_ptr, shift_ptr, norm_ptr, o_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
     stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
@@ -148,6 +148,7 @@ def composed_attention_fwd_out_kernel(
     o_t = t_0 + tl.arange(0, BLOCK_T)
     i = query_start + o_t
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
+    EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
     b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
@@ -168,8 +169,10 @@ def composed_attention_fwd_out_kernel(
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + n * MJ * stride_mh
     first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
-    top = load_rows(top_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
-    norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
+    shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
+    norm = shift
+    if EXACT:
+        norm = load_rows(norm_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T)
     acc = tl.zeros([M, BLOCK_T, BLOCK_DV], tl.float32)
     _, _, lo, full_lo, full_hi, hi = key_ranges(
         b, t_0, T, S, query_start, window, 0, lengths_ptr, first_ptr, last_ptr, CAUSAL, WINDOW, False, DENSE,
@@ -194,7 +197,7 @@ def composed_attention_fwd_out_kernel(
                 x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
                 WINDOW, SEGMENT,
             )  # fmt: skip
-        p = normalised(x, top, norm)
+        p = normalised(x, shift, norm, EXACT)
         c_k_post = c_q
         if k_post_ptr is not None:
             c_k_post = transposed(load_matrices(k_post_ptr, s_0, S, stride_k_posts, MJ, MV, M, W, BLOCK_S))

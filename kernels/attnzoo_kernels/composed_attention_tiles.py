@@ -169,12 +169,12 @@ def mask_scores(
 
 
 @triton.jit
-def load_rows(ptr, base, head_0, T, t_0, HEADS: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr):
-    """A number of every query and head, stored (heads, T) from base, as [BLOCK_T, M]; zeros where there is none."""
+def load_rows(ptr, base, head_0, T, t_0, HEADS: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, other=0.0):
+    """A number of every query and head, stored (heads, T) from base, as [BLOCK_T, M]; other where there is none."""
     m = tl.arange(0, M)
     o_t = t_0 + tl.arange(0, BLOCK_T)
     at = base + (head_0 + m).to(tl.int64)[None, :] * T + o_t[:, None]
-    return tl.load(ptr + at, mask=(o_t < T)[:, None] & (m < HEADS)[None, :], other=0.0)
+    return tl.load(ptr + at, mask=(o_t < T)[:, None] & (m < HEADS)[None, :], other=other)
 
 
 @triton.jit
@@ -187,6 +187,9 @@ def store_rows(ptr, x, base, head_0, T, t_0, HEADS: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
-def normalised(s, top, norm):
-    """Softmax weights of scores [queries, M, keys] from each row's largest exponent of 2 and inverse denominator."""
-    return powers(s, LOG2E, top[:, :, None]) * norm[:, :, None]
+def normalised(s, shift, norm, EXACT: tl.constexpr):
+    """Softmax weights of scores [queries, M, keys] from what is kept of each row; see `shift_and_norm`."""
+    p = powers(s, LOG2E, shift[:, :, None])
+    if EXACT:
+        p *= norm[:, :, None]
+    return p

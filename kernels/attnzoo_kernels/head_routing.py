@@ -20,7 +20,7 @@ from attnzoo_kernels.head_routing_kernels import (
     head_routing_fwd_kernel,
     head_routing_pack_kernel,
 )
-from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, strides
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, row_norm, strides
 from attnzoo_kernels.tuning import Config, padded
 
 PACKED_AT_ONCE = 64
@@ -93,21 +93,22 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, active: Tensor, gates: Tensor | None, lengths: Tensor | None,
     first: Tensor | None, last: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, the packed lists (see `pack_rows`), and each packed row's largest score and 1 / denominator."""
+    """The output, the packed lists (see `pack_rows`), and what is kept of each packed row."""
     B, T, H, _ = q.shape
     G = k.shape[2]
     out = torch.zeros((B, T, H, v.shape[3]), dtype=q.dtype, device=q.device)
     rows, start = pack_rows(active, G)
-    top, norm = (torch.empty(rows.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    shift = torch.empty(rows.shape, dtype=torch.float32, device=q.device)
+    norm = row_norm(shift, q.dtype)
     if out.numel():
         call = _Call(q, k, v, gates, start, rows, lengths, first, last, scale)
         config = call.config("head_routing_fwd")
         with on_device(q):
             head_routing_fwd_kernel[call.row_grid(config.BLOCK_T)](
-                **call.tensors, o_ptr=out, top_ptr=top, norm_ptr=norm, **call.strides, **call.numbers,
+                **call.tensors, o_ptr=out, shift_ptr=shift, norm_ptr=norm, **call.strides, **call.numbers,
                 **config.options(),
             )  # fmt: skip
-    return out, rows, start, top, norm
+    return out, rows, start, shift, norm
 
 
 @_forward.register_fake
@@ -118,24 +119,25 @@ def _forward_fake(
     B, T, H, _ = q.shape
     G = k.shape[2]
     lists = (B, G, T * (H // G))
+    shift = torch.empty(lists, dtype=torch.float32, device=q.device)
     return (
         torch.empty((B, T, H, v.shape[3]), dtype=q.dtype, device=q.device),
         torch.empty(lists, dtype=torch.int32, device=q.device),
         torch.empty((B, G, T + 1), dtype=torch.int32, device=q.device),
-        torch.empty(lists, dtype=torch.float32, device=q.device),
-        torch.empty(lists, dtype=torch.float32, device=q.device),
+        shift,
+        row_norm(shift, q.dtype),
     )
 
 
 @torch.library.custom_op("attnzoo::routed_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor, out: Tensor, rows: Tensor, start: Tensor, top: Tensor, norm: Tensor,
+    do: Tensor, out: Tensor, rows: Tensor, start: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, lengths: Tensor | None, first: Tensor | None,
     last: Tensor | None, scale: float, need_q: bool, need_kv: bool, need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and, in float32, of gates; empty where not needed."""
     made = _backward_fake(
-        do, out, rows, start, top, norm, q, k, v, gates, lengths, first, last, scale, need_q, need_kv, need_gates
+        do, out, rows, start, shift, norm, q, k, v, gates, lengths, first, last, scale, need_q, need_kv, need_gates
     )
     dq, dk, dv, dgates = made
     # Inactive pairs are never visited.
@@ -146,14 +148,14 @@ def _backward(
     call = _Call(q, k, v, gates, start, rows, lengths, first, last, scale)
     do = dense_rows(do)
     strides = {"stride_dob": do.stride(0), "stride_dot": do.stride(1), "stride_doh": do.stride(2)}
-    delta = torch.empty_like(top)
+    delta = torch.empty_like(shift)
     with on_device(q):
         head_routing_bwd_delta_kernel[call.row_grid(PACKED_AT_ONCE)](
             out, do, start, rows, delta, **strides, T=call.T, G=call.G, GROUP=call.GROUP, DV=call.DV,
             BLOCK_DV=padded(call.DV), BLOCK_T=PACKED_AT_ONCE,
         )  # fmt: skip
         shared = {
-            **call.tensors, "do_ptr": do, "top_ptr": top, "norm_ptr": norm, "delta_ptr": delta, **call.strides,
+            **call.tensors, "do_ptr": do, "shift_ptr": shift, "norm_ptr": norm, "delta_ptr": delta, **call.strides,
             **strides, **call.numbers,
         }  # fmt: skip
         if need_kv:
@@ -170,7 +172,7 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    do: Tensor, out: Tensor, rows: Tensor, start: Tensor, top: Tensor, norm: Tensor,
+    do: Tensor, out: Tensor, rows: Tensor, start: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, lengths: Tensor | None, first: Tensor | None,
     last: Tensor | None, scale: float, need_q: bool, need_kv: bool, need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -191,11 +193,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, gates, lengths, first, last, out, rows, start, top, norm = ctx.saved_tensors
+    q, k, v, gates, lengths, first, last, out, rows, start, shift, norm = ctx.saved_tensors
     need = ctx.needs_input_grad
     dq, dk, dv, dgates = _backward(
-        torch.zeros_like(out) if do is None else do, out, rows, start, top, norm, q, k, v, gates, lengths, first, last,
-        ctx.scale, need[0], need[1] or need[2], need[4],
+        torch.zeros_like(out) if do is None else do, out, rows, start, shift, norm, q, k, v, gates, lengths, first,
+        last, ctx.scale, need[0], need[1] or need[2], need[4],
     )  # fmt: skip
     return (
         dq if need[0] else None,

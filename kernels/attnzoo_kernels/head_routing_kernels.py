@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import powers
+from attnzoo_kernels.primitives import powers, shift_and_norm
 from attnzoo_kernels.softmax_attention_bwd import walk_keys_back
 from attnzoo_kernels.softmax_attention_fwd import walk_keys
 from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, pair_scores, segment_of
@@ -91,7 +91,7 @@ def packed_key_range(
 # tiles with the most keys come first.
 @triton.jit
 def head_routing_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, o_ptr, top_ptr, norm_ptr,
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, o_ptr, shift_ptr, norm_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_gb, stride_gt, stride_gh, T, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,8 +138,7 @@ def head_routing_fwd_kernel(
         stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
         SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
-    norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
-    top = tl.where(l > 0, m, 0.0)
+    shift, norm = shift_and_norm(m, l, PRECISION == "ieee")
     factor = norm
     if gates_ptr is not None:
         at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
@@ -148,8 +147,9 @@ def head_routing_fwd_kernel(
     o_mask = inside[:, None] & (o_dv < DV)[None, :]
     b_o = (acc * factor[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + o_at[:, None] + o_dv[None, :], b_o, mask=o_mask)
-    tl.store(top_ptr + bg * T * GROUP + o_r, top, mask=inside)
-    tl.store(norm_ptr + bg * T * GROUP + o_r, norm, mask=inside)
+    tl.store(shift_ptr + bg * T * GROUP + o_r, shift, mask=inside)
+    if PRECISION == "ieee":
+        tl.store(norm_ptr + bg * T * GROUP + o_r, norm, mask=inside)
 
 
 # grid (B * G * tiles of T GROUP): delta of packed rows.
@@ -182,7 +182,7 @@ def head_routing_bwd_delta_kernel(
 # grid (B * G * tiles of T GROUP): the forward kernel's tiles; scatters dq and dgate to zeroed (B, T, H) places.
 @triton.jit
 def head_routing_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, top_ptr, norm_ptr,
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dq_ptr, dgates_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
@@ -207,10 +207,12 @@ def head_routing_bwd_dq_kernel(
     do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
     b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
     b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=do_mask, other=0.0)
-    top = tl.load(top_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
-    norm = tl.load(norm_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + bg * T * GROUP + o_r, mask=inside, other=float("inf"))
+    norm = shift
+    if PRECISION == "ieee":
+        norm = tl.load(norm_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
-    gate = norm * 0.0 + 1.0
+    gate = tl.full([BLOCK_T], 1.0, tl.float32)
     if gates_ptr is not None:
         at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
         gate = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -224,21 +226,10 @@ def head_routing_bwd_dq_kernel(
     lo, full_lo, full_hi, hi = packed_key_range(
         tile, b, bg, count, rows_ptr, lengths_ptr, first_ptr, last_ptr, T, GROUP, BLOCK_T, BLOCK_S
     )
-    if first_ptr is not None:
-        b_dq, spare, r = walk_keys_back(
-            b_dq, spare, r, lo, full_lo, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
-            None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
-            0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
-        )  # fmt: skip
     b_dq, spare, r = walk_keys_back(
-        b_dq, spare, r, full_lo, full_hi, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
-        None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
+        b_dq, spare, r, lo, full_lo, full_hi, hi, b_q, b_q, b_do, shift, norm, delta, token, token, first, last, k_ptr,
+        v_ptr, None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
         0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
-    )  # fmt: skip
-    b_dq, spare, r = walk_keys_back(
-        b_dq, spare, r, full_hi, hi, b_q, b_q, b_do, top, norm, delta, token, token, first, last, k_ptr, v_ptr,
-        None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
-        0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     place = (b * T + o_t) * G * GROUP + o_h
     b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
@@ -249,7 +240,7 @@ def head_routing_bwd_dq_kernel(
 
 @triton.jit
 def walk_packed_rows(
-    b_dk, b_dv, lo, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr, delta_ptr,
+    b_dk, b_dv, lo, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
     lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -275,10 +266,14 @@ def walk_packed_rows(
             s, token[None, :], o_s[:, None], token[None, :], o_s[:, None], first[None, :], last[None, :],
             None, 0, 0, None, 0, 0, T, T, factor, 0.0, 0.0, 0, 0, True, False, False, False, False, SEGMENT, MASKED,
         )  # fmt: skip
-        top = tl.load(top_ptr + o_r, mask=inside, other=0.0)
-        norm = tl.load(norm_ptr + o_r, mask=inside, other=0.0)
-        p = powers(s, unit, top[None, :]) * norm[None, :]
-        gate = norm * 0.0 + 1.0
+        shift = tl.load(shift_ptr + o_r, mask=inside, other=float("inf"))
+        norm = shift
+        if PRECISION == "ieee":
+            norm = tl.load(norm_ptr + o_r, mask=inside, other=0.0)
+        p = powers(s, unit, shift[None, :])
+        if PRECISION == "ieee":
+            p *= norm[None, :]
+        gate = tl.full([BLOCK_T], 1.0, tl.float32)
         if gates_ptr is not None:
             g_at = o_t * stride_gt + o_h * stride_gh
             gate = tl.load(gates_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
@@ -297,7 +292,7 @@ def walk_packed_rows(
 # of its tile on, which lie side by side; a group's gradient is summed in registers.
 @triton.jit
 def head_routing_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, top_ptr, norm_ptr,
+    q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
@@ -344,23 +339,23 @@ def head_routing_bwd_dkdv_kernel(
     if gates_ptr is not None:
         gates_ptr += b * stride_gb + h_0 * stride_gh
     rows_ptr += bg * T * GROUP
-    top_ptr += bg * T * GROUP
+    shift_ptr += bg * T * GROUP
     norm_ptr += bg * T * GROUP
     delta_ptr += bg * T * GROUP
     b_dk, b_dv = walk_packed_rows(
-        b_dk, b_dv, lo, full_lo, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr, delta_ptr,
+        b_dk, b_dv, lo, full_lo, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
         lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
         scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     b_dk, b_dv = walk_packed_rows(
-        b_dk, b_dv, full_lo, full_hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr,
+        b_dk, b_dv, full_lo, full_hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr,
         delta_ptr,
         lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
         scale, GROUP, D, DV, SEGMENT, False, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if SEGMENT:
         b_dk, b_dv = walk_packed_rows(
-            b_dk, b_dv, full_hi, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, top_ptr, norm_ptr,
+            b_dk, b_dv, full_hi, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr,
             delta_ptr, lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt,
             stride_gh, T, scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
         )  # fmt: skip

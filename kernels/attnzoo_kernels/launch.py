@@ -34,6 +34,11 @@ def as_int(tensor: Tensor | None) -> Tensor | None:
     return stored_as(tensor, torch.int32)
 
 
+def row_norm(shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for what `shift_and_norm` keeps beside the shift: nothing in half precision."""
+    return torch.empty_like(shift) if dtype == torch.float32 else shift.new_empty(0)
+
+
 def positive_scale(scale: float, q: Tensor, q_extra: Tensor | None = None) -> tuple[float, Tensor, Tensor | None]:
     """A scale that is not positive goes into the queries: kernels multiply by it after masks and maxima."""
     if scale > 0:

@@ -42,6 +42,21 @@ def powers(s, unit, top):
 
 
 @triton.jit
+def shift_and_norm(m, l, EXACT: tl.constexpr):
+    """What is kept of a row with maximum m and denominator l: its weights are powers(s, unit, shift) [norm].
+
+    With EXACT, for float32, the shift is the maximum and norm a factor, as exact as a softmax. Without, it is the
+    log-sum-exp in base 2, whose rounding is far below half precision's. A row that has seen nothing gets weights 0.
+    """
+    norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+    if EXACT:
+        shift = tl.where(l > 0, m, 0.0)
+    else:
+        shift = tl.where(l > 0, m + tl.log2(tl.where(l > 0, l, 1.0)), float("inf"))
+    return shift, norm
+
+
+@triton.jit
 def visible(
     i, j, window, sink_tokens, first, last,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr,

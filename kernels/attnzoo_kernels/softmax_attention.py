@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels import tuning
-from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, stored_as, strides
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, row_norm, stored_as, strides
 from attnzoo_kernels.softmax_attention_bwd import (
     softmax_attention_bwd_delta_kernel,
     softmax_attention_bwd_dkdv_kernel,
@@ -100,21 +100,21 @@ def _forward(
     first: Tensor | None, last: Tensor | None, positions: Tensor | None, scale: float, softcap: float, window: int,
     sink_tokens: int, query_start: int, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse, top, norm = _forward_fake(
+    out, lse, shift, norm = _forward_fake(
         q, k, v, q_extra, k_extra, bias, mask, slopes, sinks, gain, lengths, first, last, positions, scale, softcap,
         window, sink_tokens, query_start, causal,
     )  # fmt: skip
     if lse.numel() == 0:
-        return out, lse, top, norm
+        return out, lse, shift, norm
     call = _Call(q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last, positions)
     numbers = call.numbers(scale, softcap, window, sink_tokens, query_start, causal)
     config = call.config("softmax_attention_fwd")
     with on_device(q):
         softmax_attention_fwd_kernel[call.query_grid(config)](
-            **call.tensors, sinks_ptr=sinks, o_ptr=out, lse_ptr=lse, top_ptr=top, norm_ptr=norm, **call.strides,
+            **call.tensors, sinks_ptr=sinks, o_ptr=out, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm, **call.strides,
             **numbers, **config.options(),
         )  # fmt: skip
-    return out, lse, top, norm
+    return out, lse, shift, norm
 
 
 @_forward.register_fake
@@ -126,13 +126,13 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, T, H, _ = q.shape
     out = torch.empty((B, T, H, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse, top, norm = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(3))
-    return out, lse, top, norm
+    lse, shift = (torch.empty((B, H, T), dtype=torch.float32, device=q.device) for _ in range(2))
+    return out, lse, shift, row_norm(shift, q.dtype)
 
 
 @torch.library.custom_op("attnzoo::softmax_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor, out: Tensor, top: Tensor, norm: Tensor, dlse: Tensor | None,
+    do: Tensor, out: Tensor, shift: Tensor, norm: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, slopes: Tensor | None, gain: Tensor | None, lengths: Tensor | None,
     first: Tensor | None, last: Tensor | None, positions: Tensor | None, scale: float, softcap: float, window: int,
@@ -140,8 +140,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, q_extra, k_extra (per group, float32), bias (full size), of gain's rows, and delta."""
     made = _backward_fake(
-        do, out, top, norm, dlse, q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last, positions,
-        scale, softcap, window, sink_tokens, query_start, causal, need_q, need_kv, need_bias, need_gain,
+        do, out, shift, norm, dlse, q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last,
+        positions, scale, softcap, window, sink_tokens, query_start, causal, need_q, need_kv, need_bias, need_gain,
     )  # fmt: skip
     dq, dk, dv, dqx, dkx, dbias, r, delta = made
     if do.numel() == 0 or k.numel() == 0:
@@ -164,7 +164,7 @@ def _backward(
             config = call.config("softmax_attention_bwd_dkdv" + ("" if call.G == call.H else " grouped"))
             grid = (-(-call.S // config.BLOCK_S) * call.B * call.G,)
             softmax_attention_bwd_dkdv_kernel[grid](
-                **call.tensors, do_ptr=do, top_ptr=top, norm_ptr=norm, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv,
+                **call.tensors, do_ptr=do, shift_ptr=shift, norm_ptr=norm, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv,
                 dkx_ptr=None if k_extra is None else dkx, **shared, **numbers, **config.options(),
             )  # fmt: skip
         if need_q or need_bias or need_gain:
@@ -172,7 +172,7 @@ def _backward(
             if need_bias:
                 dbias.zero_()
             softmax_attention_bwd_dq_kernel[call.query_grid(config)](
-                **call.tensors, do_ptr=do, top_ptr=top, norm_ptr=norm, delta_ptr=delta, dq_ptr=dq,
+                **call.tensors, do_ptr=do, shift_ptr=shift, norm_ptr=norm, delta_ptr=delta, dq_ptr=dq,
                 dqx_ptr=None if q_extra is None else dqx, dbias_ptr=dbias if need_bias else None,
                 r_ptr=r if need_gain else None, **shared, **numbers, **config.options(),
             )  # fmt: skip
@@ -181,7 +181,7 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    do: Tensor, out: Tensor, top: Tensor, norm: Tensor, dlse: Tensor | None,
+    do: Tensor, out: Tensor, shift: Tensor, norm: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, slopes: Tensor | None, gain: Tensor | None, lengths: Tensor | None,
     first: Tensor | None, last: Tensor | None, positions: Tensor | None, scale: float, softcap: float, window: int,
@@ -209,25 +209,27 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.softcap, ctx.window, ctx.sink_tokens, ctx.query_start, ctx.causal = inputs
-    out, _, top, norm = output
-    ctx.save_for_backward(*tensors, out, top, norm)
+    out, _, shift, norm = output
+    ctx.save_for_backward(*tensors, out, shift, norm)
 
 
 def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, top, norm = ctx.saved_tensors
+    *tensors, out, shift, norm = ctx.saved_tensors
     q, k, v, q_extra, k_extra, bias, mask, slopes, sinks, gain, lengths, first, last, positions = tensors
     if do is None:
         do = torch.zeros_like(out)
     need = ctx.needs_input_grad
     dq, dk, dv, dqx, dkx, dbias, r, delta = _backward(
-        do, out, top, norm, dlse, q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last, positions,
-        ctx.scale, ctx.softcap, ctx.window, ctx.sink_tokens, ctx.query_start, ctx.causal,
+        do, out, shift, norm, dlse, q, k, v, q_extra, k_extra, bias, mask, slopes, gain, lengths, first, last,
+        positions, ctx.scale, ctx.softcap, ctx.window, ctx.sink_tokens, ctx.query_start, ctx.causal,
         need[0] or need[3], need[1] or need[2] or need[4], need[5], need[9],
     )  # fmt: skip
     dsinks = None
     if need[8]:
         # The sink has a weight like a key's and no value: it only takes weight from the others.
-        taken = torch.exp2(sinks[:, None] * LOG2E - top) * norm * delta
+        taken = torch.exp2(sinks[:, None] * LOG2E - shift) * delta
+        if norm.numel():
+            taken *= norm
         dsinks = -taken.sum((0, 2), dtype=torch.float64).to(sinks.dtype)
     return (
         dq if need[0] else None,

@@ -1,6 +1,6 @@
-"""Softmax attention, backward. Weights are recomputed from q, k, v and each row's maximum and norm; no atomics.
+"""Softmax attention, backward. Weights are recomputed from q, k, v and what is kept of each row; no atomics.
 
-p_ij = exp(s_ij - top_i) norm_i,  e_ij = do_i v_j,  delta_i = do_i o_i - dlse_i
+p_ij = exp(s_ij - shift_i) norm_i,  e_ij = do_i v_j,  delta_i = do_i o_i - dlse_i
 ds_ij = p_ij (gain e_ij - delta_i),  times (1 - (capped_ij / softcap)^2) before bias and ALiBi
 dv_j = sum_i gain p_ij do_i,  dk_j = scale sum_i ds_ij q_i,  dq_i = scale sum_j ds_ij k_j
 dbias_ij = ds_ij,  dgain = sum_ij p_ij e_ij
@@ -15,6 +15,7 @@ from attnzoo_kernels.primitives import powers
 from attnzoo_kernels.softmax_attention_tiles import (
     factor_and_unit,
     key_ranges,
+    masked_outside,
     pair_scores,
     query_ranges,
     segment_of,
@@ -46,16 +47,19 @@ def softmax_attention_bwd_delta_kernel(
 
 @triton.jit
 def walk_queries(
-    b_dk, b_dv, b_dkx, lo, hi, b_k, b_v, b_kx, o_s, j, q_ptr, qx_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, bias_ptr,
-    mask_ptr, first_ptr, last_ptr, lengths_ptr, b, slope, gain,
+    b_dk, b_dv, b_dkx, lo, full_lo, full_hi, hi, b_k, b_v, b_kx, o_s, j, q_ptr, qx_ptr, do_ptr, shift_ptr, norm_ptr,
+    delta_ptr, bias_ptr, mask_ptr, first_ptr, last_ptr, lengths_ptr, b, slope, gain,
     stride_qt, stride_qxt, stride_dot, stride_bt, stride_bs, stride_mt, stride_ms,
     T, S, query_start, scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries lo, lo + BLOCK_T, ... < hi of one head bring; tiles are [keys, queries]."""
+    """Adds what the queries lo, lo + BLOCK_T, ... < hi of one head bring; tiles are [keys, queries].
+
+    Those in full_lo .. full_hi need no mask, unless DENSE.
+    """
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
@@ -78,11 +82,20 @@ def walk_queries(
         s, capped = pair_scores(
             s, o_t[None, :], o_s[:, None], i[None, :], j[:, None], first[None, :], last[None, :],
             bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
-            sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
+            sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE,
         )  # fmt: skip
-        top = tl.load(top_ptr + o_t, mask=inside, other=0.0)
-        norm = tl.load(norm_ptr + o_t, mask=inside, other=0.0)
-        p = powers(s, unit, top[None, :]) * norm[None, :]
+        if not DENSE:
+            s = masked_outside(
+                s, start, full_lo, full_hi, o_t[None, :], o_s[:, None], i[None, :], j[:, None], first[None, :],
+                last[None, :], T, S, window, sink_tokens, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT,
+            )  # fmt: skip
+        shift = tl.load(shift_ptr + o_t, mask=inside, other=float("inf"))
+        norm = shift
+        if PRECISION == "ieee":
+            norm = tl.load(norm_ptr + o_t, mask=inside, other=0.0)
+        p = powers(s, unit, shift[None, :])
+        if PRECISION == "ieee":
+            p *= norm[None, :]
         do_mask = inside[:, None] & (o_dv < DV)[None, :]
         b_do = tl.load(do_ptr + row[:, None] * stride_dot + o_dv[None, :], mask=do_mask, other=0.0)
         b_dv = tl.dot((p * gain).to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
@@ -103,7 +116,7 @@ def walk_queries(
 @triton.jit
 def softmax_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, bias_ptr, mask_ptr, slopes_ptr, gain_ptr, lengths_ptr, first_ptr,
-    last_ptr, positions_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, dkx_ptr,
+    last_ptr, positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, dkx_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_qxb, stride_qxt, stride_qxh, stride_kxb, stride_kxs, stride_bb, stride_bh, stride_bt, stride_bs,
     stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh, stride_dob, stride_dot, stride_doh,
@@ -160,7 +173,7 @@ def softmax_attention_bwd_dkdv_kernel(
             gain = tl.load(gain_ptr + b * stride_gb + h * stride_gh)
         own_q = q_ptr + b * stride_qb + h * stride_qh
         own_do = do_ptr + b * stride_dob + h * stride_doh
-        own_top = top_ptr + bh * T
+        own_shift = shift_ptr + bh * T
         own_norm = norm_ptr + bh * T
         own_delta = delta_ptr + bh * T
         own_qx = q_ptr
@@ -172,29 +185,11 @@ def softmax_attention_bwd_dkdv_kernel(
         own_mask = mask_ptr
         if mask_ptr is not None:
             own_mask = mask_ptr + b * stride_mb + h * stride_mh
-        if CAUSAL or WINDOW or SEGMENT:
-            b_dk, b_dv, b_dkx = walk_queries(
-                b_dk, b_dv, b_dkx, lo, full_lo, b_k, b_v, b_kx, o_s, j, own_q, own_qx, own_do, own_top, own_norm,
-                own_delta, own_bias, own_mask, first_ptr, last_ptr, lengths_ptr, b, slope, gain, stride_qt,
-                stride_qxt, stride_dot,
-                stride_bt, stride_bs, stride_mt, stride_ms, T, S, query_start, scale, softcap, window, sink_tokens,
-                D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION,
-                BLOCK_T, BLOCK_D, BLOCK_DV, BLOCK_R,
-            )  # fmt: skip
-        if DENSE == 0:
-            b_dk, b_dv, b_dkx = walk_queries(
-                b_dk, b_dv, b_dkx, full_lo, full_hi, b_k, b_v, b_kx, o_s, j, own_q, own_qx, own_do, own_top, own_norm,
-                own_delta, own_bias, own_mask, first_ptr, last_ptr, lengths_ptr, b, slope, gain, stride_qt,
-                stride_qxt, stride_dot,
-                stride_bt, stride_bs, stride_mt, stride_ms, T, S, query_start, scale, softcap, window, sink_tokens,
-                D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, False, PRECISION,
-                BLOCK_T, BLOCK_D, BLOCK_DV, BLOCK_R,
-            )  # fmt: skip
         b_dk, b_dv, b_dkx = walk_queries(
-            b_dk, b_dv, b_dkx, full_hi, hi, b_k, b_v, b_kx, o_s, j, own_q, own_qx, own_do, own_top, own_norm, own_delta,
-            own_bias, own_mask, first_ptr, last_ptr, lengths_ptr, b, slope, gain, stride_qt, stride_qxt, stride_dot,
-            stride_bt, stride_bs, stride_mt, stride_ms, T, S, query_start, scale, softcap, window, sink_tokens,
-            D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION,
+            b_dk, b_dv, b_dkx, lo, full_lo, full_hi, hi, b_k, b_v, b_kx, o_s, j, own_q, own_qx, own_do, own_shift,
+            own_norm, own_delta, own_bias, own_mask, first_ptr, last_ptr, lengths_ptr, b, slope, gain, stride_qt,
+            stride_qxt, stride_dot, stride_bt, stride_bs, stride_mt, stride_ms, T, S, query_start, scale, softcap,
+            window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE > 0, PRECISION,
             BLOCK_T, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     at = (b * S + row) * G + g
@@ -206,16 +201,19 @@ def softmax_attention_bwd_dkdv_kernel(
 
 @triton.jit
 def walk_keys_back(
-    b_dq, b_dqx, r, lo, hi, b_q, b_qx, b_do, top, norm, delta, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr,
-    dbias_ptr, mask_ptr, positions_ptr, slope, gain,
+    b_dq, b_dqx, r, lo, full_lo, full_hi, hi, b_q, b_qx, b_do, shift, norm, delta, o_t, i, first, last,
+    k_ptr, v_ptr, kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain,
     stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
     T, S, scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys lo, lo + BLOCK_S, ... < hi bring to a tile of queries."""
+    """Adds what the keys lo, lo + BLOCK_S, ... < hi bring to a tile of queries.
+
+    Those in full_lo .. full_hi need no mask, unless DENSE.
+    """
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
@@ -240,9 +238,16 @@ def walk_keys_back(
         s, capped = pair_scores(
             s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None],
             bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
-            sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
+            sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE,
         )  # fmt: skip
-        p = powers(s, unit, top[:, None]) * norm[:, None]
+        if not DENSE:
+            s = masked_outside(
+                s, start, full_lo, full_hi, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None],
+                last[:, None], T, S, window, sink_tokens, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT,
+            )  # fmt: skip
+        p = powers(s, unit, shift[:, None])
+        if PRECISION == "ieee":
+            p *= norm[:, None]
         b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
         e = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         r += tl.sum(p * e, 1)
@@ -263,7 +268,7 @@ def walk_keys_back(
 @triton.jit
 def softmax_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, bias_ptr, mask_ptr, slopes_ptr, gain_ptr, lengths_ptr, first_ptr,
-    last_ptr, positions_ptr, do_ptr, top_ptr, norm_ptr, delta_ptr, dq_ptr, dqx_ptr, dbias_ptr, r_ptr,
+    last_ptr, positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dq_ptr, dqx_ptr, dbias_ptr, r_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_qxb, stride_qxt, stride_qxh, stride_kxb, stride_kxs, stride_bb, stride_bh, stride_bt, stride_bs,
     stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh, stride_dob, stride_dot, stride_doh,
@@ -305,8 +310,10 @@ def softmax_attention_bwd_dq_kernel(
             qx_ptr + b * stride_qxb + h * stride_qxh + row * stride_qxt + o_r[None, :], mask=qx_mask, other=0.0
         )
         kx_ptr += b * stride_kxb
-    top = tl.load(top_ptr + bh.to(tl.int64) * T + o_t, mask=o_t < T, other=0.0)
-    norm = tl.load(norm_ptr + bh.to(tl.int64) * T + o_t, mask=o_t < T, other=0.0)
+    shift = tl.load(shift_ptr + bh.to(tl.int64) * T + o_t, mask=o_t < T, other=float("inf"))
+    norm = shift
+    if PRECISION == "ieee":
+        norm = tl.load(norm_ptr + bh.to(tl.int64) * T + o_t, mask=o_t < T, other=0.0)
     delta = tl.load(delta_ptr + bh.to(tl.int64) * T + o_t, mask=o_t < T, other=0.0)
     k_ptr += b * stride_kb + g * stride_kg
     v_ptr += b * stride_vb + g * stride_vg
@@ -332,33 +339,17 @@ def softmax_attention_bwd_dq_kernel(
     )  # fmt: skip
     if SINK_TOKENS:
         b_dq, b_dqx, r = walk_keys_back(
-            b_dq, b_dqx, r, sink_lo, sink_hi, b_q, b_qx, b_do, top, norm, delta, o_t, i, first, last, k_ptr, v_ptr,
-            kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs, stride_kxs,
-            stride_bt,
-            stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP,
-            ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
-        )  # fmt: skip
-    if WINDOW or SEGMENT:
-        b_dq, b_dqx, r = walk_keys_back(
-            b_dq, b_dqx, r, lo, full_lo, b_q, b_qx, b_do, top, norm, delta, o_t, i, first, last, k_ptr, v_ptr,
-            kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs, stride_kxs,
-            stride_bt,
-            stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP,
-            ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
-        )  # fmt: skip
-    if DENSE == 0:
-        b_dq, b_dqx, r = walk_keys_back(
-            b_dq, b_dqx, r, full_lo, full_hi, b_q, b_qx, b_do, top, norm, delta, o_t, i, first, last, k_ptr, v_ptr,
-            kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs, stride_kxs,
-            stride_bt,
-            stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP,
-            ALIBI, WINDOW, SINK_TOKENS, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            b_dq, b_dqx, r, sink_lo, sink_hi, sink_hi, sink_hi, b_q, b_qx, b_do, shift, norm, delta, o_t, i, first,
+            last, k_ptr, v_ptr, kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs,
+            stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R,
+            CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE > 0, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV,
+            BLOCK_R,
         )  # fmt: skip
     b_dq, b_dqx, r = walk_keys_back(
-        b_dq, b_dqx, r, full_hi, hi, b_q, b_qx, b_do, top, norm, delta, o_t, i, first, last, k_ptr, v_ptr, kx_ptr,
-        bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs, stride_kxs, stride_bt,
-        stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP,
-        ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        b_dq, b_dqx, r, lo, full_lo, full_hi, hi, b_q, b_qx, b_do, shift, norm, delta, o_t, i, first, last, k_ptr,
+        v_ptr, kx_ptr, bias_ptr, dbias_ptr, mask_ptr, positions_ptr, slope, gain, stride_ks, stride_vs, stride_kxs,
+        stride_bt, stride_bs, stride_mt, stride_ms, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL,
+        SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE > 0, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
     )  # fmt: skip
     at = (b * T + row) * H + h
     tl.store(dq_ptr + at * D + o_d[None, :], (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=q_mask)

@@ -3,8 +3,7 @@
     s_ij = softcap(scale (q_i k_j + qx_i kx_j)) - slope |i - j| + bias_ij, -inf where invisible
     lse_i = log(exp(sink) + sum_j exp(s_ij)),  o_i = gain sum_j exp(s_ij - lse_i) v_j
 
-For the backward pass a row's largest score (times log2(e)) and the inverse of its denominator are kept apart: weights
-from them are as exact as those of a softmax, where exp(s - lse) carries the rounding of lse.
+What the backward pass needs of a row is `shift_and_norm`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LN2, LOG2E, softmax_step
+from attnzoo_kernels.primitives import LN2, LOG2E, shift_and_norm, softmax_step
 from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, key_ranges, pair_scores, segment_of
 
 
@@ -74,7 +73,7 @@ def walk_keys(
 @triton.jit
 def softmax_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, gain_ptr, lengths_ptr, first_ptr,
-    last_ptr, positions_ptr, o_ptr, lse_ptr, top_ptr, norm_ptr,
+    last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
     stride_qxb, stride_qxt, stride_qxh, stride_kxb, stride_kxs, stride_bb, stride_bh, stride_bt, stride_bs,
     stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh,
@@ -163,13 +162,12 @@ def softmax_attention_fwd_kernel(
     seen = l > 0
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h) * LOG2E
-        top = tl.maximum(m, sink)
-        shrink = tl.exp2(m - top)
+        m_new = tl.maximum(m, sink)
+        shrink = tl.exp2(m - m_new)
         acc = acc * shrink[:, None]
-        l = l * shrink + tl.exp2(sink - top)
-        m = top
-    norm = tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
-    top = tl.where(l > 0, m, 0.0)
+        l = l * shrink + tl.exp2(sink - m_new)
+        m = m_new
+    shift, norm = shift_and_norm(m, l, PRECISION == "ieee")
     lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
     factor = tl.where(seen, norm, 0.0)
     if gain_ptr is not None:
@@ -179,5 +177,6 @@ def softmax_attention_fwd_kernel(
     tl.store(o_ptr + o_at, (acc * factor[:, None]).to(o_ptr.dtype.element_ty), mask=o_mask)
     at = bh.to(tl.int64) * T + o_t
     tl.store(lse_ptr + at, lse, mask=o_t < T)
-    tl.store(top_ptr + at, top, mask=o_t < T)
-    tl.store(norm_ptr + at, norm, mask=o_t < T)
+    tl.store(shift_ptr + at, shift, mask=o_t < T)
+    if PRECISION == "ieee":
+        tl.store(norm_ptr + at, norm, mask=o_t < T)

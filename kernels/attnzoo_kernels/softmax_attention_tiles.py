@@ -171,9 +171,25 @@ def pair_scores(
         if bias_ptr is not None:
             at = o_t.to(tl.int64) * stride_bt + o_s.to(tl.int64) * stride_bs
             s += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        ok = inside & visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
         if mask_ptr is not None:
             at = o_t.to(tl.int64) * stride_mt + o_s.to(tl.int64) * stride_ms
-            ok = ok & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+            inside = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
+        ok = inside & visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
         s = tl.where(ok, s, float("-inf"))
     return s, capped
+
+
+@triton.jit
+def masked_outside(
+    s, start, full_lo, full_hi, o_t, o_s, i, j, first, last, T, S, window, sink_tokens,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """What `pair_scores` does with MASKED, without tensors to read, unless the tile lies in full_lo .. full_hi.
+
+    For kernels that walk all tiles in one loop: after two of them ptxas lets every product of either wait for the one
+    before, and their registers do not fit as well.
+    """
+    if (start < full_lo) | (start >= full_hi):
+        ok = visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
+        s = tl.where(ok & (o_t < T) & (o_s < S), s, float("-inf"))
+    return s

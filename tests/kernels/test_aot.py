@@ -48,6 +48,49 @@ def test_the_table_holds_what_was_promised():
     assert max(row["shared"] for row in latent) <= 227 * 1024
 
 
+# Kernel -> instructions per query, key and head of the design's prototypes, with matrices of both sides and of queries
+# alone, at 16 heads of 64, bf16, sm_90. The keys' kernel spills less than its prototype and takes a little more.
+PROTOTYPES = {
+    "composed_attention_fwd_stats_kernel": (19.8, 14.1),
+    "composed_attention_fwd_out_kernel": (31.4, 19.8),
+    "composed_attention_bwd_delta_kernel": (36.0, 22.4),
+    "composed_attention_bwd_dq_kernel": (53.5, 30.4),
+    "composed_attention_bwd_dkdv_kernel": (75 * 1.05, 42 * 1.07),
+}
+
+
+@pytest.mark.parametrize("kernel", PROTOTYPES)
+def test_composed_attention_takes_few_instructions(kernel):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "aot_resources.json").read_text())["rows"]
+    for case, most in zip(
+        ("composed 16 heads of 64", "composed 16 heads of 64, query side"), PROTOTYPES[kernel], strict=True
+    ):
+        for row in rows:
+            if (row["case"], row["kernel"], row["dtype"], row["target"]) == (case, kernel, "bf16", "sm_90"):
+                each = row["instructions"] * 32 * row["num_warps"] / (16 * row["BLOCK_T"] * row["BLOCK_S"])
+                assert 0 < each <= most
+
+
+def test_the_length_of_a_loop_leaves_out_what_may_be_jumped_over():
+    from attnzoo_kernels.aot import loop_length
+
+    listing = """
+        /*0000*/  MOV R1, c[0x0][0x28] ;
+        /*0010*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/  @!P0 BRA 0x50 ;
+        /*0030*/  FSEL R4, R4, -INF , P1 ;
+        /*0040*/  FSEL R5, R5, -INF , P1 ;
+        /*0050*/  FADD R6, R4, R5 ;
+        /*0060*/  @P2 BRA 0x10 ;
+        /*0070*/  IADD3 R1, R1, 0x1, RZ ;
+        /*0080*/  FADD R6, R6, R7 ;
+        /*0090*/  @P3 BRA 0x80 ;
+        /*00a0*/  EXIT ;
+    """
+    assert loop_length(listing) == 4
+    assert loop_length(listing.replace("HMMA", "FFMA")) == 0
+
+
 def test_a_table_with_more_spills_or_shared_memory_is_refused():
     sys.path.insert(0, str(SCRIPT.parent))
     try:
