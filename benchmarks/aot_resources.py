@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and loop length of every kernel, compiled without a GPU for sm_80, sm_90 and gfx942.
+"""Registers, spills, shared memory and loop length of every kernel, compiled without a GPU for four chips.
 
     python benchmarks/aot_resources.py --write       # all cases, minutes; writes benchmarks/results/aot_resources.json
     python benchmarks/aot_resources.py --short       # the cases that the tests check against that file
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SECONDS = 20.0
 B, T = 2, 2048
@@ -184,6 +184,9 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "softmax window 128": softmax(128, 128, window=512, sink_tokens=4),
     "softmax latent 128+64": softmax(128, 128, 64),
     "softmax tied 64+64": softmax(64, 128, 64, G=2),
+    "softmax bias 128": softmax(128, 128, bias=lambda _: tensor(8, T, T, dtype=torch.float32)),
+    "softmax bias 256": softmax(256, 256, bias=lambda _: tensor(8, T, T, dtype=torch.float32)),
+    "softmax latent 256+64": softmax(256, 256, 64),
     "softmax everything 64": everything(64),
     "softmax everything 128": everything(128),
     "decode 64": decode(8, 2, 64, 64),
@@ -247,7 +250,7 @@ def fits(case: str, dtype: str, target: str) -> bool:
         return True
     from attnzoo_kernels.composed_tuning import ROOM, sizes
 
-    kind = {"sm_80": "small", "sm_90": "large", "gfx942": "hip"}[target]
+    kind = {"sm_80": "cuda", "sm_89": "cuda, 99 KiB", "sm_90": "hopper", "gfx942": "hip"}[target]
     heads, state = sizes(int(found[1]), int(found[2]))
     most, largest = ROOM[kind, DTYPES[dtype].itemsize]
     return heads <= most and state <= largest
@@ -257,12 +260,11 @@ def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
     """Rows of one case."""
     name, dtype, target = job
     torch.set_num_threads(1)
-    from attnzoo_kernels import decode, tuning
+    from attnzoo_kernels import tuning
     from attnzoo_kernels.aot import SHARED_LIMIT, TARGETS, compile_launch, record
 
     # Tiles depend on the device that there is not.
-    tuning.architecture = lambda: TARGETS[target].backend
-    decode.device_limits = lambda _: (132, SHARED_LIMIT[target], TARGETS[target].warp_size)
+    tuning.device_limits = lambda _: (132, SHARED_LIMIT[target], TARGETS[target].warp_size)
     rows = []
     for launch in record(lambda: CASES[name](DTYPES[dtype])):
         try:

@@ -25,10 +25,11 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that one program may take."""
 
 _ELEMENT = {
@@ -84,7 +85,7 @@ def record(call: Callable[[], object]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile for "sm_80", "sm_90" or "gfx942", specialised as the launch itself would be."""
+    """Compile for one of TARGETS, specialised as the launch itself would be."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

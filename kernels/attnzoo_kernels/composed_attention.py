@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnzoo_kernels import composed_tuning
+from attnzoo_kernels import composed_tuning, tuning
 from attnzoo_kernels.composed_attention_bwd import (
     composed_attention_bwd_delta_kernel,
     composed_attention_bwd_dq_kernel,
@@ -22,7 +22,7 @@ from attnzoo_kernels.composed_attention_fwd import (
     composed_attention_fwd_out_kernel,
     composed_attention_fwd_stats_kernel,
 )
-from attnzoo_kernels.decode_tiles import device_limits, splits_for
+from attnzoo_kernels.decode_tiles import splits_for
 from attnzoo_kernels.launch import as_int, on_device, row_norm, strides
 from attnzoo_kernels.tuning import Config, padded
 
@@ -120,7 +120,7 @@ def _forward(
     numbers = call.numbers(scale, window, query_start, causal, residual_pre, residual_post)
     if splits == 0:
         programs = call.tiles(call.T, call.config("composed_attention_fwd_stats"))
-        splits = splits_for(programs, call.S, 32, device_limits(q.device)[0])
+        splits = splits_for(programs, call.S, 32, tuning.device_limits(q.device)[0])
     shifts, norms, outs = shift, norm, out
     if splits > 1:
         shifts, norms = (torch.empty((splits, *shift.shape), dtype=torch.float32, device=q.device) for _ in range(2))
@@ -340,7 +340,7 @@ class _Call:
         }  # fmt: skip
 
     def config(self, kernel: str) -> Config:
-        return composed_tuning.config(kernel, self.M, max(self.D, self.DV), self.dtype)
+        return composed_tuning.config(kernel, self.M, max(self.D, self.DV), self.dtype, self.device)
 
     def tiles(self, rows: int, config: Config, keys: bool = False) -> int:
         return triton.cdiv(rows, config.BLOCK_S if keys else config.BLOCK_T) * self.B * self.N

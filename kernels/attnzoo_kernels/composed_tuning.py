@@ -10,7 +10,6 @@ import torch
 import triton
 
 from attnzoo_kernels import tuning
-from attnzoo_kernels.decode_tiles import device_limits
 from attnzoo_kernels.tuning import Config, padded
 
 # (architecture, bytes of an element) -> (most heads of a group, most heads times width), padded: the first line that is
@@ -60,11 +59,12 @@ TABLE: dict[str, dict[tuple[str, int], Lines]] = {
     },
 }  # fmt: skip
 
-# (kind of device, bytes of an element) -> most heads of a group, and most heads times width: what compiles within the
-# shared memory of a program, 227 KiB on a large GPU (sm_90, sm_100), 163 KiB on sm_80; on AMD GPUs 64 KiB go further.
+# (architecture, bytes of an element) -> most heads of a group, and most heads times width: what compiles within the
+# shared memory of a program, 227 KiB of "hopper", 163 KiB of sm_80, 99 KiB of sm_86 and sm_89; AMD's 64 KiB go further.
 ROOM: dict[tuple[str, int], tuple[int, int]] = {
-    ("large", 2): (32, 1024), ("large", 4): (16, 512),
-    ("small", 2): (16, 512), ("small", 4): (8, 256),
+    ("hopper", 2): (32, 1024), ("hopper", 4): (16, 512),
+    ("cuda", 2): (16, 512), ("cuda", 4): (8, 256),
+    ("cuda, 99 KiB", 2): (8, 256), ("cuda, 99 KiB", 4): (8, 256),
     ("hip", 2): (16, 1024), ("hip", 4): (8, 256),
 }  # fmt: skip
 
@@ -73,8 +73,10 @@ ROOM: dict[tuple[str, int], tuple[int, int]] = {
 @torch.compiler.assume_constant_result
 def room(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Most heads of a group, and most heads times width, both padded."""
-    kind = "large" if device_limits(device)[1] >= 224 * 1024 else "small"
-    return ROOM["hip" if tuning.architecture() == "hip" else kind, dtype.itemsize]
+    kind = tuning.architecture(device)
+    if kind == "cuda" and tuning.device_limits(device)[1] < 160 * 1024:
+        kind = "cuda, 99 KiB"
+    return ROOM[kind, dtype.itemsize]
 
 
 def sizes(heads: int, width: int) -> tuple[int, int]:
@@ -83,13 +85,13 @@ def sizes(heads: int, width: int) -> tuple[int, int]:
     return M, M * padded(width)
 
 
-def config(kernel: str, heads: int, width: int, dtype: torch.dtype) -> Config:
+def config(kernel: str, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration of a kernel for groups of so many heads of that width; `tuning.pinned` overrides it."""
     chosen = tuning._PINNED.get()
     if chosen is not None:
         return chosen
     M, state = sizes(heads, width)
-    lines = TABLE[kernel][tuning.architecture(), dtype.itemsize]
+    lines = tuning.lines_for(TABLE[kernel], dtype, device)
     return next(line for (most, largest), line in lines.items() if most >= M and largest >= state)
 
 

@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+from attnzoo_kernels import tuning
 from attnzoo_kernels.decode_kernels import decode_attention_fwd_kernel, decode_attention_merge_kernel
-from attnzoo_kernels.decode_tiles import constants, decode_config, device_limits, key_range, splits_for, tile_bytes
+from attnzoo_kernels.decode_tiles import constants, decode_config, key_range, splits_for, tile_bytes
 from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.tuning import padded
 
@@ -73,7 +74,7 @@ def launch_decode(
         None if x is None else x.contiguous() for x in (alibi_slopes, sinks, lengths, key_positions)
     )
 
-    processors, shared_memory, warp_size = device_limits(q.device)
+    processors, shared_memory, warp_size = tuning.device_limits(q.device)
     rows = H // G * T
     widths = D, DV - D if tied else DV, DX
     config = decode_config(rows, *widths, q.element_size(), shared_memory, warp_size)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 
 from attnzoo_kernels.tuning import Config, padded
@@ -59,19 +57,6 @@ def splits_for(programs: int, keys: int, block_s: int, slots: int) -> int:
     shorter than two tiles, below which merging costs more than it hides.
     """
     return max(1, min(slots // max(programs, 1), -(-keys // (2 * block_s))))
-
-
-@lru_cache(maxsize=16)
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """Multiprocessors, bytes of shared memory a program may have, and threads of a warp.
-
-    The interpreter counts as an H100 with one multiprocessor.
-    """
-    if device.type == "cpu":
-        return 1, 227 * 1024, 32
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"], properties["warpSize"]
 
 
 def key_range(

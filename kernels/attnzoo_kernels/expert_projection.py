@@ -197,7 +197,7 @@ def _backward(
     if need_weight:
         x, dy = dense_rows(x), dense_rows(dy)
         N, OUT, IN = weight.shape
-        tiles = config("expert_projection_bwd_weights", x.dtype)
+        tiles = config("expert_projection_bwd_weights", x.dtype, x.device)
         grid = (N * -(-OUT // tiles.BLOCK_T) * -(-IN // tiles.BLOCK_S),)
         with on_device(x):
             expert_projection_bwd_weights_kernel[grid](
@@ -251,7 +251,7 @@ def _launch_rows(
     x, z = dense_rows(x), None if z is None else dense_rows(z)
     N, OUT, IN = weight.shape
     pairs = order.shape[0]
-    tiles = config("expert_projection_rows", x.dtype)
+    tiles = config("expert_projection_rows", x.dtype, x.device)
     columns = -(-OUT // tiles.BLOCK_S)
     grid = ((-(-pairs // tiles.BLOCK_T) + N) * columns,)
     dot = None if z is None else torch.empty((columns, pairs), dtype=torch.float32, device=x.device)

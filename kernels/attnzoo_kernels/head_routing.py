@@ -231,7 +231,7 @@ class _Call:
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         self.B, self.T, self.G = q.shape[0], q.shape[1], k.shape[2]
         self.GROUP, self.DV = q.shape[2] // self.G, v.shape[3]
-        self.width, self.dtype = padded(max(q.shape[3], self.DV)), q.dtype
+        self.width, self.dtype, self.device = padded(max(q.shape[3], self.DV)), q.dtype, q.device
         self.tensors = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "gates_ptr": gates, "start_ptr": start, "rows_ptr": rows,
             "lengths_ptr": lengths, "first_ptr": first, "last_ptr": last,
@@ -247,7 +247,7 @@ class _Call:
         }  # fmt: skip
 
     def config(self, kernel: str) -> Config:
-        return routing_tuning.config(kernel, self.dtype, self.width)
+        return routing_tuning.config(kernel, self.dtype, self.device, self.width)
 
     def row_grid(self, rows: int) -> tuple[int]:
         return (-(-self.T * self.GROUP // rows) * self.B * self.G,)

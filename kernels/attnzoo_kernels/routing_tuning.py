@@ -48,10 +48,10 @@ TABLE: dict[str, dict[tuple[str, int], Widths]] = {
 }
 
 
-def config(kernel: str, dtype: torch.dtype, width: int = 0) -> Config:
+def config(kernel: str, dtype: torch.dtype, device: torch.device, width: int = 0) -> Config:
     """The configuration of a kernel in that dtype for heads of that width, padded."""
     chosen = tuning._PINNED.get()
     if chosen is not None:
         return chosen
-    lines = TABLE[kernel][tuning.architecture(), dtype.itemsize]
+    lines = tuning.lines_for(TABLE[kernel], dtype, device)
     return next(line for widest, line in lines.items() if width <= widest)

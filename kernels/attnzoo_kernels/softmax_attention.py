@@ -161,7 +161,7 @@ def _backward(
         if dlse is not None:
             delta -= dlse
         if need_kv:
-            config = call.config("softmax_attention_bwd_dkdv" + ("" if call.G == call.H else " grouped"))
+            config = call.config("softmax_attention_bwd_dkdv", grouped=call.G < call.H)
             grid = (-(-call.S // config.BLOCK_S) * call.B * call.G,)
             softmax_attention_bwd_dkdv_kernel[grid](
                 **call.tensors, do_ptr=do, shift_ptr=shift, norm_ptr=norm, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv,
@@ -274,7 +274,7 @@ class _Call:
         self.B, self.T, self.H, self.D = q.shape
         self.S, self.G, self.DV = k.shape[1], k.shape[2], v.shape[3]
         self.R = 0 if q_extra is None else q_extra.shape[3]
-        self.dtype = q.dtype
+        self.dtype, self.device = q.dtype, q.device
         self.tensors = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "qx_ptr": q_extra, "kx_ptr": k_extra, "bias_ptr": bias,
             "mask_ptr": mask, "slopes_ptr": slopes, "gain_ptr": gain, "lengths_ptr": lengths, "first_ptr": first,
@@ -298,9 +298,13 @@ class _Call:
             "BLOCK_D": padded(self.D), "BLOCK_DV": padded(self.DV), "BLOCK_R": padded(self.R) if self.R else 16,
         }  # fmt: skip
 
-    def config(self, kernel: str) -> tuning.Config:
+    def config(self, kernel: str, grouped: bool = False) -> tuning.Config:
+        if self.tensors["bias_ptr"] is not None or self.tensors["mask_ptr"] is not None:
+            kernel += " dense"
+        elif grouped:
+            kernel += " grouped"
         width = padded(max(self.D, self.DV)) + (padded(self.R) if self.R else 0)
-        return tuning.config(kernel, width, self.dtype)
+        return tuning.config(kernel, width, self.dtype, self.device)
 
     def query_grid(self, config: tuning.Config) -> tuple[int]:
         return (-(-self.T // config.BLOCK_T) * self.B * self.H,)

@@ -276,7 +276,7 @@ def test_every_size_that_is_accepted_has_a_configuration() -> None:
             if most >= M and largest >= state:
                 found += 1
                 for kernel in composed_tuning.TABLE:
-                    assert composed_tuning.config(kernel, count, width, dtype).BLOCK_T >= 16
+                    assert composed_tuning.config(kernel, count, width, dtype, torch.device("cpu")).BLOCK_T >= 16
     assert found > 20
 
 

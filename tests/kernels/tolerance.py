@@ -9,11 +9,10 @@ from torch import Tensor
 
 Run = Callable[..., Sequence[Tensor]]
 
-# Bytes of an element -> steps allowed beside twice the reference's error. A gradient through a softmax is the difference
-# of do_i v_j and do_i o_i, sums over the value width. Autograd of the definition forms the second from the first, so that
-# their rounding cancels where one key dominates a row. A kernel that does not keep the weights cannot: of 500 drawn
-# calls in float32 the worst is off by 1.1e-6 where the definition is by 2e-7. In half precision the steps are larger
-# than such rounding.
+# Bytes of an element -> steps allowed beside twice the reference. A gradient through a softmax is the difference
+# of do_i v_j and do_i o_i, sums over the value width. Autograd of the definition forms the second of the first, and
+# where one key dominates a row their rounding cancels. A kernel that does not keep the weights cannot do that: of 500
+# drawn calls in float32 the worst is off by 1.1e-6 where the definition is by 2e-7. Half precision has larger steps.
 STEPS = {2: 4, 4: 8}
 
 
