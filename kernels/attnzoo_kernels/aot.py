@@ -54,8 +54,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes. Spills are bytes of a thread (on gfx942 registers), instructions
-    those of `loop_length` (0 on gfx942), seconds those of the processor, the assembler's included."""
+    """What one program of a compiled kernel takes.
+
+    Attributes:
+        kernel: its name.
+        target: "sm_90" and the like.
+        registers: of a thread.
+        spills: bytes of a thread; on gfx942 registers.
+        shared: bytes of shared memory.
+        instructions: `loop_length`; 0 on gfx942.
+        serialized: `is_serialized`; never on gfx942.
+        seconds: of the processor to compile it, the assembler's included.
+    """
 
     kernel: str
     target: str
@@ -63,6 +73,7 @@ class Resources:
     spills: int
     shared: int
     instructions: int
+    serialized: bool
     seconds: float
 
 
@@ -103,8 +114,11 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     start = sum(os.times()[:4])
     compiled = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
     seconds = sum(os.times()[:4]) - start
-    registers, spills, instructions = _usage(compiled.asm)
-    return Resources(launch.name, target, registers, spills, int(compiled.metadata.shared), instructions, seconds)
+    registers, spills, listing = _usage(compiled.asm)
+    return Resources(
+        launch.name, target, registers, spills, int(compiled.metadata.shared), loop_length(listing),
+        is_serialized(listing), seconds,
+    )  # fmt: skip
 
 
 def loop_length(listing: str) -> int:
@@ -129,6 +143,11 @@ def loop_length(listing: str) -> int:
     return length if products else 0
 
 
+def is_serialized(listing: str) -> bool:
+    """Whether each warpgroup product waits for the one before, as the assembler has it where it sees a hazard."""
+    return 1 < len(re.findall(r"\bHGMMA\.", listing)) <= len(re.findall(r"\bWARPGROUP\.ARRIVE\b", listing))
+
+
 def _type_of(value: Any) -> tuple[str, bool]:
     """Triton's name of an argument's type, and whether it is a multiple of 16, as its launcher would specialise."""
     if isinstance(value, torch.Tensor):
@@ -140,11 +159,11 @@ def _type_of(value: Any) -> tuple[str, bool]:
     return ("fp32" if isinstance(value, float) else "constexpr"), False
 
 
-def _usage(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """Registers of a thread, spills, and the length of the loop."""
+def _usage(asm: dict[str, Any]) -> tuple[int, int, str]:
+    """Registers of a thread, spills, and the listing of the instructions, empty on gfx942."""
     if "amdgcn" in asm:
         text = asm["amdgcn"]
-        return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text), 0
+        return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text), ""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     # cuobjdump runs nvdisasm, which it looks for in the path.
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -158,7 +177,7 @@ def _usage(asm: dict[str, Any]) -> tuple[int, int, int]:
             ).stdout
             for option in ("--dump-resource-usage", "-sass")
         )  # fmt: skip
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), loop_length(listing)
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), listing
 
 
 def _number(pattern: str, text: str) -> int:

@@ -1,7 +1,7 @@
 """Tile sizes of the linear attention kernels: kernel -> dtype of the call -> sizes.
 
-Every line compiles for sm_80, sm_90 and gfx942 without spills and within their shared memory. None has been timed on a
-GPU yet.
+Every line compiles for sm_80, sm_89, sm_90 and gfx942 without spills and within their shared memory. None has been
+timed on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels of routed heads and of experts; `tuning.pinned` overrides them.
 
-Chosen by what the compilers report: large tiles within the shared memory of sm_80, sm_90 and gfx942 and without spilled
-registers on sm_90. None has been timed on a GPU yet.
+Architectures are those of `tuning`. Chosen by what the compilers report: large tiles within the shared memory and with
+few instructions, few or no spilled registers. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from attnzoo_kernels.tuning import Config
 Widths = dict[int, Config]
 TABLE: dict[str, dict[tuple[str, int], Widths]] = {
     "head_routing_fwd": {
+        ("hopper", 2): {64: Config(128, 64, 4, 3), 128: Config(128, 128, 8, 2), 256: Config(64, 32, 8, 2)},
         ("cuda", 2): {64: Config(64, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
         ("cuda", 4): {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 2), 256: Config(16, 16, 8, 1)},
         ("hip", 2): {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
         ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(32, 16, 4, 1)},
     },
     "head_routing_bwd_dkdv": {
-        ("cuda", 2): {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+        ("hopper", 2): {128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
+        ("cuda", 2): {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
         ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
         ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
         ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     },
     "head_routing_bwd_dq": {
-        ("cuda", 2): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+        ("hopper", 2): {128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
+        ("cuda", 2): {128: Config(128, 32, 8, 2), 256: Config(32, 32, 8, 1)},
         ("cuda", 4): {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)},
         ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(64, 32, 4, 1), 256: Config(32, 32, 4, 1)},
         ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 16, 4, 1), 256: Config(16, 16, 4, 1)},

@@ -91,6 +91,24 @@ def test_the_length_of_a_loop_leaves_out_what_may_be_jumped_over():
     assert loop_length(listing.replace("HMMA", "FFMA")) == 0
 
 
+def test_products_that_wait_for_each_other_are_seen():
+    from attnzoo_kernels.aot import is_serialized
+
+    pair = "WARPGROUP.ARRIVE ;\n HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;\n"
+    assert is_serialized(pair * 2)
+    assert not is_serialized(pair + "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;\n")
+    assert not is_serialized("HMMA.16816.F32.BF16 R4, R8, R10, R4 ;\n" * 2)
+
+
+def test_no_kernel_of_softmax_attention_waits_for_each_product():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "aot_resources.json").read_text())["rows"]
+    plain = [
+        row for row in rows if row["case"].startswith(("softmax causal", "softmax full")) and row["dtype"] == "bf16"
+    ]
+    assert plain
+    assert not [row for row in plain if row["serialized"]]
+
+
 def test_a_table_with_more_spills_or_shared_memory_is_refused():
     sys.path.insert(0, str(SCRIPT.parent))
     try:
@@ -100,6 +118,7 @@ def test_a_table_with_more_spills_or_shared_memory_is_refused():
     row = {"case": "c", "kernel": "k", "dtype": "bf16", "target": "sm_90", "spills": 0, "shared": 10, "seconds": 1.0}
     assert complaints([row], [row]) == []
     assert complaints([row | {"spills": 8}], [row]) == ["c k bf16 sm_90: spills 8 bytes, 0 in the table"]
+    assert "wait for each other" in complaints([row | {"serialized": True}], [row])[0]
     assert "shared memory" in complaints([row | {"shared": 300_000}], [row])[0]
     assert "20.0 are allowed" in complaints([row | {"seconds": 30.0}], [row])[0]
     assert "is not in the table" in complaints([row | {"case": "new"}], [row])[0]
