@@ -145,7 +145,7 @@ def loop_length(listing: str) -> int:
 
 def is_serialized(listing: str) -> bool:
     """Whether each warpgroup product waits for the one before, as the assembler has it where it sees a hazard."""
-    return 1 < len(re.findall(r"\bHGMMA\.", listing)) <= len(re.findall(r"\bWARPGROUP\.ARRIVE\b", listing))
+    return 4 <= len(re.findall(r"\bHGMMA\.", listing)) <= len(re.findall(r"\bWARPGROUP\.ARRIVE\b", listing))
 
 
 def _type_of(value: Any) -> tuple[str, bool]:

@@ -20,8 +20,11 @@ from torch import Tensor
 from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.routing_tuning import config
 
-STEP = 32
-"""Terms of a sum that one step of a program's loop adds."""
+STEP = {2: 64, 4: 32}
+"""Bytes of an element -> features that one step of a program adds to a product of rows."""
+
+PAIRS = 32
+"""Pairs that one step adds to the gradient of a weight."""
 
 
 def expert_linear(
@@ -202,7 +205,7 @@ def _backward(
         with on_device(x):
             expert_projection_bwd_weights_kernel[grid](
                 x, dy, order, ends, gates, dw, *x.stride()[:3], *dy.stride()[:3], *_gate_strides(gates), x.shape[2],
-                IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=_precision(x), BLOCK_K=STEP,
+                IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=_precision(x), BLOCK_K=PAIRS,
                 **tiles.options(),
             )  # fmt: skip
     return made
@@ -260,7 +263,7 @@ def _launch_rows(
             x, weight, order, ends, gates, y, z, dot, *x.stride()[:3], *weight.stride(), *y.stride()[:3],
             *((0, 0, 0) if z is None else z.stride()[:3]), *_gate_strides(gates), N, x.shape[2], pairs,
             IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=y.shape[3], PRECISION=_precision(x),
-            BLOCK_E=triton.next_power_of_2(N), BLOCK_K=STEP, **tiles.options(),
+            BLOCK_E=triton.next_power_of_2(N), BLOCK_K=STEP[x.element_size()], **tiles.options(),
         )  # fmt: skip
     return dot
 

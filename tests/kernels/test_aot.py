@@ -95,7 +95,7 @@ def test_products_that_wait_for_each_other_are_seen():
     from attnzoo_kernels.aot import is_serialized
 
     pair = "WARPGROUP.ARRIVE ;\n HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;\n"
-    assert is_serialized(pair * 2)
+    assert is_serialized(pair * 4)
     assert not is_serialized(pair + "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;\n")
     assert not is_serialized("HMMA.16816.F32.BF16 R4, R8, R10, R4 ;\n" * 2)
 
