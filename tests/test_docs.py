@@ -1,5 +1,6 @@
 """The examples in docs/ and the README run, what the pages link to is there, tables are those of the results."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -75,3 +76,18 @@ def test_links_and_commands_lead_somewhere(page):
         # NAME stands for a mechanism's short name.
         wanted = path.rstrip(".").replace("NAME", "kha")
         assert (ROOT / wanted).exists(), f"{page.name} names {path}"
+
+
+def test_the_resources_of_composed_attention_are_those_of_the_committed_table():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "aot_resources.json").read_text())["rows"]
+    measured = {}
+    for row in rows:
+        if (row["dtype"], row["target"]) == ("bf16", "sm_90") and row["case"].startswith("composed 16 heads of 64"):
+            each = row["instructions"] * 32 * row["num_warps"] / (16 * row["BLOCK_T"] * row["BLOCK_S"])
+            numbers = row["registers"], row["spills"], row["shared"] // 1024, round(each, 1)
+            measured.setdefault(row["kernel"], [f"{row['BLOCK_T']} x {row['BLOCK_S']}"]).append(numbers)
+    page = (ROOT / "docs" / "dcmha.md").read_text()
+    for tile, both, of_queries in measured.values():
+        cells = " | ".join(f"{a} ({b})" for a, b in zip(both, of_queries, strict=True))
+        assert f"| {tile} | {cells} |" in page
+    assert len(measured) == 5
