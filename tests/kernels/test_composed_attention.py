@@ -170,9 +170,10 @@ def test_other_tiles(name: str, tile: tuple[int, int]) -> None:
     assert_same_as_eager(changed, parts, call | {"config": tuning.Config(*tile, 4, 1)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("splits", [2, 5])
-def test_keys_split_over_programs(splits: int) -> None:
-    names, tensors = draw({"B": 2, "T": 3, "S": 70, "DV": 5}, EVERYTHING, torch.float32)
+def test_keys_split_over_programs(splits: int, dtype: torch.dtype) -> None:
+    names, tensors = draw({"B": 2, "T": 3, "S": 70, "DV": 5}, EVERYTHING, dtype)
     mask = AttentionMask.padding(torch.tensor([70, 9], device=DEVICE))
 
     def split(*given: Tensor) -> list[Tensor]:
