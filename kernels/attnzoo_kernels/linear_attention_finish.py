@@ -26,7 +26,7 @@ WAVES = 528
 @triton.jit
 def sigmoid(x):
     """Without an overflow on either side."""
-    e = tl.exp2(-LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -LOG2E)
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 

@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def tanh(x):
     """tanh with a relative error of a few float32 steps, also near 0, where 1 - exp would cancel."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     y = x * x
     near = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835 - y * (1382.0 / 155925)))))
