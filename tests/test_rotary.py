@@ -44,14 +44,14 @@ def test_partial_frequencies_of_transformers():
 def test_rotations_of_transformers(key):
     _, style, kind = key.split(".")
     rotary, length = stored(kind, style)
-    check_rotation(key, rotary, length, 16)
+    assert_rotation(key, rotary, length, 16)
 
 
 def test_partial_rotation_of_transformers():
-    check_rotation("output.partial_half.default", stored("default", dim=8)[0], None, 8)
+    assert_rotation("output.partial_half.default", stored("default", dim=8)[0], None, 8)
 
 
-def check_rotation(key, rotary, length, width):
+def assert_rotation(key, rotary, length, width):
     x = TENSORS["input.x"].double().transpose(1, 2)
     table = rotary_table(rotary, width, TENSORS["input.position_ids"], length=length, **DOUBLE)
     torch.testing.assert_close(rotate(x, *table, rotary.style).transpose(1, 2), TENSORS[key], atol=1e-9, rtol=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels import composed_tuning, tuning
 from attnzoo_kernels.composed_attention_bwd import (
@@ -103,7 +103,7 @@ def _heads(heads: int, groups: int, of_queries: Tensor | None, of_keys: Tensor |
     return heads if matrix is None else groups * matrix.shape[-1]
 
 
-@torch.library.custom_op("attnzoo::composed_attention", mutates_args=())
+@library.custom_op("attnzoo::composed_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_pre: Tensor | None, k_pre: Tensor | None, q_post: Tensor | None,
     k_post: Tensor | None, mask: Tensor | None, lengths: Tensor | None, first: Tensor | None, last: Tensor | None,
@@ -174,7 +174,7 @@ def _forward_fake(
     return out, shift, row_norm(shift, q.dtype)
 
 
-@torch.library.custom_op("attnzoo::composed_attention_backward", mutates_args=())
+@library.custom_op("attnzoo::composed_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, q_pre: Tensor | None, k_pre: Tensor | None, q_post: Tensor | None,

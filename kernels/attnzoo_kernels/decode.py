@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels import tuning
 from attnzoo_kernels.decode_kernels import decode_attention_fwd_kernel, decode_attention_merge_kernel
@@ -116,7 +116,7 @@ def launch_decode(
     return out
 
 
-@torch.library.custom_op("attnzoo::decode_attention", mutates_args=())
+@library.custom_op("attnzoo::decode_attention", mutates_args=())
 def _decode_attention(
     q: Tensor,
     k: Tensor,

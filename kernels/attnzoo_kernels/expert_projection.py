@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.routing_tuning import config
@@ -164,7 +164,7 @@ def expert_projection_bwd_weights_kernel(
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=(o_o < OUT)[:, None] & (o_i < IN)[None, :])
 
 
-@torch.library.custom_op("attnzoo::expert_linear", mutates_args=())
+@library.custom_op("attnzoo::expert_linear", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, out_groups: int
 ) -> Tensor:  # fmt: skip
@@ -182,7 +182,7 @@ def _forward_fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("attnzoo::expert_linear_backward", mutates_args=())
+@library.custom_op("attnzoo::expert_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None,
     need_x: bool, need_weight: bool, need_gates: bool,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels.head_map import GATED, HALF, INTERLEAVED, LINEAR, NO_MAP, REGROUPED
 from attnzoo_kernels.head_prologue_kernels import (
@@ -137,7 +137,7 @@ def _matrix_grid(rows: int, tiles: dict[str, int], *blocks: int) -> tuple[int, .
     return (min(programs, triton.cdiv(rows, tiles["BLOCK_M"])), *blocks)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "attnzoo::head_prologue",
     mutates_args=(),
     schema="(Tensor z, Tensor? out, Tensor? up, Tensor? gate, Tensor? norm_weight, Tensor? cos, Tensor? sin, "
@@ -161,7 +161,7 @@ def _(z: Tensor, *_options: Any) -> Tensor:
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "attnzoo::head_prologue_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor z, Tensor? out, Tensor? up, Tensor? gate, Tensor? norm_weight, Tensor? cos, "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels import routing_tuning
 from attnzoo_kernels.head_routing_kernels import (
@@ -88,7 +88,7 @@ def pack_rows(active: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return rows, start
 
 
-@torch.library.custom_op("attnzoo::routed_attention", mutates_args=())
+@library.custom_op("attnzoo::routed_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, active: Tensor, gates: Tensor | None, lengths: Tensor | None,
     first: Tensor | None, last: Tensor | None, scale: float,
@@ -129,7 +129,7 @@ def _forward_fake(
     )
 
 
-@torch.library.custom_op("attnzoo::routed_attention_backward", mutates_args=())
+@library.custom_op("attnzoo::routed_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, out: Tensor, rows: Tensor, start: Tensor, shift: Tensor, norm: Tensor,
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, lengths: Tensor | None, first: Tensor | None,

@@ -17,10 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import powers, shift_and_norm
+from attnzoo_kernels.primitives import shift_and_norm
 from attnzoo_kernels.softmax_attention_bwd import walk_keys_back
 from attnzoo_kernels.softmax_attention_fwd import walk_keys
-from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, pair_scores, segment_of
+from attnzoo_kernels.softmax_attention_tiles import column_weights, factor_and_unit, pair_scores, segment_of
 
 
 # grid (B * G * tiles of T): one program writes the rows of BLOCK_T tokens of a group to their places.
@@ -266,13 +266,7 @@ def walk_packed_rows(
             s, token[None, :], o_s[:, None], token[None, :], o_s[:, None], first[None, :], last[None, :],
             None, 0, 0, None, 0, 0, T, T, factor, 0.0, 0.0, 0, 0, True, False, False, False, False, SEGMENT, MASKED,
         )  # fmt: skip
-        shift = tl.load(shift_ptr + o_r, mask=inside, other=float("inf"))
-        norm = shift
-        if PRECISION == "ieee":
-            norm = tl.load(norm_ptr + o_r, mask=inside, other=0.0)
-        p = powers(s, unit, shift[None, :])
-        if PRECISION == "ieee":
-            p *= norm[None, :]
+        p = column_weights(s, unit, shift_ptr, norm_ptr, o_r, inside, PRECISION)
         gate = tl.full([BLOCK_T], 1.0, tl.float32)
         if gates_ptr is not None:
             g_at = o_t * stride_gt + o_h * stride_gh

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels.decode import check_decode, check_options, launch_decode
 
 
-@torch.library.custom_op("attnzoo::latent_decode", mutates_args=())
+@library.custom_op("attnzoo::latent_decode", mutates_args=())
 def _latent_decode(
     q: Tensor,
     q_rope: Tensor | None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels import linear_attention_tuning as tuning
 from attnzoo_kernels.launch import as_int, dense_rows, on_device, stored_as
@@ -97,7 +97,7 @@ def linear_attention_states(k: Tensor, v: Tensor, size: int) -> Tensor:
         return call.states(k, v)
 
 
-@torch.library.custom_op("attnzoo::linear_attention", mutates_args=())
+@library.custom_op("attnzoo::linear_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, state: Tensor | None, starts: Tensor | None,
     fresh: Tensor | None, order: Tensor | None, size: int, causal: bool,
@@ -124,7 +124,7 @@ def _forward_fake(
     return out, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-@torch.library.custom_op("attnzoo::linear_attention_backward", mutates_args=())
+@library.custom_op("attnzoo::linear_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, dend: Tensor | None, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, state: Tensor | None,
     starts: Tensor | None, fresh: Tensor | None, order: Tensor | None, size: int, causal: bool, need_q: bool,

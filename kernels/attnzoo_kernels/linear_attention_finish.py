@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels.launch import on_device
 from attnzoo_kernels.primitives import LOG2E
@@ -108,7 +108,7 @@ def linear_attention_finish(
     return y
 
 
-@torch.library.custom_op("attnzoo::linear_attention_finish", mutates_args=())
+@library.custom_op("attnzoo::linear_attention_finish", mutates_args=())
 def _forward(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(out, dtype=dtype)
     if out.numel():
@@ -126,7 +126,7 @@ def _forward_fake(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: 
     return torch.empty_like(out, dtype=dtype)
 
 
-@torch.library.custom_op("attnzoo::linear_attention_finish_backward", mutates_args=())
+@library.custom_op("attnzoo::linear_attention_finish_backward", mutates_args=())
 def _backward(
     dy: Tensor, out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

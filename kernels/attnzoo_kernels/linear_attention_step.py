@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels.launch import dense_rows, on_device
 from attnzoo_kernels.linear_attention_tuning import side
@@ -74,7 +74,7 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weigh
     )
 
 
-@torch.library.custom_op("attnzoo::linear_attention_step", mutates_args=("states",))
+@library.custom_op("attnzoo::linear_attention_step", mutates_args=("states",))
 def _step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | None) -> Tensor:
     out = _step_fake(q, k, v, states, weights)
     B, _, H, D = q.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo_kernels import tuning
 from attnzoo_kernels.launch import as_int, dense_rows, on_device, positive_scale, row_norm, stored_as, strides
@@ -93,7 +93,7 @@ def softmax_attention(
     return out, lse
 
 
-@torch.library.custom_op("attnzoo::softmax_attention", mutates_args=())
+@library.custom_op("attnzoo::softmax_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, gain: Tensor | None, lengths: Tensor | None,
@@ -130,7 +130,7 @@ def _forward_fake(
     return out, lse, shift, row_norm(shift, q.dtype)
 
 
-@torch.library.custom_op("attnzoo::softmax_attention_backward", mutates_args=())
+@library.custom_op("attnzoo::softmax_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, out: Tensor, shift: Tensor, norm: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, bias: Tensor | None,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from attnzoo_kernels.primitives import powers
 from attnzoo_kernels.softmax_attention_tiles import (
+    column_weights,
     factor_and_unit,
     key_ranges,
     masked_outside,
@@ -89,13 +90,7 @@ def walk_queries(
                 s, start, full_lo, full_hi, o_t[None, :], o_s[:, None], i[None, :], j[:, None], first[None, :],
                 last[None, :], T, S, window, sink_tokens, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT,
             )  # fmt: skip
-        shift = tl.load(shift_ptr + o_t, mask=inside, other=float("inf"))
-        norm = shift
-        if PRECISION == "ieee":
-            norm = tl.load(norm_ptr + o_t, mask=inside, other=0.0)
-        p = powers(s, unit, shift[None, :])
-        if PRECISION == "ieee":
-            p *= norm[None, :]
+        p = column_weights(s, unit, shift_ptr, norm_ptr, o_t, inside, PRECISION)
         do_mask = inside[:, None] & (o_dv < DV)[None, :]
         b_do = tl.load(do_ptr + row[:, None] * stride_dot + o_dv[None, :], mask=do_mask, other=0.0)
         b_dv = tl.dot((p * gain).to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LOG2E, finish_scores, visible
+from attnzoo_kernels.primitives import LOG2E, finish_scores, powers, visible
 
 
 @triton.jit
@@ -193,3 +193,13 @@ def masked_outside(
         ok = visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
         s = tl.where(ok & (o_t < T) & (o_s < S), s, float("-inf"))
     return s
+
+
+@triton.jit
+def column_weights(s, unit, shift_ptr, norm_ptr, rows, inside, PRECISION: tl.constexpr):
+    """Weights of a tile [keys, queries] from what the forward pass kept of its queries; see `shift_and_norm`."""
+    shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
+    p = powers(s, unit, shift[None, :])
+    if PRECISION == "ieee":
+        p *= tl.load(norm_ptr + rows, mask=inside, other=0.0)[None, :]
+    return p

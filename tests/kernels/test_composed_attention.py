@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import attnzoo
 from attnzoo import AttentionMask
@@ -223,7 +223,7 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     made = dict(zip(names, tensors, strict=True))
     matrices = [torch.randn(1, 5, 1, 4, 4, device=DEVICE, requires_grad=True) for _ in range(4)]
     with tuning.pinned(SMALL):
-        torch.library.opcheck(
+        library.opcheck(
             kernels._forward,
             (made["q"], made["k"], made["v"], *matrices, *(None,) * 5, 1, 0.5, 0, 0, 1, True, True, True),
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo import AttentionMask
 from attnzoo.cache import KeyValueCache, TiedCache
@@ -421,7 +421,7 @@ def test_torch_compile_sees_one_operator() -> None:
 
 def test_opcheck() -> None:
     (q, k, v, q_extra, k_extra), options = made(joined("learned sinks", "shared part"), S=20, B=1)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.attnzoo.decode_attention.default,
         (q, k, v, q_extra, k_extra, None, options["sinks"], None, None, None, None, 0.5, True, None, 9, 1, 17, 2),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import attnzoo
 from attnzoo.ops.expert_projection import Routes, _kernels_run, expert_linear_pieces
@@ -52,16 +52,16 @@ def experts(
 @pytest.mark.parametrize(("gated", "shared"), [(True, False), (False, True), slow(True, True), slow(False, False)])
 @pytest.mark.parametrize("name", PIECES)
 def test_expert_projection_is_the_definition(name: str, gated: bool, shared: bool) -> None:
-    check_experts(name, gated, shared, torch.float32, SMALL)
+    assert_same(name, gated, shared, torch.float32, SMALL)
 
 
 @pytest.mark.parametrize("name", ["queries", "outputs"])
 def test_expert_projection_in_half_precision(name: str) -> None:
-    check_experts(name, True, False, torch.float16, SMALL)
-    check_experts(name, True, False, torch.float32, None)
+    assert_same(name, True, False, torch.float16, SMALL)
+    assert_same(name, True, False, torch.float32, None)
 
 
-def check_experts(name: str, gated: bool, shared: bool, dtype: torch.dtype, config: tuning.Config | None) -> None:
+def assert_same(name: str, gated: bool, shared: bool, dtype: torch.dtype, config: tuning.Config | None) -> None:
     x, weight, routes, gates = experts(*PIECES[name], dtype)
     slots, out_groups = PIECES[name][1], PIECES[name][4]
     x = x[:, :, :1].detach().requires_grad_() if shared else x
@@ -119,7 +119,7 @@ def test_registration() -> None:
     """torch's own checks of the operator: schema, fake tensors, autograd registration."""
     x, weight, routes, gates = experts(*PIECES["both in pieces"])
     ends = routes.counts.cumsum(0).int()
-    torch.library.opcheck(torch.ops.attnzoo.expert_linear.default, (x, weight, routes.order, ends, gates, 2))
+    library.opcheck(torch.ops.attnzoo.expert_linear.default, (x, weight, routes.order, ends, gates, 2))
 
 
 def test_what_the_kernels_refuse() -> None:

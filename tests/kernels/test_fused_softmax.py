@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
@@ -385,7 +385,7 @@ def test_registration(name: str) -> None:
         made["q"], made["k"], made["v"], made.get("q_extra"), made.get("k_extra"), None, None, None, None, None, None,
         None, None, None, 0.3, call.get("softcap", 0.0), call.get("window", 0), call.get("sink_tokens", 0), 0, True,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.attnzoo.softmax_attention.default, arguments)
+    library.opcheck(torch.ops.attnzoo.softmax_attention.default, arguments)
 
 
 def test_compiled_whole() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
@@ -354,9 +354,7 @@ def test_it_is_what_knocking_heads_attention_does(head_map: str) -> None:
 def test_the_operator_is_registered_soundly() -> None:
     case = Case(8, head_map="mlp", norm=True, rotary=4)
     z, up, gate, down, norm = case.tensors()
-    torch.library.opcheck(
-        torch.ops.attnzoo.head_prologue.default, (z, down, up, gate, norm, *case.tables, 1e-6, "half")
-    )
+    library.opcheck(torch.ops.attnzoo.head_prologue.default, (z, down, up, gate, norm, *case.tables, 1e-6, "half"))
 
 
 def test_compiled_whole() -> None:

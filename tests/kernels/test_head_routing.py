@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
@@ -53,7 +53,7 @@ def definition(
     return out * factor[..., None]
 
 
-def compare(
+def assert_same(
     tensors: list[Tensor], active: Tensor, mask: AttentionMask | None = None, config: tuning.Config | None = SMALL,
     scale: float | None = None,
 ) -> None:  # fmt: skip
@@ -113,17 +113,17 @@ QUICK = ("causal", "an empty row", "long documents", "packed and padded", "group
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CASES])
 def test_it_is_the_definition(name: str) -> None:
     changed, mask = CASES[name]
-    compare(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE))
+    assert_same(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_a_scale_need_not_be_positive(scale: float) -> None:
-    compare(*draw(SIZES | {"T": 21}), scale=scale)
+    assert_same(*draw(SIZES | {"T": 21}), scale=scale)
 
 
 @pytest.mark.parametrize("share", [0.0, slow(0.1), slow(1.0)])
 def test_any_number_of_heads_may_be_active(share: float) -> None:
-    compare(*draw(SIZES, share=share))
+    assert_same(*draw(SIZES, share=share))
 
 
 def test_tokens_and_groups_without_active_heads() -> None:
@@ -131,33 +131,33 @@ def test_tokens_and_groups_without_active_heads() -> None:
     active[0] = False
     active[1, :20] = False
     active[1, :, :2] = False
-    compare(tensors, active)
+    assert_same(tensors, active)
 
 
 def test_without_gates_and_with_gates_of_zero() -> None:
     tensors, active = draw(SIZES)
-    compare(tensors[:3], active)
+    assert_same(tensors[:3], active)
     with torch.no_grad():
         tensors[3][:, ::2] = 0.0
-    compare(tensors, active)
+    assert_same(tensors, active)
 
 
 @pytest.mark.parametrize("name", [slow("causal"), "packed and padded"])
 def test_half_precision(name: str) -> None:
     changed, mask = CASES[name]
-    compare(*draw(SIZES | changed, torch.float16), None if mask is None else mask.to(DEVICE))
+    assert_same(*draw(SIZES | changed, torch.float16), None if mask is None else mask.to(DEVICE))
 
 
 @pytest.mark.parametrize("tile", [(32, 16), (16, 32), slow((64, 64))])
 @pytest.mark.parametrize("name", [slow("causal"), "packed and padded"])
 def test_tiles_of_other_shapes(name: str, tile: tuple[int, int]) -> None:
     changed, mask = CASES[name]
-    compare(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE), tuning.Config(*tile, 4, 1))
+    assert_same(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE), tuning.Config(*tile, 4, 1))
 
 
 @pytest.mark.parametrize(("d", "dv"), [slow(1, 1), (33, 5), (64, 128), slow(256, 17)])
 def test_any_width_with_the_configurations_that_users_get(d: int, dv: int) -> None:
-    compare(*draw(SIZES | {"T": 19, "H": 2, "G": 1, "D": d, "DV": dv}), config=None)
+    assert_same(*draw(SIZES | {"T": 19, "H": 2, "G": 1, "D": d, "DV": dv}), config=None)
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_many_calls(data: st.DataObject) -> None:
     # As routers make them, about 1. Where one key has nearly all weight a row's gradient is the difference of two equal
     # sums, whose rounding grows with the gate: among few rows a gate of 3 lifts it above what the tolerance allows.
     tensors[3] = (2 * tensors[3].detach().sigmoid()).requires_grad_()
-    compare(tensors, active, mask, tile)
+    assert_same(tensors, active, mask, tile)
 
 
 def test_inactive_pairs_are_neither_read_nor_given_a_gradient() -> None:
@@ -285,7 +285,7 @@ def test_registration() -> None:
     # All active: beyond its rows a list holds whatever memory held.
     (q, k, v, gates), active = draw(SIZES | {"T": 9, "B": 1}, share=1.0)
     lengths = torch.tensor([7], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.attnzoo.routed_attention.default, (q, k, v, active, gates, lengths, None, None, 0.4)
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from attnzoo import AttentionMask, MultiHeadLatentAttention
 from attnzoo.cache import LatentCache
@@ -242,7 +242,7 @@ def test_torch_compile_sees_one_operator() -> None:
 def test_opcheck() -> None:
     query, states = made(B=1, S=20)
     arguments = (query[..., :R], query[..., R:], states[:, :, 0, :R], states[:, :, 0, R:], None, None, 0.3, True, 17, 2)
-    torch.library.opcheck(torch.ops.attnzoo.latent_decode.default, arguments)
+    library.opcheck(torch.ops.attnzoo.latent_decode.default, arguments)
 
 
 def test_mistakes_are_named() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
@@ -65,7 +65,7 @@ def draw(sizes: dict[str, int], weights: tuple[int, int] | None, dtype: torch.dt
     return [x.to(DEVICE, kind).requires_grad_() for x, kind in zip(made, kinds, strict=True)]
 
 
-def compare(
+def assert_same(
     sizes: dict[str, int], weights: tuple[int, int] | None = None, *, causal: bool = True,
     dtype: torch.dtype = torch.float32, tiles: tuning.Tiles = SMALL,
 ) -> None:  # fmt: skip
@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[dict[str, int], tuple[int, int] | None, bool]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_output_and_gradients(name: str) -> None:
     changed, weights, causal = CALLS[name]
-    compare(SIZES | changed, weights, causal=causal)
+    assert_same(SIZES | changed, weights, causal=causal)
 
 
 @pytest.mark.slow
@@ -129,13 +129,13 @@ def test_drawn_calls(data: st.DataObject) -> None:
     }  # fmt: skip
     sizes["S"] = sizes["T"]
     weights = data.draw(st.sampled_from([None, (1, 1), (sizes["B"], 1), (1, sizes["H"]), (sizes["B"], sizes["H"])]))
-    compare(sizes, weights, causal=causal, dtype=data.draw(st.sampled_from([torch.float32, torch.float16])))
+    assert_same(sizes, weights, causal=causal, dtype=data.draw(st.sampled_from([torch.float32, torch.float16])))
 
 
 @pytest.mark.parametrize("name", ["causal", "weights of heads", "bidirectional, shared weights"])
 def test_half_precision(name: str) -> None:
     changed, weights, causal = CALLS[name]
-    compare(SIZES | changed, weights, causal=causal, dtype=torch.float16)
+    assert_same(SIZES | changed, weights, causal=causal, dtype=torch.float16)
 
 
 @pytest.mark.slow
@@ -312,14 +312,14 @@ def test_registration() -> None:
     q, k, v, w = draw(SIZES | {"T": 9, "S": 9}, (1, 2))
     state = torch.randn(1, 1, 5, 7, device=DEVICE, requires_grad=True)
     operator = torch.ops.attnzoo.linear_attention.default
-    torch.library.opcheck(operator, (q, k, v, w, None, None, None, None, 17, True))
-    torch.library.opcheck(operator, (q, k, v, None, state, None, None, None, 9, True))
+    library.opcheck(operator, (q, k, v, w, None, None, None, None, 17, True))
+    library.opcheck(operator, (q, k, v, None, state, None, None, None, 9, True))
     states = torch.randn(1, 2, 1, 5, 7, device=DEVICE)
     step = (q[:, :1].detach(), k[:, :1].detach(), v[:, :1].detach(), states, torch.randn(2, 2, device=DEVICE))
-    torch.library.opcheck(torch.ops.attnzoo.linear_attention_step.default, step)
+    library.opcheck(torch.ops.attnzoo.linear_attention_step.default, step)
     gate = torch.randn(1, 3, 2, 7, device=DEVICE, requires_grad=True)
     finish = (torch.randn_like(gate).requires_grad_(), torch.randn(7, device=DEVICE), gate, 1e-6, torch.float32)
-    torch.library.opcheck(torch.ops.attnzoo.linear_attention_finish.default, finish)
+    library.opcheck(torch.ops.attnzoo.linear_attention_finish.default, finish)
 
 
 @pytest.mark.parametrize("kind", ["one state", "shared", "heads"])

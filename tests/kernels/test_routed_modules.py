@@ -71,7 +71,7 @@ def widened(module: Any) -> Any:
     return module.to(DEVICE).train()
 
 
-def compare_modules(make: Any, options: dict[str, Any], mask: AttentionMask | None, batch: int = 2) -> None:
+def assert_modules_agree(make: Any, options: dict[str, Any], mask: AttentionMask | None, batch: int = 2) -> None:
     """Output, auxiliary loss and the gradients of x and of every parameter that takes part."""
     made = {backend: make(backend, **options) for backend in ("eager", "triton")}
     x = torch.randn(batch, 23, 24, device=DEVICE)
@@ -110,13 +110,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", [name if name in ("two stages", "query norms") else slow(name) for name in MOH])
 def test_sparse_mixture_of_heads_is_the_dense_definition(name: str, launches: list[str]) -> None:
-    compare_modules(moh, MOH[name], None)
+    assert_modules_agree(moh, MOH[name], None)
     assert launches == ["fused_routed_attention"]
 
 
 @pytest.mark.parametrize("mask", [AttentionMask.padding([23, 9]), AttentionMask.packed([0, 4, 17, 46])], ids=repr)
 def test_sparse_mixture_of_heads_under_masks(mask: AttentionMask, launches: list[str]) -> None:
-    compare_modules(moh, {}, mask.to(DEVICE))
+    assert_modules_agree(moh, {}, mask.to(DEVICE))
     assert launches == ["fused_routed_attention"]
 
 
@@ -136,13 +136,13 @@ def test_auto_is_sparse_with_triton_where_it_can_be(launches: list[str]) -> None
     "name", [name if name in ("softmax", "several heads of a group") else slow(name) for name in MOA]
 )
 def test_mixture_of_attention_heads_is_the_definition(name: str, launches: list[str]) -> None:
-    compare_modules(moa, MOA[name], None, batch=1)
+    assert_modules_agree(moa, MOA[name], None, batch=1)
     assert launches == ["fused_expert_linear"] * 2
 
 
 @pytest.mark.slow
 def test_mixture_of_attention_heads_with_padding() -> None:
-    compare_modules(moa, {}, AttentionMask.padding([23, 9]).to(DEVICE))
+    assert_modules_agree(moa, {}, AttentionMask.padding([23, 9]).to(DEVICE))
 
 
 def test_who_watches_head_outputs_sees_them_gated() -> None:
