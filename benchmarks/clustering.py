@@ -29,7 +29,7 @@ import torch
 from timing import append_lines, environment, interleave, once, relative_error
 
 import attnzoo
-from attnzoo.modules.clustered import ClusteredHeadAttention
+from attnzoo.modules.chai import ClusteredHeadAttention
 
 E, H = 512, 8
 STEPS = 10

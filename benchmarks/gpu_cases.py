@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
 from attnzoo.ops.head_mixing import knock_mlp
-from attnzoo.ops.head_prologue import head_prologue
 from attnzoo.ops.latent_attention import latent_attention
+from attnzoo.ops.qk_norm_rope import head_prologue
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotary_table, rotate
 

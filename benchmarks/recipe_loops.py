@@ -23,10 +23,10 @@ from timing import Timing, interleave, relative_error
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo_recipes.callbacks import LossCurve, StepProgress, Throughput
+from attnzoo_recipes.callbacks.progress import LossCurve, StepProgress, Throughput
+from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
-from attnzoo_recipes.data import TextDataModule
-from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates
+from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.training import Pretraining, warmup_cosine
 
 E, H, LAYERS, B, T = 192, 8, 4, 8, 256

@@ -33,9 +33,9 @@ from timing import append_lines, environment
 from torch import nn
 
 import attnzoo
-from attnzoo.diagnostics.attention_layers import attention_layers
-from attnzoo.diagnostics.model_spectrum import analyze_model
-from attnzoo.diagnostics.spectrum import analyze_matrix
+from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.spectra.models import analyze_model
+from attnzoo.diagnostics.spectra.spectrum import analyze_matrix
 
 LAYERS, E, H, G, D = 30, 576, 9, 3, 64
 DRAWS = 200
@@ -130,9 +130,9 @@ def callbacks(options: argparse.Namespace) -> Iterator[Row]:
     import lightning as L
     import yaml
 
-    from attnzoo_recipes.callbacks import Throughput
-    from attnzoo_recipes.data import TextDataModule
-    from attnzoo_recipes.diagnostics_callbacks import HeadStatisticsCallback, SpectrumCallback
+    from attnzoo_recipes.callbacks.diagnostics import HeadStatisticsCallback, SpectrumCallback
+    from attnzoo_recipes.callbacks.progress import Throughput
+    from attnzoo_recipes.data.module import TextDataModule
     from attnzoo_recipes.training import Pretraining
 
     folder = Path(__file__).resolve().parent.parent / "configs"

@@ -4,18 +4,15 @@ Everything takes tensors or models (of this library, of torch, of Hugging Face) 
 and is the one module that needs matplotlib, so it is imported by name: `from attnzoo.diagnostics import plots`.
 """
 
-from attnzoo.diagnostics import similarity
-from attnzoo.diagnostics.attention_layers import AttentionLayer, attention_layers, layer_of, register_family
-from attnzoo.diagnostics.capture import capture, observe
-from attnzoo.diagnostics.clustering import chai_cluster_error, cluster_heads, elbow
-from attnzoo.diagnostics.head_calls import HeadCall
-from attnzoo.diagnostics.head_gates import HeadGates
-from attnzoo.diagnostics.head_masks import head_mask, masked_heads
-from attnzoo.diagnostics.head_report import HeadReport, composition_table, head_report, to_bertviz
-from attnzoo.diagnostics.memorization import memorization_curve, memorization_rank
-from attnzoo.diagnostics.model_spectrum import analyze_model
-from attnzoo.diagnostics.paired_statistics import ablation_tests, paired_bootstrap, paired_t_test
-from attnzoo.diagnostics.pruning import (
+from attnzoo.diagnostics.capacity.low_rank import attention_rank, attention_rank_report, representation_error
+from attnzoo.diagnostics.capacity.memorization import memorization_curve, memorization_rank
+from attnzoo.diagnostics.heads import similarity
+from attnzoo.diagnostics.heads.attention_call import HeadCall
+from attnzoo.diagnostics.heads.clusters import chai_cluster_error, cluster_heads, elbow
+from attnzoo.diagnostics.heads.observe import capture, observe
+from attnzoo.diagnostics.heads.report import HeadReport, composition_table, head_report, to_bertviz
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers, layer_of, register_family
+from attnzoo.diagnostics.pruning.curves import (
     HeadAblation,
     HeadPruningCurve,
     ablate_heads,
@@ -23,10 +20,13 @@ from attnzoo.diagnostics.pruning import (
     head_importance,
     head_pruning_curve,
 )
-from attnzoo.diagnostics.rank import attention_rank, attention_rank_report, representation_error
-from attnzoo.diagnostics.spectrum import SpectrumRecord, analyze_attention, analyze_matrix
-from attnzoo.diagnostics.structural_pruning import prune_heads, pruned_heads, pruning_speed
-from attnzoo.diagnostics.weightwatcher import ww_dataframe, ww_details
+from attnzoo.diagnostics.pruning.gates import HeadGates
+from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
+from attnzoo.diagnostics.pruning.paired_tests import ablation_tests, paired_bootstrap, paired_t_test
+from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads, pruning_speed
+from attnzoo.diagnostics.spectra.models import analyze_model
+from attnzoo.diagnostics.spectra.spectrum import SpectrumRecord, analyze_attention, analyze_matrix
+from attnzoo.diagnostics.spectra.weightwatcher import ww_dataframe, ww_details
 
 __all__ = [
     # heads of any model

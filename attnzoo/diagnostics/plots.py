@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.diagnostics.marchenko_pastur import mp_pdf, product_edge
-from attnzoo.diagnostics.spectrum import SpectrumRecord, product_pdf
+from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf, product_edge
+from attnzoo.diagnostics.spectra.spectrum import SpectrumRecord, product_pdf
 from attnzoo.diagnostics.training_records import Row, by_layer_and_step, label, over_steps
 
 THEMES: dict[str, dict[str, Any]] = {

@@ -470,7 +470,7 @@ class DynamicallyComposableAttention(nn.Module):
             "projections": projections, "attention": core, "dynamic weights": dynamic, "composition": composition
         }  # fmt: skip
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), before the composition; norm gains folded in.
 
         part: "full", or of a module with rope the "rope" features or the rest, "nope".

@@ -31,7 +31,7 @@ from attnzoo.modules.structure import (
     keep_rows,
     surviving_heads,
 )
-from attnzoo.ops.head_prologue import head_prologue
+from attnzoo.ops.qk_norm_rope import head_prologue
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
 from attnzoo.rotary import Rotary
 
@@ -334,7 +334,7 @@ class GroupedQueryAttention(nn.Module):
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window, sink_tokens=self.sink_tokens)
         return {"projections": projections, "attention": 2 * H * (D + Dv) * pairs}
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.
 
         Norm gains are folded in; RMS statistics and biases are left out. part: "full", or of a module with

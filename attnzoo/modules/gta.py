@@ -31,7 +31,7 @@ from attnzoo.modules.structure import (
     keep_rows,
     surviving_heads,
 )
-from attnzoo.ops.head_prologue import head_prologue
+from attnzoo.ops.qk_norm_rope import head_prologue
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary
 
@@ -304,7 +304,7 @@ class GroupedTiedAttention(nn.Module):
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window, sink_tokens=self.sink_tokens)
         return {"projections": projections, "attention": 4 * H * D * pairs}
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.
 
         part: "full" (d = D), the tied features "nope" (d = Dn) or the shared key's features "rope" (d = Dr).

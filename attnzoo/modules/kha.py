@@ -16,7 +16,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.ops.head_mixing import compose_projection
-from attnzoo.ops.head_prologue import head_prologue
+from attnzoo.ops.qk_norm_rope import head_prologue
 from attnzoo.rotary import Rotary
 
 VARIANTS: dict[str, tuple[str | None, str | None, str | None]] = {

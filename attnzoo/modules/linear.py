@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.checks import check_cache, check_sizes, one_source
-from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable
+from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.fused_linear import continued, fused_linear_attention
 from attnzoo.ops.linear_attention import (
     block_weights,

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from attnzoo.cache_state import BlockStateCache
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.checks import check_cache, check_sizes
-from attnzoo.modules.feature_attention import FeatureAttention, check_normalisable
-from attnzoo.ops.block_mixing import MIXING_INITS, clipped, extended, initial_mixing
+from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.fused_linear import block_states, continued_block, fused_linear_attention
 from attnzoo.ops.linear_attention import (
     block_weights,
@@ -21,6 +20,7 @@ from attnzoo.ops.linear_attention import (
     linear_attention_chunked,
     linear_attention_reference,
 )
+from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary
 

@@ -462,7 +462,7 @@ class MultiHeadLatentAttention(nn.Module):
             expansion, core = 2 * S * R * G * width, 2 * H * (self.qk_nope_head_dim + shared + Dv) * pairs
         return {"projections": projections + 2 * T * H * Dv * E, "expansion": expansion, "attention": core}
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.
 
         Norm gains are folded in; RMS statistics and biases are left out. part: "full", the expanded features

@@ -384,7 +384,7 @@ class MixtureOfAttentionHeads(nn.Module):
             "attention": 2 * H * (D + Dv) * pairs,
         }
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per head of every expert, N M in all, the factors (WQ, WK), each (d, E), whoever is chosen.
 
         part: "full", or of a module with rope the "rope" features or the rest, "nope".

@@ -241,7 +241,7 @@ class TalkingHeadsAttention(nn.Module):
             "composition": 2 * (K * H + H * V) * pairs,
         }
 
-    def effective_qk(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
+    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
         """Per query-key head the factors (WQ_m, WK_m), each (D, E), before the first mix.
 
         part: "full", or of a module with rope the "rope" features or the rest, "nope".

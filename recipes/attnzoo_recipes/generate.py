@@ -11,9 +11,9 @@ import torch
 
 from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.data.tokenizers import from_dict
 from attnzoo_recipes.model_config import KEY, model_from_checkpoint
 from attnzoo_recipes.sampling import check_sampling, continue_text
-from attnzoo_recipes.tokenization import from_dict
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, check_arguments, enforce
-from attnzoo_recipes.callbacks import Checkpoints, LossCurve, Samples, StepProgress, Throughput
+from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Samples, StepProgress, Throughput
+from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
+from attnzoo_recipes.callbacks.summary import Report
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
-from attnzoo_recipes.data import TextDataModule
-from attnzoo_recipes.report import Report
-from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
+from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.training import Pretraining
 
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from attnzoo_recipes.data.tokenizers import Tokenizer
 from attnzoo_recipes.lm import DecoderLM
-from attnzoo_recipes.tokenization import Tokenizer
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo_recipes.data import IGNORED
+from attnzoo_recipes.data.module import IGNORED
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention
 

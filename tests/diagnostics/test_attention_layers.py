@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.diagnostics.capture import capture
+from attnzoo.diagnostics.heads.observe import capture
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo
 
 LINEAR_IN_VALUES = ("mha", "mqa", "gqa", "gta", "kha-linear", "kha-gta", "moh", "moh-norm")
-al = importlib.import_module("attnzoo.diagnostics.attention_layers")  # the function has its module's name
+al = importlib.import_module("attnzoo.diagnostics.layers")  # the function has its module's name
 COMMON = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 31,
     "max_position_embeddings": 64,

@@ -7,7 +7,7 @@ from torch import nn
 import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.adapters import TorchMultiheadAttention
-from attnzoo.diagnostics.capture import KINDS, capture, observe
+from attnzoo.diagnostics.heads.observe import KINDS, capture, observe
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo
 from tests.diagnostics.test_attention_layers import DECODERS, FAMILIES, _hf, _shaken

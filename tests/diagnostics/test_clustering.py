@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from attnzoo.diagnostics import similarity
-from attnzoo.diagnostics.clustering import (
+from attnzoo.diagnostics.heads import similarity
+from attnzoo.diagnostics.heads.clusters import (
     chai_cluster_error,
     cluster_heads,
     cluster_representatives,

@@ -9,15 +9,15 @@ from torch import nn
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.diagnostics import similarity as s
-from attnzoo.diagnostics.attention_layers import attention_layers
-from attnzoo.diagnostics.capture import capture
-from attnzoo.diagnostics.head_report import (
+from attnzoo.diagnostics.heads import similarity as s
+from attnzoo.diagnostics.heads.observe import capture
+from attnzoo.diagnostics.heads.report import (
     MEASURES,
     composition_table,
     head_report,
     to_bertviz,
 )
+from attnzoo.diagnostics.layers import attention_layers
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo
 from tests.diagnostics.test_attention_layers import _hf, _shaken

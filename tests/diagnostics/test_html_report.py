@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from attnzoo.diagnostics.html_report import Picture, Section, Table, Text, html_report, number, write_report
+from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text, html_report, number, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(30))
 DARK = b"\x89PNG\r\n\x1a\n" + bytes(30)

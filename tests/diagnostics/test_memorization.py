@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 import attnzoo
-from attnzoo.diagnostics.memorization import (
+from attnzoo.diagnostics.capacity.memorization import (
     MemorizationModel,
     MemorizationTask,
     baseline_attention,

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnzoo.diagnostics.pruning import (
+from attnzoo.diagnostics.pruning.curves import (
     ablate_heads,
     head_gradients,
     head_importance,
@@ -21,7 +21,7 @@ from attnzoo.diagnostics.pruning import (
     masked_heads,
     sort_heads,
 )
-from attnzoo.diagnostics.structural_pruning import prune_heads, pruning_speed
+from attnzoo.diagnostics.pruning.structural import prune_heads, pruning_speed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ORDERS = ("greedy_l2", "greedy_raw", "random0", "random1", "reverse_l2", "iterative_l2")

@@ -8,9 +8,9 @@ import torch
 
 import attnzoo
 from attnzoo.diagnostics import analyze_attention, analyze_matrix
-from attnzoo.diagnostics.marchenko_pastur import mp_pdf, product_edge
-from attnzoo.diagnostics.model_spectrum import analyze_model, stacked_variances
-from attnzoo.diagnostics.spectrum import product_pdf, product_singular_values, variance_of
+from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf, product_edge
+from attnzoo.diagnostics.spectra.models import analyze_model, stacked_variances
+from attnzoo.diagnostics.spectra.spectrum import product_pdf, product_singular_values, variance_of
 from tests.zoo import MECHANISMS, names
 
 FIGURES = (

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import attnzoo
-from attnzoo.diagnostics import paired_statistics as stats
-from attnzoo.diagnostics.attention_layers import attention_layers
-from attnzoo.diagnostics.pruning import (
+from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.pruning import paired_tests as stats
+from attnzoo.diagnostics.pruning.curves import (
     ablate_heads,
     head_gradients,
     head_importance,

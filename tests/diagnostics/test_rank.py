@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 import attnzoo
-from attnzoo.diagnostics.rank import (
+from attnzoo.diagnostics.capacity.low_rank import (
     attention_rank,
     attention_rank_report,
     centred_log_pattern,

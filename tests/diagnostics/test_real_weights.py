@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.diagnostics import similarity
-from attnzoo.diagnostics.attention_layers import attention_layers
-from attnzoo.diagnostics.capture import capture
-from attnzoo.diagnostics.head_report import head_report
+from attnzoo.diagnostics.heads import similarity
+from attnzoo.diagnostics.heads.observe import capture
+from attnzoo.diagnostics.heads.report import head_report
+from attnzoo.diagnostics.layers import attention_layers
 from attnzoo_recipes.lm import DecoderLM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_heads.json"

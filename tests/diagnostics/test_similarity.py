@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from attnzoo.diagnostics import similarity as s
+from attnzoo.diagnostics.heads import similarity as s
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "similarity.safetensors"
 

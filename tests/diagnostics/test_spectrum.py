@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo.diagnostics import analyze_attention, analyze_matrix
-from attnzoo.diagnostics.marchenko_pastur import (
+from attnzoo.diagnostics.spectra.marchenko_pastur import (
     bbp,
     bbp_inverse,
     mp_cdf,
@@ -22,7 +22,7 @@ from attnzoo.diagnostics.marchenko_pastur import (
     tracy_widom_edge,
     variance,
 )
-from attnzoo.diagnostics.spectrum import product_singular_values
+from attnzoo.diagnostics.spectra.spectrum import product_singular_values
 from tests.zoo import MECHANISMS, names
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spectrum.safetensors"
@@ -210,13 +210,13 @@ def test_random_attention_shows_nothing_and_a_planted_form_shows(name):
     records = analyze_attention(module, layer="0")
     assert [record.head for record in records] == list(range(4))
     assert all(record.layer == "0" and record.matrix == "qk" for record in records)
-    circuits = [wq.T @ wk for wq, wk in module.effective_qk()]
+    circuits = [wq.T @ wk for wq, wk in module.qk_circuit()]
     for record, circuit in zip(records, circuits, strict=True):
         top = torch.linalg.svdvals(circuit)[0].square().item()
         assert record.lambda_max == pytest.approx(top, rel=1e-9)
     (layer,) = analyze_attention(module, per="layer")
     assert layer.lambda_max == pytest.approx(torch.linalg.svdvals(sum(circuits))[0].square().item(), rel=1e-9)
-    grams = torch.cat([q for q, _ in module.effective_qk()]) @ torch.cat([k for _, k in module.effective_qk()]).T
+    grams = torch.cat([q for q, _ in module.qk_circuit()]) @ torch.cat([k for _, k in module.qk_circuit()]).T
     (gram,) = analyze_attention(module, per="layer", form="gram")
     assert gram.lambda_max == pytest.approx(torch.linalg.svdvals(grams)[0].square().item(), rel=1e-9)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.diagnostics.attention_layers import attention_layers
-from attnzoo.diagnostics.pruning import head_importance, head_mask, masked_heads
-from attnzoo.diagnostics.structural_pruning import prune_heads, pruned_heads, pruning_speed
+from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.pruning.curves import head_importance, head_mask, masked_heads
+from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads, pruning_speed
 from attnzoo_recipes.lm import DecoderLM
 from tests import golden_decoder
 from tests.golden_decoder import WITHIN, next_token_losses, pairs

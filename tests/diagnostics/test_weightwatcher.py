@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo.diagnostics import ww_dataframe, ww_details
-from attnzoo.diagnostics.weightwatcher import eigenvalues, marchenko_pastur_fit, power_law, randomized_columns
+from attnzoo.diagnostics.spectra.weightwatcher import eigenvalues, marchenko_pastur_fit, power_law, randomized_columns
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "spectrum.safetensors"
 FITTED = ("sigma_mp", "bulk_min", "bulk_max", "mp_softrank")

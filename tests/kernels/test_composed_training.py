@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo_recipes.report import Report
+from attnzoo_recipes.callbacks.summary import Report
 from tests.recipes.conftest import arguments, corpus_file, quiet_jsonargparse, run
 
 __all__ = ["arguments", "corpus_file", "quiet_jsonargparse", "run"]

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
-from attnzoo.modules import clustered
-from attnzoo.modules.clustered import ClusteredHeadAttention
+from attnzoo.modules import chai as clustered
+from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.head_clusters import ClusteredCache
 from tests.zoo import OPTIONS
 

@@ -81,7 +81,7 @@ def test_soft_cap_is_a_tanh_of_the_scores():
 
 
 @pytest.mark.parametrize("name", ["mha", "mqa", "gqa", "kha-linear"])
-def test_effective_qk_makes_the_scores(name):
+def test_qk_circuit_makes_the_scores(name):
     attn = build(name, rope=None)
     for projection in (attn.q_proj, attn.k_proj):
         if projection.bias is not None:
@@ -89,7 +89,7 @@ def test_effective_qk_makes_the_scores(name):
     x = torch.randn(1, 5, E).double()
     q, k = attn.project(x, None)[:2]
     scores = torch.einsum("thd,shd->hts", q[0], k[0].repeat_interleave(H // attn.num_kv_heads, 1))
-    made = torch.stack([(x[0] @ wq.T) @ (x[0] @ wk.T).T for wq, wk in attn.effective_qk()])
+    made = torch.stack([(x[0] @ wq.T) @ (x[0] @ wk.T).T for wq, wk in attn.qk_circuit()])
     torch.testing.assert_close(made, scores, atol=1e-12, rtol=0)
 
 

@@ -84,7 +84,7 @@ def test_over_latent_attention_the_absorbed_form_stays_exact():
     with torch.no_grad():
         y = torch.cat([kha(part, cache=cache) for part in x.split(1, 1)], 1)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
-    for (wq, wk), (q, k) in zip(kha.effective_qk(), kha.fold().effective_qk(), strict=True):
+    for (wq, wk), (q, k) in zip(kha.qk_circuit(), kha.fold().qk_circuit(), strict=True):
         torch.testing.assert_close(wq.T @ wk, q.T @ k, atol=1e-12, rtol=0)
 
 

@@ -292,7 +292,7 @@ def test_calls_that_are_refused():
     with pytest.raises(ValueError, match="context needs a module with causal=False"):
         attn(x, x)
     with pytest.raises(ValueError, match="part must be 'full'"):
-        attn.effective_qk("rope")
+        attn.qk_circuit("rope")
     with pytest.raises(ValueError, match="prune_heads needs qk_norm=False"):
         make(qk_norm=True).prune_heads([0])
     with pytest.raises(ValueError, match="lengths must have one entry a row, got 1 for 2"):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, LinearAttention, MultiHeadLinearAttention, Rotary
-from attnzoo.ops.block_mixing import clipped, extended, initial_mixing
+from attnzoo.ops.mixing_matrix import clipped, extended, initial_mixing
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mhla.safetensors"

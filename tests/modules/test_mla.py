@@ -321,7 +321,7 @@ def test_pruned_heads_are_heads_with_output_zero(variant, heads):
 
 
 @every_variant
-def test_effective_qk_makes_the_scores_of_one_position(variant):
+def test_qk_circuit_makes_the_scores_of_one_position(variant):
     attn = make(**{k: v for k, v in VARIANTS[variant].items() if "bias" not in k})
     for norm in ("kv_a_layernorm", "q_a_layernorm"):
         if getattr(attn, norm, None) is not None:
@@ -329,11 +329,11 @@ def test_effective_qk_makes_the_scores_of_one_position(variant):
             norm.forward = lambda x, g=norm.weight: x * g  # statistics are left out
     x = torch.randn(1, 1, E).double()
     q, k = _query_and_key(attn, x)
-    for h, (wq, wk) in enumerate(attn.effective_qk()):
+    for h, (wq, wk) in enumerate(attn.qk_circuit()):
         expected = (q[h] * k[h]).sum()
         torch.testing.assert_close((wq @ x[0, 0]) @ (wk @ x[0, 0]), expected, atol=1e-11, rtol=0)
     if attn.qk_rope_head_dim:
-        parts = [sum((wq @ x[0, 0]) @ (wk @ x[0, 0]) for wq, wk in attn.effective_qk(p)) for p in ("nope", "rope")]
+        parts = [sum((wq @ x[0, 0]) @ (wk @ x[0, 0]) for wq, wk in attn.qk_circuit(p)) for p in ("nope", "rope")]
         torch.testing.assert_close(sum(parts), (q * k).sum(), atol=1e-10, rtol=0)
 
 
@@ -446,6 +446,6 @@ def test_calls_that_are_refused():
     with pytest.raises(ValueError, match="context must be one tensor"):
         attn(torch.zeros(1, 2, E), (torch.zeros(1, 2, E), torch.zeros(1, 2, E)))
     with pytest.raises(ValueError, match="part must be 'full'"):
-        attn.effective_qk("rope")
+        attn.qk_circuit("rope")
     with pytest.raises(ValueError, match="cache must come from this module's init_cache"):
         make()(torch.zeros(1, 1, E).double(), cache=attnzoo.MultiHeadAttention(E, H).init_cache(1, 2))

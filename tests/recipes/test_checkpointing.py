@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["attnzoo_recipes.resilience", "attnzoo_recipes.checkpointing"])
+processes.set_forkserver_preload(["attnzoo_recipes.callbacks.resilience", "attnzoo_recipes.checkpointing"])
 
 
 def content(step, size=1000):

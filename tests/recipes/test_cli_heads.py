@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 import attnzoo
-from attnzoo.diagnostics.clustering import chai_cluster_error, elbow
-from attnzoo.diagnostics.head_report import head_report
-from attnzoo_recipes.cli_heads import by_kind, evenly, layer_clusters, main, parse
+from attnzoo.diagnostics.heads.clusters import chai_cluster_error, elbow
+from attnzoo.diagnostics.heads.report import head_report
+from attnzoo_recipes.diagnose.heads import by_kind, evenly, layer_clusters, main, parse
+from attnzoo_recipes.diagnose.load_model import load_model
+from attnzoo_recipes.diagnose.texts import reader, sequences
 from attnzoo_recipes.lm import DecoderLM
-from attnzoo_recipes.load_model import load_model
-from attnzoo_recipes.model_text import reader, sequences
 
 
 @pytest.fixture

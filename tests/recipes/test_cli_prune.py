@@ -8,12 +8,12 @@ import pytest
 import tiny_hugging_face
 import torch
 
-from attnzoo.diagnostics.head_masks import masked_heads
-from attnzoo.diagnostics.pruning import ablate_heads, head_importance, head_mask, head_pruning_curve
-from attnzoo_recipes.cli_prune import main, parse
-from attnzoo_recipes.load_model import load_model
-from attnzoo_recipes.model_text import decode, logits_of, next_token_losses, pair_batches, reader, retrieval_losses
-from attnzoo_recipes.pruning_study import Point, Task, drawn, greedy_curves
+from attnzoo.diagnostics.pruning.curves import ablate_heads, head_importance, head_mask, head_pruning_curve
+from attnzoo.diagnostics.pruning.masks import masked_heads
+from attnzoo_recipes.diagnose.load_model import load_model
+from attnzoo_recipes.diagnose.prune import main, parse
+from attnzoo_recipes.diagnose.prune_study import Point, Task, drawn, greedy_curves
+from attnzoo_recipes.diagnose.texts import decode, logits_of, next_token_losses, pair_batches, reader, retrieval_losses
 
 
 @pytest.fixture

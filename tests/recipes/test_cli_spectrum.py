@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import attnzoo
-from attnzoo.diagnostics.model_spectrum import analyze_model
-from attnzoo_recipes.cli_spectrum import layer_rows, main, parse, printed
-from attnzoo_recipes.load_model import load_model
+from attnzoo.diagnostics.spectra.models import analyze_model
+from attnzoo_recipes.diagnose.load_model import load_model
+from attnzoo_recipes.diagnose.spectrum import layer_rows, main, parse, printed
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
-from attnzoo_recipes.compare import main, parse
-from attnzoo_recipes.comparison import Settings, attention_of, cell_key, plan
-from attnzoo_recipes.comparison_table import as_csv, draw_losses, draw_quality, markdown, summarise
+from attnzoo_recipes.compare.cli import main, parse
+from attnzoo_recipes.compare.plan import Settings, attention_of, cell_key, plan
+from attnzoo_recipes.compare.table import as_csv, draw_losses, draw_quality, markdown, summarise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo_recipes import packing
-from attnzoo_recipes.corpus import Corpus
-from attnzoo_recipes.data import TextDataModule, boundaries
-from attnzoo_recipes.order import EndlessBatches, PaddedBatches, permuted
-from attnzoo_recipes.packing import PackedCorpus, pack, split_of
-from attnzoo_recipes.tokenization import DOCUMENT, BpeTokenizer, ByteTokenizer, from_dict
+from attnzoo_recipes.data import packing
+from attnzoo_recipes.data.corpus import Corpus
+from attnzoo_recipes.data.module import TextDataModule, boundaries
+from attnzoo_recipes.data.order import EndlessBatches, PaddedBatches, permuted
+from attnzoo_recipes.data.packing import PackedCorpus, pack, split_of
+from attnzoo_recipes.data.tokenizers import DOCUMENT, BpeTokenizer, ByteTokenizer, from_dict
 
 
 def take(sampler, count):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
-from attnzoo.diagnostics.model_spectrum import analyze_model
+from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.training_records import read_records
+from attnzoo_recipes.callbacks.diagnostics import HeadStatisticsCallback, SpectrumCallback
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
-from attnzoo_recipes.diagnostics_callbacks import HeadStatisticsCallback, SpectrumCallback
 from attnzoo_recipes.model_config import model_from_checkpoint
 
-MODULE = "attnzoo_recipes.diagnostics_callbacks"
+MODULE = "attnzoo_recipes.callbacks.diagnostics"
 
 
 def with_callbacks(*more):

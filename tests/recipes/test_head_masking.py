@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import attnzoo
-from attnzoo.diagnostics.pruning import head_importance, masked_heads
-from attnzoo_recipes.head_masking import HeadMask, masked, most_important
+from attnzoo.diagnostics.pruning.curves import head_importance, masked_heads
+from attnzoo_recipes.callbacks.head_mask import HeadMask, masked, most_important
 from attnzoo_recipes.lm import DecoderLM
 from tests import golden_decoder
 from tests.golden_decoder import WITHIN, next_token_losses, pairs
@@ -324,7 +324,7 @@ def test_compiled_and_recomputing_models_see_the_masks(tmp_path):
 @pytest.mark.parametrize("mode", ["random", "important"])
 def test_from_the_command_line(mode, arguments, run, tmp_path, capsys):
     callback = [
-        "--trainer.callbacks+=attnzoo_recipes.head_masking.HeadMask",
+        "--trainer.callbacks+=attnzoo_recipes.callbacks.head_mask.HeadMask",
         "--trainer.callbacks.num_masked=2",
         f"--trainer.callbacks.mode={mode}",
     ]

@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
-from attnzoo_recipes.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["attnzoo_recipes.resilience", "attnzoo_recipes.checkpointing"])
+processes.set_forkserver_preload(["attnzoo_recipes.callbacks.resilience", "attnzoo_recipes.checkpointing"])
 
 
 class Tiny(L.LightningModule):

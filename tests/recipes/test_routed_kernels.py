@@ -13,7 +13,7 @@ def test_two_steps_on_the_kernels_are_two_steps_on_the_definition(mechanism, arg
     if torch.cuda.is_available():
         pytest.skip("about the interpreter on a CPU; float32 on a GPU trains in another order of sums")
     from attnzoo.ops import expert_projection, head_routing
-    from attnzoo_recipes import report
+    from attnzoo_recipes.callbacks import summary as report
 
     # The closing sample is decoded token by token, which takes the interpreter minutes.
     monkeypatch.setattr(report, "WRITTEN", 0)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import attnzoo
 from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.data.packing import PackedCorpus
 from attnzoo_recipes.model_config import build_model, describe_attention, model_from_checkpoint
-from attnzoo_recipes.packing import PackedCorpus
 from attnzoo_recipes.training import Pretraining, warmup_cosine
 
 

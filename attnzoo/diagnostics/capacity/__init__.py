@@ -1,0 +1,1 @@
+"""What attention of a given width can represent and remember."""

@@ -1,0 +1,469 @@
+"""Attention modules of a model, found by their structure, with the weights of their heads.
+
+The zoo's mechanisms, torch.nn.MultiheadAttention and the usual Hugging Face families are known; `register_family` adds
+others. What follows works on all of them alike: capture, masks, pruning, spectra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnzoo.modules.dcmha import DynamicallyComposableAttention
+from attnzoo.modules.gta import GroupedTiedAttention
+from attnzoo.modules.kha import HeadMap
+from attnzoo.modules.mla import MultiHeadLatentAttention
+from attnzoo.modules.moa import MixtureOfAttentionHeads
+from attnzoo.modules.talking_heads import TalkingHeadsAttention
+
+Factors = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One attention module of a model.
+
+    Attributes:
+        name: qualified name inside the model; "" if the model is the module.
+        index: place among the model's attention layers, in the order in which modules are registered.
+        module: the attention module.
+        num_heads: heads H whose outputs the output projection reads.
+        num_kv_heads: key/value heads G.
+        head_dim: width D of queries and keys.
+        v_head_dim: width Dv of values.
+        projection: the output projection, whether or not hooks fire on it; see `output`.
+        family: which entry of the table found it.
+        obstacle: why hooks at the output projection do not work, or None.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    projection: nn.Module = field(repr=False)
+    family: str
+    obstacle: str | None = field(default=None, repr=False)
+    _qk: Callable[[str], Factors] = field(kw_only=True, repr=False)
+    _ov: Callable[[], Factors] = field(kw_only=True, repr=False)
+
+    @property
+    def output(self) -> nn.Module:
+        """The module whose input is (B, T, H Dv), head by head: what a forward pre-hook reads, scales or replaces.
+
+        Raises:
+            ValueError: if the module never calls it, so that a hook would be silently without effect.
+        """
+        if self.obstacle is not None:
+            raise ValueError(f"layer {self.name!r} takes no hooks on its heads: {self.obstacle}")
+        return self.projection
+
+    def hook_heads(self, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Call function with the head outputs (B, T, H, Dv) before the output projection; it may return others.
+
+        Raises:
+            ValueError: as `output`.
+        """
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            heads = inputs[0].unflatten(-1, (self.num_heads, self.v_head_dim))
+            changed = function(heads)
+            return None if changed is None else (changed.flatten(-2), *inputs[1:])
+
+        return self.output.register_forward_pre_hook(hook)
+
+    def qk_factors(self, part: str = "full") -> Factors:
+        """Per query head (WQ_h (d, E), WK_h (d, E)), detached; the logits' form at offset 0 is WQ_h^T WK_h.
+
+        Norm gains are folded in; scales, biases and RMS statistics are left out. Heads that mix give their factors
+        before that, and mixtures of experts one pair for each head of each expert.
+
+        Args:
+            part: "full", or of a layer with rotary positions their features "rope" or the rest, "nope".
+        """
+        return self._qk(part)
+
+    def ov_factors(self) -> Factors:
+        """Per query head (WV_h (Dv, E), WO_h (E, Dv)), detached: a value's way into the output is WO_h WV_h.
+
+        Biases, gates, norms of outputs, nonlinear head maps and head mixing are left out; mixtures of experts give
+        one pair for each head of each expert.
+        """
+        return self._ov()
+
+
+class Family(NamedTuple):
+    """How one kind of attention module is recognised and read."""
+
+    matches: Callable[[nn.Module], bool]
+    read: Callable[[str, int, nn.Module], AttentionLayer]
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """Attention layers of a model, in the order in which its modules are registered.
+
+    A module that stands in several places counts once.
+
+    Raises:
+        ValueError: if the model has none that a family knows, or one whose sizes do not fit its family.
+    """
+    found: list[AttentionLayer] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        for family in _FAMILIES.values():
+            if family.matches(module):
+                found.append(family.read(name, len(found), module))
+                inside.update(module.modules())
+                break
+    if not found:
+        known = ", ".join(_FAMILIES)
+        raise ValueError(
+            f"model must contain attention of a known family ({known}; register_family adds others), got "
+            f"{type(model).__name__}"
+        )
+    return found
+
+
+def register_family(
+    name: str, matches: Callable[[nn.Module], bool], read: Callable[[str, int, nn.Module], AttentionLayer]
+) -> None:
+    """Teach `attention_layers` another kind of module; a later entry is asked before earlier ones.
+
+        register_family("mine", lambda m: isinstance(m, Mine), lambda name, index, m: layer_of(
+            name, index, m, "mine", m.out, lambda: (m.wq, m.wk, m.wv), num_heads=8, num_kv_heads=2))
+
+    Args:
+        name: of the family; a known name is replaced.
+        matches: whether a module is of the family.
+        read: its layer from (qualified name, index, module), for instance by `layer_of`.
+    """
+    others = {key: value for key, value in _FAMILIES.items() if key != name}
+    _FAMILIES.clear()
+    _FAMILIES.update({name: Family(matches, read), **others})
+
+
+def layer_of(
+    name: str,
+    index: int,
+    module: nn.Module,
+    family: str,
+    projection: nn.Module,
+    weights: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    rope_dim: int = 0,
+    obstacle: str | None = None,
+) -> AttentionLayer:
+    """A layer of plain grouped heads, query head h reading key/value head h // (H / G).
+
+    Args:
+        name: qualified name of the module.
+        index: place among the attention layers.
+        module: the attention module.
+        family: name of the family.
+        projection: the output projection, with a weight (E, H Dv), or (H Dv, E) of a transformers Conv1D.
+        weights: gives the query (H D, E), key (G D, E) and value (G Dv, E) weights, rows head by head.
+        num_heads: H.
+        num_kv_heads: G.
+        rope_dim: width of a head's rotated features, which come first.
+        obstacle: see `AttentionLayer`.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+    """
+    query, key, value = weights()
+    out = matrix(projection)
+    rows = (query.shape[0], key.shape[0], value.shape[0])
+    fits = num_heads > 0 and num_kv_heads > 0 and num_heads % num_kv_heads == 0
+    fits = fits and rows[0] % num_heads == 0 and rows[1] % num_kv_heads == 0 and rows[2] % num_kv_heads == 0
+    if not fits or rows[0] // num_heads != rows[1] // num_kv_heads or (
+        out.shape[1] != num_heads * (rows[2] // num_kv_heads)
+    ):  # fmt: skip
+        raise ValueError(
+            f"layer {name!r} does not fit family {family!r}: its query, key and value weights have {rows} rows and its "
+            f"output projection {out.shape[1]} inputs, for {num_heads} query and {num_kv_heads} key/value heads"
+        )
+    reads = [h * num_kv_heads // num_heads for h in range(num_heads)]
+
+    def qk(part: str) -> Factors:
+        kept = _part(part, rope_dim, name)
+        wq, wk, _ = (w.detach() for w in weights())
+        wq, wk = wq.reshape(num_heads, -1, wq.shape[1]), wk.reshape(num_kv_heads, -1, wk.shape[1])
+        return [(wq[h, kept], wk[g, kept]) for h, g in enumerate(reads)]
+
+    def ov() -> Factors:
+        value = weights()[2].detach()
+        value = value.reshape(num_kv_heads, -1, value.shape[1])
+        return _paired([value[g] for g in reads], matrix(projection).detach())
+
+    return AttentionLayer(
+        name, index, module, num_heads, num_kv_heads, rows[0] // num_heads, rows[2] // num_kv_heads, projection,
+        family, obstacle, _qk=qk, _ov=ov,
+    )  # fmt: skip
+
+
+def matrix(projection: nn.Module) -> Tensor:
+    """Weight (out, in) of a linear layer; of a transformers Conv1D, which stores (in, out), the transpose."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    return weight.T if hasattr(projection, "nf") else weight
+
+
+def _part(part: str, rope_dim: int, name: str) -> slice:
+    if part == "full":
+        return slice(None)
+    if part not in ("rope", "nope"):
+        raise ValueError(f"part must be 'full', 'rope' or 'nope', got {part!r}")
+    if not rope_dim:
+        raise ValueError(f"part must be 'full' for a layer without rotary features, got {part!r} for {name!r}")
+    return slice(rope_dim) if part == "rope" else slice(rope_dim, None)
+
+
+def _paired(values: Sequence[Tensor], out: Tensor) -> Factors:
+    """Value weights of the query heads beside their columns of the output weight (E, H Dv)."""
+    width = values[0].shape[0] if values else 0
+    return [(value, out[:, h * width : (h + 1) * width]) for h, value in enumerate(values)]
+
+
+# The zoo
+
+
+def _is_zoo(module: nn.Module) -> bool:
+    ours = all(hasattr(module, name) for name in ("qk_circuit", "head_dim", "v_head_dim", "embed_dim"))
+    return ours and (hasattr(module, "o_proj") or hasattr(module, "head_outputs"))
+
+
+def _read_zoo(name: str, index: int, module: Any) -> AttentionLayer:
+    heads, groups = module.num_heads, getattr(module, "num_kv_heads", module.num_heads)
+    if isinstance(module, TalkingHeadsAttention):
+        heads, groups = module.num_v_heads, module.num_qk_heads
+    projection = module.head_outputs if isinstance(module, MixtureOfAttentionHeads) else module.o_proj
+    return AttentionLayer(
+        name, index, module, heads, groups, module.head_dim, module.v_head_dim, projection, "attnzoo",
+        _qk=module.qk_circuit, _ov=lambda: _zoo_ov(module),
+    )  # fmt: skip
+
+
+def _zoo_ov(module: Any) -> Factors:
+    """Value and output factors of a zoo module."""
+    if isinstance(module, MixtureOfAttentionHeads):
+        values = module.v_proj.weight.detach().view(module.num_kv_heads, module.v_head_dim, -1)
+        outs = module.o_experts.weight.detach()
+        M, size, width = module.heads_per_expert, module.heads_per_expert // module.num_kv_heads, module.v_head_dim
+        return [(values[m // size], out[:, m * width : (m + 1) * width]) for out in outs for m in range(M)]
+    if isinstance(module, MultiHeadLatentAttention):
+        # The heads before the norm's gain are linear in the source, as in qk_circuit.
+        value = module.expansion()[1].detach()
+        if module.kv_a_layernorm is not None:
+            value = value * module.kv_a_layernorm.weight.detach()
+        if module.rope_mode == "pre":
+            shape = (module._total_heads, -1, module.kdim)
+            keys, values = (p.weight.detach().view(shape) for p in (module.k_proj, module.v_proj))
+            # Rotation at offset 0 is the identity.
+            down = module.kv_a_proj.weight.detach() @ torch.cat([keys, values], dim=1).flatten(0, 1)
+        else:
+            down = module.kv_a_proj_with_mqa.weight.detach()[: module.kv_lora_rank]
+        return _paired([value[g] @ down for g in module._reads()], module.o_proj.weight.detach())
+    source = module.kv_proj if isinstance(module, GroupedTiedAttention) else module.v_proj
+    heads = module.num_v_heads if isinstance(module, TalkingHeadsAttention) else module.num_heads
+    groups = heads if isinstance(module, TalkingHeadsAttention) else module.num_kv_heads
+    value = source.weight.detach().view(groups, module.v_head_dim, -1)
+    knock = getattr(module, "v_knock", None)
+    if isinstance(knock, HeadMap):
+        value = knock.weight.detach() @ value
+    reads = getattr(module, "_kv_index", None)
+    if isinstance(module, DynamicallyComposableAttention):
+        reads = module._value_groups()
+    if reads is None:
+        reads = [h * groups // heads for h in range(heads)]
+    return _paired([value[g] for g in reads], module.o_proj.weight.detach())
+
+
+# torch.nn.MultiheadAttention
+
+
+def _read_torch(name: str, index: int, module: Any) -> AttentionLayer:
+    def weights() -> tuple[Tensor, Tensor, Tensor]:
+        if module.in_proj_weight is None:
+            return module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        query, key, value = module.in_proj_weight.chunk(3)
+        return query, key, value
+
+    return layer_of(
+        name, index, module, "torch", module.out_proj, weights, num_heads=module.num_heads,
+        num_kv_heads=module.num_heads,
+        obstacle="torch.nn.MultiheadAttention reads the weight of out_proj and never calls it; convert the module with "
+        "attnzoo.conversion.from_mha",
+    )  # fmt: skip
+
+
+# Hugging Face, by attribute names
+
+
+def _has(module: Any, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _separate_out(module: nn.Module) -> str | None:
+    """The name of the output projection beside q_proj, k_proj and v_proj."""
+    if not _has(module, "q_proj", "k_proj", "v_proj"):
+        return None
+    return next((name for name in ("o_proj", "out_proj") if _has(module, name)), None)
+
+
+def _read_separate(name: str, index: int, module: Any) -> AttentionLayer:
+    out = getattr(module, _separate_out(module) or "o_proj")
+    rows = matrix(module.q_proj).shape[0]
+    width = getattr(module, "head_dim", None)
+    if width is None:
+        heads = _first(module, name, "num_heads", "num_attention_heads", "n_heads")
+        width = rows // heads
+
+    def weights() -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (matrix(getattr(module, f"{x}_proj")).detach() for x in "qkv")
+        return (
+            query * _gain(getattr(module, "q_norm", None), query.shape[0], width, query)[:, None],
+            key * _gain(getattr(module, "k_norm", None), key.shape[0], width, key)[:, None],
+            value,
+        )
+
+    groups = matrix(module.k_proj).shape[0] // width
+    return layer_of(
+        name, index, module, "separate", out, weights, num_heads=rows // width, num_kv_heads=groups,
+        rope_dim=_config_rope(module, width),
+    )  # fmt: skip
+
+
+def _gain(norm: nn.Module | None, rows: int, width: int, like: Tensor) -> Tensor:
+    """Factor of each row by a norm of queries or keys: of a head's width, or of all heads together.
+
+    Measured, since some norms multiply by 1 + weight: a vector of size 1 in the mean square and mean 0 shows its gain.
+    """
+    if norm is None:
+        return torch.ones(rows, dtype=like.dtype, device=like.device)
+    weight: Any = getattr(norm, "weight", None)
+    size = width if weight is None else weight.shape[-1]
+    probe = torch.ones(size, device=like.device, dtype=like.dtype)
+    probe[1::2] = -1
+    # Large, so that the norm's epsilon vanishes; both signs, so that its bias does.
+    with torch.no_grad():
+        gain: Tensor = (norm(1e4 * probe) - norm(-1e4 * probe)) / 2 * probe
+    return gain.repeat(rows // size)
+
+
+def _first(module: Any, layer: str, *names: str) -> int:
+    """The first of these numbers that a module or its configuration has."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    raise ValueError(f"layer {layer!r} must have one of {', '.join(names)}, got none of them")
+
+
+def _config_rope(module: Any, width: int) -> int:
+    """Rotated features of a head by the configuration; 0 if it knows no rotary embedding."""
+    config = getattr(module, "config", None)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    theta = getattr(config, "rope_theta", None)
+    if not parameters and theta is None:
+        return 0
+    share = getattr(config, "partial_rotary_factor", None)
+    if share is None:
+        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+    return int(width * (1.0 if share is None else share))
+
+
+def _read_bert(name: str, index: int, module: Any) -> AttentionLayer:
+    inner = module.self
+    heads = _first(inner, name, "num_attention_heads", "num_heads")
+    return layer_of(
+        name, index, module, "bert", module.output.dense,
+        lambda: (matrix(inner.query), matrix(inner.key), matrix(inner.value)),
+        num_heads=heads, num_kv_heads=heads,
+    )  # fmt: skip
+
+
+def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
+    heads = _first(module, name, "n_heads")
+    return layer_of(
+        name, index, module, "distilbert", module.out_lin,
+        lambda: (matrix(module.q_lin), matrix(module.k_lin), matrix(module.v_lin)),
+        num_heads=heads, num_kv_heads=heads,
+    )  # fmt: skip
+
+
+def _read_short(name: str, index: int, module: Any) -> AttentionLayer:
+    heads = _first(module, name, "num_attention_heads", "n_heads")
+    return layer_of(
+        name, index, module, "mpnet", module.o, lambda: (matrix(module.q), matrix(module.k), matrix(module.v)),
+        num_heads=heads, num_kv_heads=heads,
+    )  # fmt: skip
+
+
+def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:
+    heads = _first(module, name, "num_heads")
+
+    def weights() -> tuple[Tensor, Tensor, Tensor]:
+        if _has(module, "q_attn"):
+            key, value = matrix(module.c_attn).chunk(2)
+            return matrix(module.q_attn), key, value
+        query, key, value = matrix(module.c_attn).chunk(3)
+        return query, key, value
+
+    return layer_of(
+        name, index, module, "gpt2", module.c_proj, weights, num_heads=heads, num_kv_heads=heads
+    )  # fmt: skip
+
+
+def _is_neox(module: nn.Module) -> bool:
+    """Fused rows (H, 3, D); Falcon's grouped and multi-query layouts of the same names are something else."""
+    if not _has(module, "query_key_value", "dense"):
+        return False
+    rows, columns = matrix(module.query_key_value).shape[0], matrix(module.dense).shape[1]  # type: ignore[arg-type]
+    return rows == 3 * columns and not getattr(module, "new_decoder_architecture", False)
+
+
+def _read_neox(name: str, index: int, module: Any) -> AttentionLayer:
+    heads = _first(module, name, "num_attention_heads", "num_heads")
+
+    def weights() -> tuple[Tensor, Tensor, Tensor]:
+        weight = matrix(module.query_key_value)
+        fused = weight.view(heads, 3, -1, weight.shape[1])
+        query, key, value = (fused[:, i].flatten(0, 1) for i in range(3))
+        return query, key, value
+
+    rope = getattr(module, "rotary_ndims", 0)
+    return layer_of(
+        name, index, module, "gpt_neox", module.dense, weights, num_heads=heads, num_kv_heads=heads, rope_dim=rope
+    )
+
+
+def _is_bert(module: nn.Module) -> bool:
+    if not _has(module, "self", "output"):
+        return False
+    return _has(module.self, "query", "key", "value") and _has(module.output, "dense")
+
+
+_FAMILIES: dict[str, Family] = {
+    "attnzoo": Family(_is_zoo, _read_zoo),
+    "torch": Family(lambda module: isinstance(module, nn.MultiheadAttention), _read_torch),
+    "separate": Family(lambda module: _separate_out(module) is not None, _read_separate),
+    "gpt2": Family(lambda module: _has(module, "c_attn", "c_proj"), _read_gpt2),
+    "gpt_neox": Family(_is_neox, _read_neox),
+    "bert": Family(_is_bert, _read_bert),
+    "distilbert": Family(lambda module: _has(module, "q_lin", "k_lin", "v_lin", "out_lin"), _read_distilbert),
+    "mpnet": Family(
+        lambda module: _has(module, "q", "k", "v", "o") and hasattr(module, "num_attention_heads"), _read_short
+    ),
+}
+"""Kinds of attention modules, asked in this order."""

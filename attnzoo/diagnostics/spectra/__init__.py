@@ -1,0 +1,1 @@
+"""Singular values of attention's matrices against the Marchenko-Pastur law."""

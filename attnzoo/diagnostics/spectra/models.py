@@ -1,0 +1,183 @@
+"""Spectra of all attention layers of a model at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.spectra.marchenko_pastur import mp_median, tracy_widom_edge
+from attnzoo.diagnostics.spectra.spectrum import (
+    Factors,
+    Settings,
+    SpectrumRecord,
+    analyze_matrix,
+    check_factors,
+    check_form,
+    default_null,
+    factor_records,
+    pair_of,
+    record_of,
+    redrawn_factors,
+    variance_of,
+)
+
+MATRICES = ("qk", "ov", "weights")
+
+
+def analyze_model(
+    model: nn.Module,
+    *,
+    matrices: Sequence[str] = ("qk",),
+    form: str = "circuit",
+    per: str = "head",
+    part: str = "full",
+    null: str | None = None,
+    progress: Callable[[list[AttentionLayer]], Iterable[AttentionLayer]] | None = None,
+    **options: Any,
+) -> list[SpectrumRecord]:
+    """Spectra of every attention layer of a model that `attention_layers` reads, named by layer and head.
+
+    Against null "product" the heads of all layers are taken together: every factor is reduced to its triangular
+    part once, keys that heads share included, and the singular values come from one batched decomposition of
+    matrices of head width. No E x E matrix is formed, and memory is that of the heads' d x d parts.
+
+    Args:
+        model: a module, or a whole model.
+        matrices: "qk", the query-key form; "ov", what a head writes for what it reads, WO_h WV_h; "weights", every
+            single matrix of the attention modules, against null "mp".
+        form: "circuit" or "gram" of "qk", as in `analyze_attention`.
+        per: "head", or "layer", of "qk" and "ov".
+        part: of "qk": "full", "nope" or "rope".
+        null: of "qk" and "ov". Default: as in `analyze_attention`.
+        progress: wraps the list of layers, as tqdm does.
+        options: of `analyze_matrix`.
+
+    Raises:
+        ValueError: for an argument outside its rule, weights that are not finite, or a model without attention.
+    """
+    check_form(form, per)
+    unknown = [name for name in matrices if name not in MATRICES]
+    if unknown or not matrices:
+        raise ValueError(f"matrices must be some of {', '.join(map(repr, MATRICES))}, got {list(matrices)}")
+    layers = attention_layers(model)
+    batch = _HeadBatch(Settings(**options))
+    found: list[SpectrumRecord | tuple[int, SpectrumRecord]] = []
+    for layer in layers if progress is None else progress(layers):
+        for name in matrices:
+            if name == "weights":
+                for weight, parameter in layer.module.named_parameters():
+                    if parameter.ndim == 2 and min(parameter.shape) >= 2:
+                        record = analyze_matrix(parameter, **options)
+                        found.append(dataclasses.replace(record, layer=layer.name, matrix=weight))
+                continue
+            factors = layer.qk_factors(part) if name == "qk" else [(out.T, value) for value, out in layer.ov_factors()]
+            chosen = form if name == "qk" else "circuit"
+            law = default_null(layer.module) if null is None else null
+            named = name if part == "full" or name != "qk" else f"{name} {part}"
+            if law == "product" and per == "head":
+                blank = SpectrumRecord(0, 0.0, layer=layer.name, matrix=named)
+                numbers = batch.add(factors, chosen)
+                found += [(number, dataclasses.replace(blank, head=head)) for head, number in enumerate(numbers)]
+                continue
+            noise = functools.partial(redrawn_factors, layer.module, name, part) if law == "simulate" else None
+            for record in factor_records(factors, noise, chosen, per, law, options):
+                found.append(dataclasses.replace(record, layer=layer.name, matrix=named))
+    done = batch.records()
+    records = []
+    for entry in found:
+        if isinstance(entry, tuple):
+            number, names = entry
+            entry = dataclasses.replace(done[number], layer=names.layer, head=names.head, matrix=names.matrix)
+        records.append(entry)
+    return records
+
+
+class _HeadBatch:
+    """Heads of many layers against the product null, in few decompositions of small matrices."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # (triangular parts of both factors or their product, sizes, float64 inputs) a head.
+        self._heads: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...], bool]] = []
+
+    def add(self, factors: Factors, form: str) -> list[int]:
+        """Reduce a layer's heads, (query (d, E), key (d, E)) each; returns their numbers."""
+        triangles: dict[tuple[Any, ...], Tensor] = {}
+
+        def triangle(factor: Tensor) -> Tensor:
+            # Heads of a group have one key, and views of one place in memory.
+            place = (factor.data_ptr(), factor.shape, factor.stride())
+            if place not in triangles:
+                check_factors([factor])
+                tall = factor.detach().double().T
+                triangles[place] = torch.linalg.qr(tall, mode="r").R if tall.shape[0] > tall.shape[1] else tall
+            return triangles[place]
+
+        first = len(self._heads)
+        for query, key in factors:
+            pair = pair_of(query, key, form)
+            if pair[0].shape[1] != pair[1].shape[0]:
+                raise ValueError(f"factors must fit each other, got {tuple(query.shape)} and {tuple(key.shape)}")
+            left, right = triangle(query), triangle(key)
+            inner = left @ right.T if form == "circuit" else query.detach().double() @ key.detach().double().T
+            dims = (pair[0].shape[0], pair[0].shape[1], pair[1].shape[1])
+            self._heads.append((inner, left, right, dims, query.dtype == key.dtype == torch.float64))
+        return list(range(first, len(self._heads)))
+
+    def records(self) -> list[SpectrumRecord]:
+        """In the order in which heads were added."""
+        singular = _stacked_svdvals([head[0] for head in self._heads])
+        variances: dict[tuple[int, int], float] = {}
+        wanted: dict[tuple[int, int], Tensor] = {}
+        for _, left, right, dims, _ in self._heads:
+            wanted[id(left), max(dims[:2])] = left
+            wanted[id(right), max(dims[1:])] = right
+        spectra = _stacked_svdvals(list(wanted.values()))
+        stacks: dict[tuple[int, int], list[tuple[tuple[int, int], Tensor]]] = {}
+        for key, values in zip(wanted, spectra, strict=True):
+            stacks.setdefault((values.numel(), key[1]), []).append((key, values))
+        for (_, n_big), entries in stacks.items():
+            stacked = torch.stack([values for _, values in entries])
+            found = stacked_variances(stacked, n_big, self._settings.estimator, self._settings.q)
+            variances.update(zip((key for key, _ in entries), found, strict=True))
+        records = []
+        for values, (_, left, right, dims, exact) in zip(singular, self._heads, strict=True):
+            both = (variances[id(left), max(dims[:2])], variances[id(right), max(dims[1:])])
+            records.append(record_of(values, dims, exact, "product", self._settings, both, list))
+        return records
+
+
+def stacked_variances(singular: Tensor, n_big: int, estimator: str, quantile: float) -> list[float]:
+    """`spectrum.variance_of` of each row of singular values (N, n), descending, for one n_big; as many steps as one."""
+    values = singular.square() / n_big
+    if estimator not in ("bulk", "median") or bool((values == 0).any()):
+        return [variance_of(row, n_big, estimator, quantile) for row in singular]
+    n = values.shape[1]
+    sigma2 = values.quantile(0.5, dim=1) / mp_median(n / n_big)
+    if estimator == "bulk":
+        edge = tracy_widom_edge(n_big, n, 1.0, quantile)
+        kept = torch.zeros_like(values, dtype=torch.bool)
+        for _ in range(50):
+            below = values <= edge * sigma2[:, None]
+            going = below.any(1) & (below != kept).any(1)
+            if not bool(going.any()):
+                break
+            means = (values * below).sum(1) / below.sum(1)
+            sigma2, kept = torch.where(going, means, sigma2), torch.where(going[:, None], below, kept)
+    return [float(value) for value in sigma2]
+
+
+def _stacked_svdvals(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Singular values of each matrix, descending, one decomposition a shape."""
+    found: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for shape in {matrix.shape for matrix in matrices}:
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+        for i, values in zip(places, torch.linalg.svdvals(torch.stack([matrices[i] for i in places])), strict=True):
+            found[i] = values.cpu()
+    return found

@@ -1,0 +1,97 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from attnzoo_recipes.callbacks.progress import Checkpoints, Throughput, run_folder
+from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.model_config import model_from_checkpoint
+from attnzoo_recipes.sampling import continue_text
+
+WRITTEN = 200  # characters
+
+
+class Report(L.Callback):
+    """Print figures, files and a sample when fitting has ended.
+
+    Args:
+        prompt: what the sample continues.
+        temperature: of the sample.
+    """
+
+    def __init__(self, prompt: str = "def ", temperature: float = 0.8) -> None:
+        self.prompt = prompt
+        self.temperature = temperature
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print; nothing if the run was stopped before its end."""
+        if trainer.state.status != "running" or trainer.fast_dev_run:
+            return
+        text = "\n".join(["", *self.figures(trainer, pl_module), *self.files(trainer), *self.sample(trainer), ""])
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def figures(self, trainer: L.Trainer, pl_module: Any) -> list[str]:
+        """Quality, speed and size, a line each."""
+        corpus = trainer.datamodule.packed.meta["splits"]["val"]
+        lines = []
+        if "val_bits_per_byte" in trainer.callback_metrics:
+            bits = float(trainer.callback_metrics["val_bits_per_byte"])
+            lines.append(_line("validation", f"{bits:.4f} bits per byte"))
+            for order in ("unigram", "bigram"):
+                entropy = corpus[f"{order}_bits_per_byte"]
+                verdict = "the model is below" if bits < entropy else "the model is NOT below"
+                lines.append(_line(f"{order} entropy", f"{entropy:.4f} bits per byte of the same text ({verdict})"))
+        else:
+            lines.append(_line("validation", f"none in these {trainer.global_step} steps"))
+        model = pl_module.model
+        throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+        cached = model.cache_bytes_per_token(torch.float32)
+        lines.append(_line("speed", f"{throughput.average:,.0f} tokens/s in training"))
+        lines.append(_line("parameters", f"{model.num_parameters:,}"))
+        lines.append(_line("cache", f"{cached:,} bytes per token in float32, {cached // 2:,} in bfloat16"))
+        return lines
+
+    def files(self, trainer: L.Trainer) -> list[str]:
+        """Where everything lies."""
+        folder = run_folder(trainer)
+        named = {
+            "checkpoint": _checkpoint(trainer),
+            "metrics": folder / "metrics.csv",
+            "loss curve": folder / "loss_curve.png",
+        }
+        return [_line(name, str(path)) for name, path in named.items() if path is not None and path.is_file()]
+
+    def sample(self, trainer: L.Trainer) -> list[str]:
+        """What the model of the checkpoint writes, read from its file and decoded with its cache."""
+        path = _checkpoint(trainer)
+        if path is None or not path.is_file():
+            return []
+        model = model_from_checkpoint(read_checkpoint(path))
+        tokenizer = trainer.datamodule.tokenizer
+        # Every token but the last of a split character is at least one character.
+        text = continue_text(model, tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature)
+        return [
+            "",
+            f"sample, {len(text[:WRITTEN])} characters after {self.prompt!r}:",
+            f"{self.prompt}{text[:WRITTEN]}",
+        ]
+
+
+def _checkpoint(trainer: L.Trainer) -> Path | None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, Checkpoints):
+            return Path(callback.best_model_path) if callback.best_model_path else None
+    return None
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:<16} {value}"

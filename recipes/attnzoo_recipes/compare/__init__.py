@@ -1,0 +1,1 @@
+"""`attnzoo-compare`: mechanisms trained under equal conditions."""

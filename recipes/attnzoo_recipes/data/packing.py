@@ -1,0 +1,186 @@
+"""Documents to files of token ids, once; a folder a corpus and tokenizer, named by the hash of what made it.
+
+    KEY/meta.json              settings, and for each split: tokens, documents, bytes, entropies
+    KEY/tokenizer.json         the tokenizer
+    KEY/{train,val,test}.bin   ids, little-endian uint16 or uint32
+
+In a file every document begins with the document token, so boundaries need no index. A folder is made under another
+name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnzoo_recipes.data.corpus import Corpus
+from attnzoo_recipes.data.tokenizers import (
+    BpeTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    from_dict,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+SPLITS = ("train", "val", "test")
+_VERSION = 1
+_DOCUMENTS_AT_ONCE = 256
+_BPE_TRAINING_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class PackedCorpus:
+    """A folder of token files."""
+
+    folder: Path
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, folder: Path) -> PackedCorpus:
+        """Read what `pack` wrote."""
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokenizer = from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        return cls(folder, meta, tokenizer)
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All ids of a split, mapped into memory and not to be written."""
+        count = self.meta["splits"][split]["tokens"]
+        if count == 0:
+            return np.zeros(0, dtype=self.meta["dtype"])
+        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r", shape=(count,))
+
+
+def pack(
+    corpus: Corpus, tokenizer: str, vocab_size: int, val_fraction: float, test_fraction: float, cache_dir: Path
+) -> PackedCorpus:
+    """The corpus as token files below cache_dir; made now, unless they are there.
+
+    Args:
+        corpus: where the documents are.
+        tokenizer: "byte", "bpe" (trained on the training documents) or the path of a tokenizer.json.
+        vocab_size: of "bpe".
+        val_fraction: share of documents, by their hash, that are for validation; equal documents go together.
+        test_fraction: likewise for testing.
+        cache_dir: folder of such folders.
+
+    Raises:
+        ValueError: if the corpus holds no text or cannot be read, or the tokenizer is none.
+    """
+    given = load_tokenizer(Path(tokenizer)) if tokenizer not in ("byte", "bpe") else None
+    settings = {
+        "version": _VERSION,
+        "corpus": dict(corpus.fingerprint()),
+        "tokenizer": tokenizer if given is None else given.to_dict(),
+        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "val_fraction": val_fraction,
+        "test_fraction": test_fraction,
+    }
+    folder = cache_dir / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if not (folder / "meta.json").is_file():
+        unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        unfinished.mkdir(parents=True)
+        try:
+            _write(unfinished, corpus, given, settings)
+            _rename_unless_there(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return PackedCorpus.open(folder)
+
+
+def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
+    """train, val or test, from the document's hash alone."""
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    if place < val_fraction:
+        return "val"
+    return "test" if place < val_fraction + test_fraction else "train"
+
+
+class ByteStatistics:
+    """Counts of bytes and of pairs, for the entropies that a language model has to beat."""
+
+    def __init__(self) -> None:
+        self.pairs = np.zeros((257, 256), dtype=np.int64)
+
+    def add(self, text: str) -> None:
+        """Count a document; its first byte follows the document's beginning."""
+        following = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        before = np.concatenate([[256], following[:-1]])
+        counts = np.bincount(before * 256 + following, minlength=257 * 256)
+        self.pairs += counts.reshape(257, 256)
+
+    def entropies(self) -> dict[str, float]:
+        """Bits per byte of the best table of bytes, and of the best table of bytes given the byte before."""
+        total = self.pairs.sum()
+        unigram, bigram = (_bits(table).sum() for table in (self.pairs.sum(0, keepdims=True), self.pairs))
+        return {"unigram_bits_per_byte": float(unigram / total), "bigram_bits_per_byte": float(bigram / total)}
+
+
+def _bits(counts: np.ndarray) -> np.ndarray:
+    """-n log2 p of every entry, p relative to its row."""
+    rows = counts.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(counts > 0, -counts * np.log2(counts / rows), 0.0)
+
+
+def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any]) -> None:
+    fractions = settings["val_fraction"], settings["test_fraction"]
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+        if settings["tokenizer"] == "bpe":
+            tokenizer = BpeTokenizer.train(_training_text(corpus, *fractions), settings["vocab_size"])
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    found: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+    statistics = {split: ByteStatistics() for split in ("val", "test")}
+    documents = corpus.documents()
+    with ExitStack() as stack:
+        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
+        while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                split = split_of(text, *fractions)
+                files[split].write(np.concatenate([[tokenizer.document_id], ids]).astype(dtype).tobytes())
+                found[split]["tokens"] += 1 + len(ids)
+                found[split]["documents"] += 1
+                found[split]["bytes"] += len(text.encode())
+                if split in statistics:
+                    statistics[split].add(text)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    if not any(counts["documents"] for counts in found.values()):
+        raise ValueError("the corpus holds no text")
+    for split, counted in statistics.items():
+        if found[split]["documents"]:
+            found[split] |= counted.entropies()
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    (folder / "meta.json").write_text(json.dumps({**settings, "dtype": dtype, "splits": found}, indent=1))
+
+
+def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:
+    taken = 0
+    for text in corpus.documents():
+        if taken >= _BPE_TRAINING_BYTES:
+            return
+        if split_of(text, *fractions) == "train":
+            taken += len(text.encode())
+            yield text
+
+
+def _rename_unless_there(unfinished: Path, folder: Path) -> None:
+    """Another process may have made the same folder in the meantime; then that one stays."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / "meta.json").is_file():
+            raise

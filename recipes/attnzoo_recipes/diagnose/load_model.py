@@ -1,0 +1,203 @@
+"""A trained model from what a command line names: a run, a checkpoint, safetensors, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo_recipes.allowlist import ALLOWED
+from attnzoo_recipes.checkpointing import SUFFIX, newest_valid, read_checkpoint
+from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
+from attnzoo_recipes.model_config import KEY, model_from_checkpoint
+
+_TENSORS = ".safetensors"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode and what is known about it.
+
+    Attributes:
+        model: the module, on the CPU unless another device was asked for.
+        name: short, for titles.
+        kind: "attnzoo" (a run or checkpoint), "huggingface", or "weights" (safetensors without a configuration).
+        path: the file or folder that was read.
+        tokenizer: of an attnzoo checkpoint that holds one.
+    """
+
+    model: nn.Module
+    name: str
+    kind: str
+    path: Path
+    tokenizer: Tokenizer | None = None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    allowed: Iterable[str] = ALLOWED,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Read a model; nothing is downloaded and no code from the files is run.
+
+    Args:
+        path: a .ckpt file of attnzoo-pretrain or the folder of a run (its newest valid checkpoint); a local Hugging
+            Face folder (config.json and safetensors); a .safetensors file or a folder of such. Beside a config.json
+            a safetensors file is read as that Hugging Face model. Without one only its attention layers are, found
+            by the names q_proj, k_proj, v_proj and o_proj; norms of queries and keys are left out.
+        num_heads: query heads a layer, for safetensors without config.json.
+        num_kv_heads: key/value heads a layer, likewise. Default: by the keys' rows.
+        allowed: packages that a checkpoint may name.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: if there is nothing at the path.
+        ValueError: in one sentence, if what is there cannot be read as any of these.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"MODEL must be a file or folder, got {str(path)!r}, which does not exist")
+    if path.is_file() and path.suffix == _TENSORS:
+        beside = path.parent / "config.json"
+        found = _hugging_face(path.parent) if beside.is_file() else _weights([path], path, num_heads, num_kv_heads)
+    elif path.is_dir() and (path / "config.json").is_file():
+        found = _hugging_face(path)
+    elif path.is_dir() and sorted(path.glob(f"*{_TENSORS}")):
+        found = _weights(sorted(path.glob(f"*{_TENSORS}")), path, num_heads, num_kv_heads)
+    elif path.is_dir() or path.suffix == SUFFIX:
+        found = _checkpoint(path, allowed)
+    else:
+        raise ValueError(
+            f"MODEL must be a run folder, a {SUFFIX} or {_TENSORS} file or a Hugging Face folder, got {str(path)!r}"
+        )
+    found.model.to(device).eval()
+    return found
+
+
+def _checkpoint(path: Path, allowed: Iterable[str]) -> LoadedModel:
+    file = path
+    if path.is_dir():
+        newest = newest_valid(path)
+        if newest is None:
+            raise ValueError(
+                f"there is neither a valid checkpoint, nor config.json, nor a {_TENSORS} file in {str(path)!r}"
+            )
+        file = newest
+    checkpoint = read_checkpoint(file)
+    model = model_from_checkpoint(checkpoint, allowed)
+    settings = checkpoint[KEY].get("tokenizer")
+    tokenizer = None if settings is None else from_dict(settings)
+    return LoadedModel(model, f"{path.stem or path.name}", "attnzoo", file, tokenizer)
+
+
+def _hugging_face(folder: Path) -> LoadedModel:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("a Hugging Face folder needs the package transformers: pip install attnzoo[hf]") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        # Safetensors alone: other formats can hold code.
+        model = kind.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the Hugging Face model in {str(folder)!r} cannot be loaded: {error}") from error
+    return LoadedModel(model, folder.resolve().name, "huggingface", folder)
+
+
+def _weights(files: list[Path], path: Path, num_heads: int | None, num_kv_heads: int | None) -> LoadedModel:
+    """Attention layers of a state dict, as the zoo's grouped-query attention."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                wanted = [name for name in opened.keys() if _layer_of(name) is not None]  # noqa: SIM118
+                tensors.update({name: opened.get_tensor(name) for name in wanted})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{str(file)!r} is no safetensors file: {error}") from error
+    layers = list(dict.fromkeys(str(_layer_of(name)) for name in tensors))
+    whole = [prefix for prefix in layers if all(f"{prefix}{p}.weight" in tensors for p in _PROJECTIONS)]
+    if not whole:
+        raise ValueError(
+            f"{str(path)!r} must hold attention weights named q_proj, k_proj, v_proj and o_proj, or lie beside a "
+            f"config.json, got neither"
+        )
+    if num_heads is None:
+        raise ValueError(
+            f"{str(path)!r} does not say how many heads its layers have: give --num_heads, or put its config.json "
+            f"beside it"
+        )
+    modules = {prefix: _attention(prefix, tensors, num_heads, num_kv_heads) for prefix in whole}
+    return LoadedModel(_tree(modules), path.stem, "weights", path)
+
+
+def _layer_of(name: str) -> str | None:
+    """The prefix of a projection's weight, dot included."""
+    for projection in _PROJECTIONS:
+        if name.endswith(f"{projection}.weight"):
+            return name.removesuffix(f"{projection}.weight")
+    return None
+
+
+def _attention(prefix: str, tensors: dict[str, Tensor], num_heads: int, num_kv_heads: int | None) -> nn.Module:
+    query, key, value, out = (tensors[f"{prefix}{p}.weight"].float() for p in _PROJECTIONS)
+    width, rest = divmod(query.shape[0], num_heads)
+    groups = key.shape[0] // max(width, 1) if num_kv_heads is None else num_kv_heads
+    v_width = value.shape[0] // max(groups, 1)
+    fits = rest == 0 and groups > 0 and key.shape[0] == groups * width and value.shape[0] == groups * v_width
+    if not fits or num_heads % groups or out.shape[1] != num_heads * v_width:
+        raise ValueError(
+            f"num_heads must fit the weights of {prefix.rstrip('.')}, which have {query.shape[0]} query, "
+            f"{key.shape[0]} key and {value.shape[0]} value rows, got {num_heads} query and {groups} key/value heads"
+        )
+    module = attnzoo.GroupedQueryAttention(
+        query.shape[1], num_heads, groups, head_dim=width, v_head_dim=v_width, bias=False
+    )
+    with torch.no_grad():
+        for name, weight in zip(_PROJECTIONS, (query, key, value, out), strict=True):
+            target: Any = getattr(module, name).weight
+            if target.shape != weight.shape:
+                raise ValueError(
+                    f"{prefix}{name}.weight must have shape {tuple(target.shape)}, got {tuple(weight.shape)}"
+                )
+            target.copy_(weight)
+    return module
+
+
+def _tree(modules: dict[str, nn.Module]) -> nn.Module:
+    """Modules at their dotted names below one root."""
+    root = nn.Module()
+    for prefix, module in modules.items():
+        *parents, last = prefix.rstrip(".").split(".") if prefix.rstrip(".") else ["attention"]
+        place = root
+        for part in parents:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.add_module(last, module)
+    return root
+
+
+def describe(loaded: LoadedModel) -> dict[str, Any]:
+    """What a report says about a model: plain types."""
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return {
+        "model": str(loaded.path),
+        "kind": loaded.kind,
+        "class": type(loaded.model).__name__,
+        "parameters": parameters,
+    }
