@@ -33,7 +33,7 @@ B, T = 2, 2048
 
 
 def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """Memory that nobody reads."""
+    """Uninitialized memory, which is never read."""
     return torch.empty(*shape, dtype=dtype, requires_grad=grad)
 
 
@@ -45,7 +45,7 @@ def softmax(D: int, DV: int, R: int = 0, H: int = 8, G: int = 8, **options: Any)
 
         given = {k: v(dtype) if callable(v) else v for k, v in options.items()}
         if R:
-            given |= {"q_extra": tensor(B, T, H, R, dtype=dtype), "k_extra": tensor(B, T, 1, R, dtype=dtype)}
+            given |= {"q_rope": tensor(B, T, H, R, dtype=dtype), "k_rope": tensor(B, T, 1, R, dtype=dtype)}
         q, k, v = (tensor(B, T, n, d, dtype=dtype) for n, d in ((H, D), (G, D), (G, DV)))
         softmax_attention(q, k, v, scale=0.1, **given)[0].sum().backward()
 
@@ -71,12 +71,15 @@ def decode(
     def call(dtype: torch.dtype) -> None:
         from attnzoo_kernels.decode import decode_attention
 
-        made: dict[str, Any] = {"dtype": dtype, "grad": False}
-        v = tensor(B, groups, 8192, DV, **made).transpose(1, 2)
-        k = v[..., :D] if tied else tensor(B, groups, 8192, D, **made).transpose(1, 2)
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "grad": False}
+        v = tensor(B, groups, 8192, DV, **factory_kwargs).transpose(1, 2)
+        k = v[..., :D] if tied else tensor(B, groups, 8192, D, **factory_kwargs).transpose(1, 2)
         given: dict[str, Any] = {"query_start": 8191}
         if R:
-            given |= {"q_extra": tensor(B, 1, heads, R, **made), "k_extra": tensor(B, 8192, 1, R, **made)}
+            given |= {
+                "q_rope": tensor(B, 1, heads, R, **factory_kwargs),
+                "k_rope": tensor(B, 8192, 1, R, **factory_kwargs),
+            }
         if options:
             given |= {
                 "softcap": 30.0, "window": 512, "sink_tokens": 4, "sinks": torch.empty(heads),
@@ -84,7 +87,7 @@ def decode(
                 "lengths": torch.empty(B, dtype=torch.int32), "key_positions": torch.empty(8192, dtype=torch.int32),
                 "mask": torch.empty(B, 1, 1, 8192, dtype=torch.bool),
             }  # fmt: skip
-        decode_attention(tensor(B, 1, heads, D, **made), k, v, scale=0.1, **given)
+        decode_attention(tensor(B, 1, heads, D, **factory_kwargs), k, v, scale=0.1, **given)
 
     return call
 
@@ -93,25 +96,25 @@ def latent(heads: int, R: int, rope: int) -> Callable[[torch.dtype], object]:
     """One token of absorbed latent attention over a cache of 8,192."""
 
     def call(dtype: torch.dtype) -> None:
-        from attnzoo_kernels.latent_decode import latent_decode
+        from attnzoo_kernels.decode import latent_decode
 
-        made: dict[str, Any] = {"dtype": dtype, "grad": False}
-        cache = tensor(B, 8192, R + rope, **made)
-        q, q_rope = tensor(B, 1, heads, R, **made), tensor(B, 1, heads, rope, **made)
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "grad": False}
+        cache = tensor(B, 8192, R + rope, **factory_kwargs)
+        q, q_rope = tensor(B, 1, heads, R, **factory_kwargs), tensor(B, 1, heads, rope, **factory_kwargs)
         latent_decode(q, q_rope, cache[..., :R], cache[..., R:], scale=0.1, query_start=8191)
 
     return call
 
 
-def prologue(D: int, kind: str, style: str = "half") -> Callable[[torch.dtype], object]:
+def norm_rope(D: int, kind: str, style: str = "half") -> Callable[[torch.dtype], object]:
     """Head map, norm and rotation, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
-        from attnzoo_kernels.head_prologue import head_prologue
+        from attnzoo_kernels.qk_norm_rope import qk_norm_rope
 
         matrices = [tensor(D, D, dtype=dtype) for _ in range(3)]
         maps: dict[str, Any] = {"none": {}, "linear": {"linear": matrices[0]}, "gated": {"mlp": tuple(matrices)}}[kind]
-        y = head_prologue(
+        y = qk_norm_rope(
             tensor(B, T, 8, D, dtype=dtype), **maps, norm_weight=tensor(D, dtype=dtype), cos=torch.empty(T, D),
             sin=torch.empty(T, D), style=style,
         )  # fmt: skip
@@ -197,8 +200,8 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "latent decode 512+64, 16 heads": latent(16, 512, 64),
     "latent decode 512+64, 128 heads": latent(128, 512, 64),
     "latent decode 256+32": latent(8, 256, 32),
-    **{f"prologue {kind} {D}": prologue(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
-    "prologue gated 128 interleaved": prologue(128, "gated", "interleaved"),
+    **{f"qk_norm_rope {kind} {D}": norm_rope(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
+    "qk_norm_rope gated 128 interleaved": norm_rope(128, "gated", "interleaved"),
     "composed 8 heads of 128": composed(8, 128, True),
     "composed 8 heads of 128, query side": composed(8, 128, False),
     "composed 16 heads of 64": composed(16, 64, True),
@@ -228,8 +231,8 @@ SHORT = [
     ("decode tied 64+64", "bf16", "gfx942"),
     ("latent decode 512+64, 16 heads", "bf16", "sm_90"),
     ("latent decode 512+64, 128 heads", "bf16", "sm_90"),
-    ("prologue gated 128", "bf16", "sm_90"),
-    ("prologue linear 128", "bf16", "sm_80"),
+    ("qk_norm_rope gated 128", "bf16", "sm_90"),
+    ("qk_norm_rope linear 128", "bf16", "sm_80"),
     ("composed 4 heads of 64", "bf16", "sm_90"),
     ("linear 128 mixed", "bf16", "sm_90"),
     ("routed 128", "bf16", "sm_90"),
@@ -240,21 +243,21 @@ SHORT = [
 
 def dtypes(case: str) -> tuple[str, ...]:
     """All of them for the plain cases; features and odd widths, which change no tile, in bfloat16 alone."""
-    plain = r"softmax causal (64|128|256)|decode \d+|latent decode 512.64, 16 heads|prologue \w+ 128"
+    plain = r"softmax causal (64|128|256)|decode \d+|latent decode 512.64, 16 heads|qk_norm_rope \w+ 128"
     own = r"linear 128 mixed|routed 128|composed 4 heads of 64"
     return tuple(DTYPES) if re.fullmatch(f"{plain}|{own}", case) else ("bf16",)
 
 
 def fits(case: str, dtype: str, target: str) -> bool:
-    """Whether the target has room for a case: composed attention refuses groups that it has none for."""
-    found = re.match(r"composed (\d+) heads of (\d+)", case)
-    if not found:
+    """Whether a case fits the target: composed attention refuses groups that are too large for it."""
+    size = re.match(r"composed (\d+) heads of (\d+)", case)
+    if not size:
         return True
-    from attnzoo_kernels.composed_tuning import ROOM, sizes
+    from attnzoo_kernels.composed_attention.tuning import CAPACITY, sizes
 
-    kind = {"sm_80": "cuda", "sm_89": "cuda, 99 KiB", "sm_90": "hopper", "gfx942": "hip"}[target]
-    heads, state = sizes(int(found[1]), int(found[2]))
-    most, largest = ROOM[kind, DTYPES[dtype].itemsize]
+    chip = {"sm_80": "cuda", "sm_89": "cuda, 99 KiB", "sm_90": "hopper", "gfx942": "hip"}[target]
+    heads, state = sizes(int(size[1]), int(size[2]))
+    most, largest = CAPACITY[chip, DTYPES[dtype].itemsize]
     return heads <= most and state <= largest
 
 
@@ -270,7 +273,7 @@ def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
     rows = []
     for launch in record(lambda: CASES[name](DTYPES[dtype])):
         try:
-            found = compile_launch(launch, target)
+            resources = compile_launch(launch, target)
         except Exception as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             rows.append({"case": name, "kernel": launch.name, "dtype": dtype, "target": target, "error": first_line})
@@ -278,10 +281,10 @@ def compiled(job: tuple[str, str, str]) -> list[dict[str, Any]]:
         tile = {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK_") and isinstance(v, int)}
         options = {k: launch.options[k] for k in ("num_warps", "num_stages") if k in launch.options}
         rows.append({
-            "case": name, "kernel": found.kernel, "dtype": dtype, "target": target, **tile, **options,
-            "registers": found.registers, "spills": found.spills, "shared": found.shared,
-            "instructions": found.instructions, "serialized": found.serialized,
-            "seconds": round(found.seconds, 1),
+            "case": name, "kernel": resources.kernel, "dtype": dtype, "target": target, **tile, **options,
+            "registers": resources.registers, "spills": resources.spills, "shared": resources.shared,
+            "instructions": resources.instructions, "serialized": resources.serialized,
+            "seconds": round(resources.seconds, 1),
         })  # fmt: skip
     return rows
 
@@ -302,26 +305,26 @@ def complaints(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list
         spills[key(row)] = max(spills.get(key(row), 0), row.get("spills", 0))
         if row.get("serialized"):
             serialized.add(key(row))
-    found = []
+    problems = []
     for row in rows:
         where = " ".join(key(row))
         if "error" in row:
-            found.append(f"{where}: does not compile: {row['error']}")
+            problems.append(f"{where}: does not compile: {row['error']}")
             continue
         limit = SHARED_LIMIT[row["target"]]
         if row["shared"] > limit:
-            found.append(f"{where}: takes {row['shared']} bytes of shared memory, the chip has {limit}")
+            problems.append(f"{where}: takes {row['shared']} bytes of shared memory, the chip has {limit}")
         if row["seconds"] > MAX_SECONDS:
-            found.append(f"{where}: took {row['seconds']} s to compile, {MAX_SECONDS} are allowed")
+            problems.append(f"{where}: took {row['seconds']} s to compile, {MAX_SECONDS} are allowed")
         if not stored:
             continue
         if key(row) not in spills:
-            found.append(f"{where}: is not in the table; write it anew")
+            problems.append(f"{where}: is not in the table; rewrite it with --write")
         elif row["spills"] > spills[key(row)]:
-            found.append(f"{where}: spills {row['spills']} bytes, {spills[key(row)]} in the table")
+            problems.append(f"{where}: spills {row['spills']} bytes, {spills[key(row)]} in the table")
         if row.get("serialized") and key(row) in spills.keys() - serialized:
-            found.append(f"{where}: products wait for each other, those in the table do not")
-    return found
+            problems.append(f"{where}: products wait for each other, those in the table do not")
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -340,9 +343,9 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [job for job in jobs if options.only in job[0] and fits(*job)]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.processes) as pool:
-        for made in pool.map(compiled, jobs):
-            rows += made
-            for row in made:
+        for new in pool.map(compiled, jobs):
+            rows += new
+            for row in new:
                 print(
                     " ".join(key(row)), {k: v for k, v in row.items() if k not in ("case", "kernel", "dtype", "target")}
                 )

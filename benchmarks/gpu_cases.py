@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
+from attnzoo.masks import Visibility
 from attnzoo.ops.head_mixing import knock_mlp
 from attnzoo.ops.latent_attention import latent_attention
-from attnzoo.ops.qk_norm_rope import head_prologue
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotary_table, rotate
 
@@ -68,14 +68,14 @@ class Bench:
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def size(self, full: int, small: int) -> int:
-        """A size of the row, or the small one that stands for it."""
+        """A size of the row, or the small one that replaces it."""
         return small if self.tiny else full
 
     def tensors(self, seed: int, *shapes: tuple[int, ...], grad: bool = False) -> Inputs:
         """Normal numbers."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        made: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "generator": generator}
-        return [torch.randn(shape, **made).requires_grad_(grad) for shape in shapes]
+        factory_kwargs: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "generator": generator}
+        return [torch.randn(shape, **factory_kwargs).requires_grad_(grad) for shape in shapes]
 
 
 def missing_peers(device: str) -> list[str]:
@@ -159,7 +159,9 @@ def sampled(inputs: Inputs, ours: Tensor, causal: bool, scale: float | None = No
     rows = min(64, q.shape[1])
     start = k.shape[1] - rows if causal else 0
     q, mine = q[:, -rows:], ours.detach()[:1, -rows:]
-    call: dict[str, Any] = {"causal": causal, "query_start": start, "scale": scale, "backend": "eager"}
+    call: dict[str, Any] = {
+        "view": Visibility(causal=causal, query_start=start), "scale": scale, "backend": "eager",
+    }  # fmt: skip
     group = q.shape[2] // k.shape[2]
     truth, plain = [], []
     # Head by head: scores of all heads at once would not fit in float64.
@@ -205,7 +207,7 @@ def _qkv(bench: Bench, b: int, t: int, s: int, h: int, g: int, d: int, dv: int, 
 
 
 def _ours(inputs: Inputs, causal: bool) -> Tensor:
-    return softmax_attention(*inputs[:3], causal=causal, backend="triton")
+    return softmax_attention(*inputs[:3], Visibility(causal=causal), backend="triton")
 
 
 def _check_attention(inputs: Inputs, ours: Run, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +222,7 @@ def latent_rows(bench: Bench) -> Iterator[Row]:
     scale = (d + r) ** -0.5
 
     def ours(x: Inputs) -> Tensor:
-        return softmax_attention(*x[:3], q_extra=x[3], k_extra=x[4], scale=scale, backend="triton")
+        return softmax_attention(*x[:3], q_rope=x[3], k_rope=x[4], scale=scale, backend="triton")
 
     def joined(x: Inputs) -> Inputs:
         return [torch.cat([x[0], x[3]], -1), torch.cat([x[1], x[4].expand(-1, -1, h, -1)], -1), x[2]]
@@ -276,7 +278,7 @@ def latent_decode_rows(bench: Bench) -> Iterator[Row]:
             scale = 192**-0.5
 
             def call(x: Inputs, backend: str = "triton", R: int = R, scale: float = scale) -> Tensor:
-                return latent_attention(x[0], x[1], x[2], latent_width=R, scale=scale, backend=backend)
+                return latent_attention(*x, Visibility(), latent_width=R, scale=scale, backend=backend)
 
             def expanded(x: Inputs, scale: float = scale) -> Tensor:
                 return _sdpa([torch.cat([x[0], x[1]], -1), x[2], x[2]], False, None, scale)
@@ -294,8 +296,10 @@ def latent_decode_rows(bench: Bench) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def prologue_rows(bench: Bench) -> Iterator[Row]:
+def qk_norm_rope_rows(bench: Bench) -> Iterator[Row]:
     """QK norm and rotation, without and with a head map, over 16k tokens of 16 heads."""
+    from attnzoo_kernels.qk_norm_rope import qk_norm_rope
+
     t, n, d = bench.size(4096, 33), bench.size(16, 2), bench.size(128, 16)
     b = bench.size(4, 1)
     cos, sin = rotary_table(
@@ -311,7 +315,7 @@ def prologue_rows(bench: Bench) -> Iterator[Row]:
 
         def ours(x: Inputs, mapped: bool = mapped) -> Tensor:
             mlp = (x[1], x[2], x[3]) if mapped else None
-            return head_prologue(x[0], mlp=mlp, norm=norm, table=(cos, sin), backend="triton")
+            return qk_norm_rope(x[0], mlp=mlp, norm_weight=norm.weight, norm_eps=1e-6, cos=cos, sin=sin)
 
         formula = partial(plain, mapped=mapped)
         peers: dict[str, Run] = {"eager": formula}
@@ -327,7 +331,8 @@ def prologue_rows(bench: Bench) -> Iterator[Row]:
 
         for grad in (False, True):
             yield Row(
-                f"prologue {'gated map, ' if mapped else ''}norm, rotation", "forward+backward" if grad else "forward",
+                f"qk_norm_rope {'gated map, ' if mapped else ''}norm, rotation",
+                "forward+backward" if grad else "forward",
                 {"B": b, "T": t, "N": n, "D": d},
                 lambda seed, grad=grad: bench.tensors(seed, (b, t, n, d), (d, d), (d, d), (d, d), grad=grad),
                 ours, peers, check, (Goal("compile", 1.0), *(() if grad or mapped else (Goal("copy", 0.85),))),
@@ -369,7 +374,7 @@ def module_rows(bench: Bench) -> Iterator[Row]:
 
 
 GRIDS: dict[str, tuple[Callable[[Bench], Iterator[Row]], ...]] = {
-    "standard": (train_rows, latent_rows, decode_rows, latent_decode_rows, prologue_rows, module_rows),
+    "standard": (train_rows, latent_rows, decode_rows, latent_decode_rows, qk_norm_rope_rows, module_rows),
     "train": (train_rows, latent_rows),
     "decode": (decode_rows, latent_decode_rows),
 }

@@ -2,7 +2,7 @@
 
 Peers beside plain attention are the formula in plain PyTorch and the same compiled. Where the authors' code costs more
 than its formula (a mixture of heads that computes every head and multiplies by a mask), a baseline of that cost
-structure, written from the equations, stands as "official structure".
+structure, written from the equations, is called "official structure".
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def composed_formula(x: Inputs) -> Tensor:
     a = q @ k.mT * q.shape[3] ** -0.5
     a = a + torch.einsum("bits,btij->bjts", a, q_pre) + torch.einsum("bits,bsij->bjts", a, k_pre)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    high = torch.promote_types(a.dtype, torch.float32)
-    p = a.masked_fill(future, -math.inf).softmax(-1, dtype=high).to(a.dtype)
+    compute_dtype = torch.promote_types(a.dtype, torch.float32)
+    p = a.masked_fill(future, -math.inf).softmax(-1, dtype=compute_dtype).to(a.dtype)
     p = p + torch.einsum("bits,btij->bjts", p, q_post) + torch.einsum("bits,bsij->bjts", p, k_post)
     return (p @ v).transpose(1, 2)
 

@@ -1,7 +1,8 @@
 """Triton kernels of attnzoo and their autograd: functions of tensors only.
 
-One file per fused operation, named as in `attnzoo.ops`, which imports it where a call needs it. Importing this
-package imports neither torch nor triton (unless Triton's interpreter is asked for), and nothing here imports `attnzoo`.
+One package or module per fused operation, named as in `attnzoo.ops`, which imports it where a call needs it.
+Importing this package imports neither torch nor triton (unless Triton's interpreter is asked for), and nothing here
+imports `attnzoo`.
 """
 
 import os

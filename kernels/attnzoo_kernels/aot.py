@@ -3,7 +3,7 @@
     launches = record(lambda: softmax_attention(q, k, v, scale=0.1))
     resources = compile_launch(launches[0], "sm_90")
 
-Needs a process without Triton's interpreter; the tensors may lie on the CPU and are never read.
+Needs a process without Triton's interpreter; the tensors may be on the CPU and are never read.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Resources:
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
-    """The launches that a call makes, which are not carried out."""
+    """The launches that a call would make, recorded instead of carried out."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -87,11 +87,11 @@ def record(call: Callable[[], object]) -> list[Launch]:
         options = {key: value for key, value in kwargs.items() if key not in self.arg_names}
         launches.append(Launch(self, named | {k: v for k, v in kwargs.items() if k in self.arg_names}, options))
 
-    JITFunction.run = keep  # type: ignore[method-assign, assignment]
+    JITFunction.run = keep
     try:
         call()
     finally:
-        JITFunction.run = run  # type: ignore[method-assign]
+        JITFunction.run = run
     return launches
 
 
@@ -127,7 +127,7 @@ def loop_length(listing: str) -> int:
     That is what a tile that needs no mask costs a warp. listing is what `cuobjdump -sass` prints.
     """
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)]
-    jumps = [(at, int(found[1], 16)) for at, text in code if (found := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    jumps = [(at, int(jump[1], 16)) for at, text in code if (jump := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
     loops = [(target, at) for at, target in jumps if target < at]
     lengths = []
     for first, last in loops:
@@ -144,7 +144,7 @@ def loop_length(listing: str) -> int:
 
 
 def is_serialized(listing: str) -> bool:
-    """Whether each warpgroup product waits for the one before, as the assembler has it where it sees a hazard."""
+    """Whether each warpgroup product waits for the one before, as the assembler arranges where it sees a hazard."""
     return 4 <= len(re.findall(r"\bHGMMA\.", listing)) <= len(re.findall(r"\bWARPGROUP\.ARRIVE\b", listing))
 
 
@@ -181,7 +181,7 @@ def _usage(asm: dict[str, Any]) -> tuple[int, int, str]:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise ValueError(f"the compiler's report must contain {pattern}, got {text[:200]!r}")
-    return int(found.group(1))
+    return int(match.group(1))

@@ -3,9 +3,9 @@
     y_p = gate_p W[e_p] x_p
     dx_p = gate_p W[e_p]^T dy_p,  dgate_p = x_p W[e_p]^T dy_p,  dW[e] = sum_p gate_p dy_p x_p^T
 
-Pairs are visited in the order of their experts, and each tile belongs to one expert. Rows are read from and written to
-where they lie: no sorted copy of the input or of the output exists. The host does not know how many pairs an expert
-has: it launches as many tiles as there can be, and the surplus returns at once. No expert has a capacity.
+Pairs are visited in the order of their experts, and each tile belongs to one expert. Rows are read and written in
+place: no sorted copy of the input or of the output exists. The host does not know how many pairs an expert has: it
+launches as many tiles as there can be, and surplus programs return at once. Experts have no capacity limit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,26 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from attnzoo_kernels.launch import dense_rows, on_device
-from attnzoo_kernels.routing_tuning import config
+from attnzoo_kernels.launch import dense_rows, empty_if, gradient_buffer, on_device, precision, strides
+from attnzoo_kernels.tuning import Lines, Table, cdiv, power_of_two
+
+# Tiles of BLOCK_T rows by BLOCK_S columns, whatever the width.
+LINES: Lines = {
+    "expert_projection_rows": {
+        ("cuda", 2): {0: (128, 128, 8, 3)},
+        ("cuda", 4): {0: (64, 64, 4, 2)},
+        ("hip", 2): {0: (128, 128, 8, 1)},
+        ("hip", 4): {0: (64, 64, 4, 1)},
+    },
+    "expert_projection_bwd_weights": {
+        ("cuda", 2): {0: (128, 128, 8, 3)},
+        ("cuda", 4): {0: (64, 64, 4, 2)},
+        ("hip", 2): {0: (128, 128, 8, 1)},
+        ("hip", 4): {0: (64, 64, 4, 1)},
+    },
+}
+
+TABLE = Table(("BLOCK_T", "BLOCK_S"), LINES)
 
 STEP = {2: 64, 4: 32}
 """Bytes of an element -> features that one step of a program adds to a product of rows."""
@@ -38,9 +56,9 @@ def expert_linear(
 ) -> Tensor:
     """Each row of x times the matrix of its expert, and its gate.
 
-    A row's features lie in g pieces: x (n, g, k, C) is token n, slot k of g C features, so that a kernel reads queries
-    and outputs where attention keeps a key/value head's slots side by side. An input that all slots share is expanded
-    along k, not copied. Gradients go to x, weight and gates, once; deterministic.
+    A row's features are stored in g pieces: x (n, g, k, C) is token n, slot k of g C features, so that a kernel reads
+    queries and outputs in the layout of attention, where a key/value head's slots are adjacent. An input that all slots
+    share is expanded along k, not copied. Gradients go to x, weight and gates, once; deterministic.
 
     Args:
         x: (n, g, k, C), float16, bfloat16 or float32.
@@ -53,7 +71,8 @@ def expert_linear(
     Returns:
         (n, out_groups, k, out / out_groups) in x's dtype.
     """
-    return _forward(x, weight, order, ends, gates, out_groups)
+    y: Tensor = _forward(x, weight, order, ends, gates, out_groups)
+    return y
 
 
 @triton.jit
@@ -72,7 +91,7 @@ def tile_of_expert(number, ends_ptr, N, BLOCK_E: tl.constexpr, BLOCK_T: tl.const
 
 @triton.jit
 def feature_offsets(o, stride_g, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """Where the features o of a row of WIDTH features in pieces of PIECE lie."""
+    """Offsets of the features o of a row of WIDTH features in pieces of PIECE."""
     if WIDTH == PIECE:
         at = o.to(tl.int64)
     else:
@@ -81,12 +100,12 @@ def feature_offsets(o, stride_g, WIDTH: tl.constexpr, PIECE: tl.constexpr):
 
 
 # grid (tiles of pairs * tiles of columns): one program owns BLOCK_T pairs of one expert and BLOCK_S of the OUT columns
-# of y. With dot_ptr it also leaves the part of sum_o z_o (W x)_o that its columns bring, (column tiles, pairs).
+# of y. With dot_ptr it also stores its columns' part of sum_o z_o (W x)_o, (column tiles, pairs).
 @triton.jit
 def expert_projection_rows_kernel(
     x_ptr, w_ptr, order_ptr, ends_ptr, gates_ptr, y_ptr, z_ptr, dot_ptr,
-    stride_xn, stride_xg, stride_xk, stride_we, stride_wo, stride_wi, stride_yn, stride_yg, stride_yk,
-    stride_zn, stride_zg, stride_zk, stride_gn, stride_gk, N, SLOTS, pairs,
+    stride_x_n, stride_x_g, stride_x_k, stride_w_e, stride_w_o, stride_w_i, stride_y_n, stride_y_g, stride_y_k,
+    stride_z_n, stride_z_g, stride_z_k, stride_gates_n, stride_gates_k, N, SLOTS, pairs,
     IN: tl.constexpr, IN_PIECE: tl.constexpr, OUT: tl.constexpr, OUT_PIECE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -101,28 +120,29 @@ def expert_projection_rows_kernel(
     o_n = pair // SLOTS
     o_slot = pair % SLOTS
     o_o = column * BLOCK_S + tl.arange(0, BLOCK_S)
-    x_row = x_ptr + o_n * stride_xn + o_slot * stride_xk
-    w_ptr += e.to(tl.int64) * stride_we + o_o.to(tl.int64)[None, :] * stride_wo
+    x_row = x_ptr + o_n * stride_x_n + o_slot * stride_x_k
+    w_ptr += e.to(tl.int64) * stride_w_e + o_o.to(tl.int64)[None, :] * stride_w_o
     acc = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     for first in range(0, IN, BLOCK_K):
         o_i = first + tl.arange(0, BLOCK_K)
-        at = feature_offsets(o_i, stride_xg, IN, IN_PIECE)
+        at = feature_offsets(o_i, stride_x_g, IN, IN_PIECE)
         b_x = tl.load(x_row[:, None] + at[None, :], mask=inside[:, None] & (o_i < IN)[None, :], other=0.0)
         w_mask = (o_i < IN)[:, None] & (o_o < OUT)[None, :]
-        b_w = tl.load(w_ptr + o_i.to(tl.int64)[:, None] * stride_wi, mask=w_mask, other=0.0)
+        b_w = tl.load(w_ptr + o_i.to(tl.int64)[:, None] * stride_w_i, mask=w_mask, other=0.0)
         acc = tl.dot(b_x, b_w, acc=acc, input_precision=PRECISION)
     mask = inside[:, None] & (o_o < OUT)[None, :]
-    at = feature_offsets(o_o, stride_yg, OUT, OUT_PIECE)
+    at = feature_offsets(o_o, stride_y_g, OUT, OUT_PIECE)
     if dot_ptr is not None:
-        z_at = feature_offsets(o_o, stride_zg, OUT, OUT_PIECE)
-        z_row = z_ptr + o_n * stride_zn + o_slot * stride_zk
+        z_at = feature_offsets(o_o, stride_z_g, OUT, OUT_PIECE)
+        z_row = z_ptr + o_n * stride_z_n + o_slot * stride_z_k
         b_z = tl.load(z_row[:, None] + z_at[None, :], mask=mask, other=0.0)
         dot = tl.sum(acc * b_z.to(tl.float32), 1)
         tl.store(dot_ptr + column.to(tl.int64) * pairs + pair, dot, mask=inside)
     if gates_ptr is not None:
-        gate = tl.load(gates_ptr + o_n * stride_gn + o_slot * stride_gk, mask=inside, other=0.0).to(tl.float32)
+        gate_at = o_n * stride_gates_n + o_slot * stride_gates_k
+        gate = tl.load(gates_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
         acc *= gate[:, None]
-    y_row = y_ptr + o_n * stride_yn + o_slot * stride_yk
+    y_row = y_ptr + o_n * stride_y_n + o_slot * stride_y_k
     tl.store(y_row[:, None] + at[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -131,7 +151,7 @@ def expert_projection_rows_kernel(
 @triton.jit
 def expert_projection_bwd_weights_kernel(
     x_ptr, dy_ptr, order_ptr, ends_ptr, gates_ptr, dw_ptr,
-    stride_xn, stride_xg, stride_xk, stride_yn, stride_yg, stride_yk, stride_gn, stride_gk, SLOTS,
+    stride_x_n, stride_x_g, stride_x_k, stride_y_n, stride_y_g, stride_y_k, stride_gates_n, stride_gates_k, SLOTS,
     IN: tl.constexpr, IN_PIECE: tl.constexpr, OUT: tl.constexpr, OUT_PIECE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +161,8 @@ def expert_projection_bwd_weights_kernel(
     tile = tl.program_id(0) % tiles
     o_o = tile // columns * BLOCK_T + tl.arange(0, BLOCK_T)
     o_i = tile % columns * BLOCK_S + tl.arange(0, BLOCK_S)
-    x_at = feature_offsets(o_i, stride_xg, IN, IN_PIECE)
-    y_at = feature_offsets(o_o, stride_yg, OUT, OUT_PIECE)
+    x_at = feature_offsets(o_i, stride_x_g, IN, IN_PIECE)
+    y_at = feature_offsets(o_o, stride_y_g, OUT, OUT_PIECE)
     lo = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
     hi = tl.load(ends_ptr + e)
     acc = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
@@ -152,12 +172,13 @@ def expert_projection_bwd_weights_kernel(
         pair = tl.load(order_ptr + o_p, mask=inside, other=0)
         o_n = pair // SLOTS
         o_slot = pair % SLOTS
-        x_row = x_ptr + o_n * stride_xn + o_slot * stride_xk
-        y_row = dy_ptr + o_n * stride_yn + o_slot * stride_yk
+        x_row = x_ptr + o_n * stride_x_n + o_slot * stride_x_k
+        y_row = dy_ptr + o_n * stride_y_n + o_slot * stride_y_k
         b_x = tl.load(x_row[:, None] + x_at[None, :], mask=inside[:, None] & (o_i < IN)[None, :], other=0.0)
         b_dy = tl.load(y_row[:, None] + y_at[None, :], mask=inside[:, None] & (o_o < OUT)[None, :], other=0.0)
         if gates_ptr is not None:
-            gate = tl.load(gates_ptr + o_n * stride_gn + o_slot * stride_gk, mask=inside, other=0.0).to(tl.float32)
+            gate_at = o_n * stride_gates_n + o_slot * stride_gates_k
+            gate = tl.load(gates_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
             b_dy = (b_dy.to(tl.float32) * gate[:, None]).to(b_x.dtype)
         acc = tl.dot(tl.trans(b_dy), b_x, acc=acc, input_precision=PRECISION)
     at = e.to(tl.int64) * OUT * IN + o_o.to(tl.int64)[:, None] * IN + o_i[None, :]
@@ -168,16 +189,17 @@ def expert_projection_bwd_weights_kernel(
 def _forward(
     x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, out_groups: int
 ) -> Tensor:  # fmt: skip
-    y = _forward_fake(x, weight, order, ends, gates, out_groups)
+    y: Tensor = _forward_fake(x, weight, order, ends, gates, out_groups)
     if y.numel():
-        _launch_rows(x, weight, order, ends, gates, y)
+        grid, arguments, _ = _rows(x, weight, order, ends, gates, y)
+        with on_device(x):
+            expert_projection_rows_kernel[grid](**arguments)
     return y
 
 
 @_forward.register_fake
-def _forward_fake(
-    x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, out_groups: int
-) -> Tensor:  # fmt: skip
+def _forward_fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    out_groups = others[-1]
     shape = (x.shape[0], out_groups, x.shape[2], weight.shape[1] // out_groups)
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
@@ -188,41 +210,43 @@ def _backward(
     need_x: bool, need_weight: bool, need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (of every slot, also where they share x), weight and, in float32, gates; empty if unneeded."""
-    dx, dw, dgates = made = _backward_fake(dy, x, weight, order, ends, gates, need_x, need_weight, need_gates)
+    dx, dw, dgates = gradients = _gradient_buffers(x, weight, need_x, need_weight, need_gates)
     if dy.numel() == 0:
-        for gradient in made:
+        for gradient in gradients:
             gradient.zero_()
-        return made
-    if need_x or need_gates:
-        dot = _launch_rows(dy, weight.transpose(1, 2), order, ends, gates, dx, x if need_gates else None)
-        if dot is not None:
-            dgates.copy_(dot.sum(0).view(dgates.shape))
-    if need_weight:
-        x, dy = dense_rows(x), dense_rows(dy)
-        N, OUT, IN = weight.shape
-        tiles = config("expert_projection_bwd_weights", x.dtype, x.device)
-        grid = (N * -(-OUT // tiles.BLOCK_T) * -(-IN // tiles.BLOCK_S),)
-        with on_device(x):
+        return gradients
+    with on_device(x):
+        if need_x or need_gates:
+            grid, arguments, dot = _rows(dy, weight.transpose(1, 2), order, ends, gates, dx, x if need_gates else None)
+            expert_projection_rows_kernel[grid](**arguments)
+            if dot is not None:
+                dgates.copy_(dot.sum(0).view(dgates.shape))
+        if need_weight:
+            x, dy = dense_rows(x), dense_rows(dy)
+            N, OUT, IN = weight.shape
+            config = TABLE.config("expert_projection_bwd_weights", x.dtype, x.device)
+            grid = (N * cdiv(OUT, config["BLOCK_T"]) * cdiv(IN, config["BLOCK_S"]),)
             expert_projection_bwd_weights_kernel[grid](
-                x, dy, order, ends, gates, dw, *x.stride()[:3], *dy.stride()[:3], *_gate_strides(gates), x.shape[2],
-                IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=_precision(x), BLOCK_K=PAIRS,
-                **tiles.options(),
+                x_ptr=x, dy_ptr=dy, order_ptr=order, ends_ptr=ends, gates_ptr=gates, dw_ptr=dw,
+                **strides(x, "x", "ngk"), **strides(dy, "y", "ngk"), **strides(gates, "gates", "nk"), SLOTS=x.shape[2],
+                IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=precision(x.dtype),
+                BLOCK_K=PAIRS, **config.options(),
             )  # fmt: skip
-    return made
+    return gradients
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None,
-    need_x: bool, need_weight: bool, need_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    def made(shape: tuple[int, ...], wanted: bool, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=dtype, device=x.device)
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradient_buffers(x, weight, *others[-3:])
 
+
+def _gradient_buffers(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_gates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        made(tuple(x.shape), need_x or need_gates, x.dtype),
-        made(tuple(weight.shape), need_weight, weight.dtype),
-        made((x.shape[0], x.shape[2]), need_gates, torch.float32),
+        gradient_buffer(x, need_x or need_gates),
+        gradient_buffer(weight, need_weight),
+        empty_if(need_gates, (x.shape[0], x.shape[2]), torch.float32, x.device),
     )
 
 
@@ -247,30 +271,24 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _launch_rows(
+def _rows(
     x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, y: Tensor, z: Tensor | None = None
-) -> Tensor | None:
-    """Fills y; with z, laid out like y, also returns the parts (column tiles, pairs) of the sums of z and ungated y."""
-    x, z = dense_rows(x), None if z is None else dense_rows(z)
+) -> tuple[tuple[int], dict[str, Any], Tensor | None]:
+    """Grid and arguments of the kernel that fills y.
+
+    With z, laid out like y, it also fills the third, the parts (column tiles, pairs) of the sums of z and ungated y.
+    """
+    x, z = dense_rows(x), dense_rows(z)
     N, OUT, IN = weight.shape
     pairs = order.shape[0]
-    tiles = config("expert_projection_rows", x.dtype, x.device)
-    columns = -(-OUT // tiles.BLOCK_S)
-    grid = ((-(-pairs // tiles.BLOCK_T) + N) * columns,)
+    config = TABLE.config("expert_projection_rows", x.dtype, x.device)
+    columns = cdiv(OUT, config["BLOCK_S"])
     dot = None if z is None else torch.empty((columns, pairs), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        expert_projection_rows_kernel[grid](
-            x, weight, order, ends, gates, y, z, dot, *x.stride()[:3], *weight.stride(), *y.stride()[:3],
-            *((0, 0, 0) if z is None else z.stride()[:3]), *_gate_strides(gates), N, x.shape[2], pairs,
-            IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=y.shape[3], PRECISION=_precision(x),
-            BLOCK_E=triton.next_power_of_2(N), BLOCK_K=STEP[x.element_size()], **tiles.options(),
-        )  # fmt: skip
-    return dot
-
-
-def _gate_strides(gates: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if gates is None else (gates.stride(0), gates.stride(1))
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    arguments = {
+        "x_ptr": x, "w_ptr": weight, "order_ptr": order, "ends_ptr": ends, "gates_ptr": gates, "y_ptr": y, "z_ptr": z,
+        "dot_ptr": dot, **strides(x, "x", "ngk"), **strides(weight, "w", "eoi"), **strides(y, "y", "ngk"),
+        **strides(z, "z", "ngk"), **strides(gates, "gates", "nk"), "N": N, "SLOTS": x.shape[2], "pairs": pairs,
+        "IN": IN, "IN_PIECE": x.shape[3], "OUT": OUT, "OUT_PIECE": y.shape[3], "PRECISION": precision(x.dtype),
+        "BLOCK_E": power_of_two(N), "BLOCK_K": STEP[x.element_size()], **config.options(),
+    }  # fmt: skip
+    return ((cdiv(pairs, config["BLOCK_T"]) + N) * columns,), arguments, dot

@@ -1,8 +1,9 @@
-"""Tile sizes: one table, kernel -> architecture, bytes of an element and width of a head -> configuration.
+"""Tile sizes of launches: what a configuration is, how the tables are read, how one is pinned.
 
-"hopper" are GPUs with 227 KiB of shared memory for a program, "cuda" all other NVIDIA GPUs from capability 8.0 on, down
-to 99 KiB, "hip" AMD's. Every line compiles for sm_80, sm_89, sm_90 and gfx942 within their shared memory;
-`benchmarks/aot_resources.py` writes the registers and spills that come out. None has been timed on a GPU yet.
+Every operation's `tuning` holds a `Table` of its kernels. "hopper" means GPUs with 227 KiB of shared memory for a
+program, "cuda" all other NVIDIA GPUs from capability 8.0 on, down to 99 KiB, "hip" AMD's. Every line compiles for
+sm_80, sm_89, sm_90 and gfx942 within their shared memory; `benchmarks/aot_resources.py` writes the registers and spills
+that result. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -20,89 +21,90 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of BLOCK_T queries (or rows) by BLOCK_S keys, and how a program is run."""
+    """Tile sizes of a launch, under the names of the kernel's arguments, and how a program is run.
 
-    BLOCK_T: int
-    BLOCK_S: int
+    `config["BLOCK_T"]` is the size of a tile.
+    """
+
+    tiles: dict[str, int]
     num_warps: int
     num_stages: int
 
+    def __getitem__(self, tile: str) -> int:
+        return self.tiles[tile]
+
+    def at_most(self, **sizes: int) -> Config:
+        """With no tile larger than its size here."""
+        return replace(self, tiles={name: min(size, sizes.get(name, size)) for name, size in self.tiles.items()})
+
     def options(self) -> dict[str, int | bool]:
-        """As keyword arguments of a launch."""
-        return {**asdict(self), "enable_fp_fusion": True}
+        """As keyword arguments of a launch. The default of enable_fp_fusion changes between versions of Triton."""
+        return {
+            **self.tiles,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
-
-# (architecture, bytes of an element) -> width of a head, with the shared part, after padding: the first line that is at
-# least as wide serves. Chosen by what the compilers report: few instructions for a pair of query and key, few or no
-# spilled registers, and on Hopper a warpgroup for every 64 rows, or its products are split and wait for each other.
-Widths = dict[int, Config]
-Lines = TypeVar("Lines")
-TABLE: dict[str, dict[tuple[str, int], Widths]] = {
-    "softmax_attention_fwd": {
-        ("hopper", 2): {
-            64: Config(128, 64, 4, 3), 128: Config(128, 128, 8, 3), 192: Config(128, 128, 8, 2),
-            256: Config(128, 64, 8, 2), 320: Config(64, 32, 8, 2),
-        },
-        ("cuda", 2): {
-            64: Config(128, 64, 4, 3), 192: Config(128, 64, 8, 2), 320: Config(64, 32, 4, 2),
-        },
-        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 32, 4, 1), 320: Config(16, 16, 4, 1)},
-        ("hip", 2): {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 320: Config(64, 32, 4, 1)},
-        ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1), 320: Config(32, 16, 4, 1)},
-    },
-    "softmax_attention_bwd_dkdv": {
-        ("hopper", 2): {
-            64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 192: Config(32, 128, 8, 2),
-            256: Config(64, 64, 8, 1), 320: Config(32, 64, 8, 1),
-        },
-        ("cuda", 2): {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 320: Config(32, 32, 4, 1)},
-        ("cuda", 4): {64: Config(16, 32, 4, 1), 128: Config(16, 16, 4, 1), 320: Config(16, 16, 8, 1)},
-        ("hip", 2): {64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 320: Config(32, 32, 4, 1)},
-        ("hip", 4): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 4, 1), 320: Config(16, 16, 4, 1)},
-    },
-    "softmax_attention_bwd_dq": {
-        ("hopper", 2): {192: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2), 320: Config(64, 32, 4, 2)},
-        ("cuda", 2): {
-            64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2),
-            192: Config(128, 32, 8, 1), 320: Config(32, 32, 4, 1),
-        },
-        ("cuda", 4): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 2), 320: Config(16, 16, 4, 2)},
-        ("hip", 2): {64: Config(128, 32, 4, 1), 128: Config(128, 32, 4, 1), 320: Config(64, 32, 4, 1)},
-        ("hip", 4): {64: Config(64, 32, 4, 1), 128: Config(64, 32, 4, 1), 320: Config(32, 16, 4, 1)},
-    },
-}  # fmt: skip
-
-# Several heads a group: a loop around the loop over queries, which takes registers.
-TABLE["softmax_attention_bwd_dkdv grouped"] = TABLE["softmax_attention_bwd_dkdv"] | {
-    ("hopper", 2): {
-        64: Config(64, 128, 8, 2), 192: Config(32, 128, 8, 2), 256: Config(64, 64, 8, 1), 320: Config(32, 64, 8, 1),
-    },
-}  # fmt: skip
-# A tile of a bias or mask takes shared memory for every stage, and its addresses registers.
-TABLE["softmax_attention_fwd dense"] = TABLE["softmax_attention_fwd"] | {
-    ("hopper", 2): {128: Config(128, 64, 8, 2), 192: Config(128, 32, 8, 2), 320: Config(64, 32, 8, 1)},
-    ("cuda", 2): {128: Config(128, 32, 8, 2), 320: Config(64, 32, 8, 1)},
-}
-TABLE["softmax_attention_bwd_dkdv dense"] = TABLE["softmax_attention_bwd_dkdv"] | {
-    ("hopper", 2): {128: Config(32, 128, 8, 1), 320: Config(32, 32, 4, 1)},
-    ("cuda", 2): {64: Config(32, 64, 4, 1), 128: Config(64, 64, 8, 1), 320: Config(32, 32, 4, 1)},
-}
-TABLE["softmax_attention_bwd_dq dense"] = TABLE["softmax_attention_bwd_dq"] | {
-    ("hopper", 2): {128: Config(128, 32, 8, 1), 320: Config(32, 32, 4, 1)},
-    ("cuda", 2): {128: Config(128, 32, 8, 1), 320: Config(32, 32, 4, 1)},
-}
 
 _PINNED: ContextVar[Config | None] = ContextVar("pinned configuration", default=None)
 
 
 @contextmanager
 def pinned(config: Config) -> Iterator[None]:
-    """Every launch within runs with this configuration: for tests and for measuring candidates."""
+    """Every launch within has this configuration's tiles, as far as its kernel has them, its warps and its stages.
+
+    For tests and for measuring candidates.
+    """
     token = _PINNED.set(config)
     try:
         yield
     finally:
         _PINNED.reset(token)
+
+
+def or_pinned(config: Config) -> Config:
+    """The configuration, or within `pinned` the pinned one."""
+    chosen = _PINNED.get()
+    if chosen is None:
+        return config
+    tiles = {name: chosen.tiles.get(name, size) for name, size in config.tiles.items()}
+    return replace(chosen, tiles=tiles)
+
+
+# A table's inner keys are one number or a pair of them.
+Lines = dict[str, dict[tuple[str, int], dict[Any, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """kernel -> (architecture, bytes of an element) -> size of a head -> sizes of tiles, num_warps, num_stages.
+
+    A kernel's name may be followed by a variant ("softmax_attention_fwd dense"). An architecture without lines of its
+    own uses those of "cuda", or else of "any". The size is one or two numbers, padded, which the
+    table's module defines. The first line whose size is at least the call's is used, or else the last one.
+
+    Attributes:
+        tiles: names of the kernels' arguments that a line's numbers are for.
+        lines: of every kernel.
+    """
+
+    tiles: tuple[str, ...]
+    lines: Lines
+
+    def config(self, kernel: str, dtype: torch.dtype, device: torch.device, *size: int) -> Config:
+        """The configuration of a kernel in that dtype for heads of that size; `pinned` overrides it."""
+        lines = self.lines[kernel]
+        places = ((name, dtype.itemsize) for name in (architecture(device), "cuda", "any"))
+        chosen = lines[next(place for place in places if place in lines)]
+        wide_enough = (line for limit, line in chosen.items() if _covers(limit, size))
+        *tiles, num_warps, num_stages = next(wide_enough, list(chosen.values())[-1])
+        return or_pinned(Config(dict(zip(self.tiles, tiles, strict=True)), num_warps, num_stages))
+
+
+def _covers(limit: int | tuple[int, int], size: tuple[int, ...]) -> bool:
+    limits = limit if isinstance(limit, tuple) else (limit,)
+    return all(most >= own for most, own in zip(limits, size, strict=False))
 
 
 @lru_cache(maxsize=16)
@@ -126,21 +128,25 @@ def architecture(device: torch.device) -> str:
     return "hopper" if shared_memory >= 227 * 1024 else "cuda"
 
 
-def lines_for(table: dict[tuple[str, int], Lines], dtype: torch.dtype, device: torch.device) -> Lines:
-    """A kernel's lines for a device; those of "cuda" where "hopper" has none of its own."""
-    key = architecture(device), dtype.itemsize
-    return table[key] if key in table else table["cuda", dtype.itemsize]
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover the size."""
+    return -(-size // block)
 
 
-def config(kernel: str, width: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration of a kernel for heads of that width, padded, in that dtype."""
-    chosen = _PINNED.get()
-    if chosen is not None:
-        return chosen
-    lines = lines_for(TABLE[kernel], dtype, device)
-    return next(line for widest, line in lines.items() if width <= widest or widest == max(lines))
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below the size."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def padded(width: int) -> int:
-    """The tile's side for a head of that width: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(width))
+    """The tile's side for that many features, heads or tokens: a power of two that tensor cores take."""
+    return max(16, power_of_two(width))
+
+
+def splits_for(programs: int, keys: int, block_s: int, slots: int) -> int:
+    """Into how many parts to cut the keys, from sizes alone: the GPU is never asked and a CUDA graph can hold it.
+
+    As many as fill the slots (programs that the GPU runs at once) without a last, nearly empty round, but none
+    shorter than two tiles, below which merging costs more than it hides.
+    """
+    return max(1, min(slots // max(programs, 1), cdiv(keys, 2 * block_s)))

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from attnzoo_kernels import aot
-from attnzoo_kernels.linear_attention import linear_attention
-from attnzoo_kernels.linear_attention_finish import linear_attention_finish
-from attnzoo_kernels.linear_attention_step import linear_attention_step
+from attnzoo_kernels.linear_attention import linear_attention, linear_attention_finish, linear_attention_step
 
 Key = tuple[object, ...]
 # Widths of keys and values, tokens of a block, weights' heads (0: none), causal, packed.
@@ -74,13 +72,13 @@ def main(target: str, *names: str) -> int:
     bad = 0
     for dtype in (getattr(torch, name) for name in names):
         for call, launch in launches(dtype):
-            found = aot.compile_launch(launch, target)
-            wrong = found.spills > 0 or found.shared > aot.SHARED_LIMIT[target]
+            result = aot.compile_launch(launch, target)
+            wrong = result.spills > 0 or result.shared > aot.SHARED_LIMIT[target]
             bad += wrong
             reverse = " reversed" if launch.arguments.get("REVERSE") else ""
             print(
-                f"{target} {str(dtype)[6:]} {call}: {found.kernel}{reverse} registers={found.registers} "
-                f"spills={found.spills} shared={found.shared}{'  TOO MUCH' if wrong else ''}",
+                f"{target} {str(dtype)[6:]} {call}: {result.kernel}{reverse} registers={result.registers} "
+                f"spills={result.spills} shared={result.shared}{'  TOO MUCH' if wrong else ''}",
                 flush=True,
             )
     return int(bad > 0)

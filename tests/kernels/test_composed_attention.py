@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from collections.abc import Callable
@@ -15,19 +14,18 @@ from torch import Tensor, library, nn
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.ops.composed_attention import Composition, Sight, composed_attention
+from attnzoo.masks import Visibility
+from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo_kernels import composed_attention as kernels
-from attnzoo_kernels import composed_tuning, tuning
+from attnzoo_kernels import tuning
+from attnzoo_kernels.composed_attention import tuning as composed_tuning
 from benchmarks.timing import saved_bytes
+from tests.kernels.tiles import SMALL, tile
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_dcmha, test_talking_heads
 from tests.zoo import gradients
 
-# The function has its module's name.
-operation = importlib.import_module("attnzoo.ops.composed_attention")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 # Sizes that no axis shares; heads are N groups of MI queries' heads, MJ softmax heads and MV outputs.
 SIZES = {"B": 1, "T": 19, "S": 19, "N": 1, "MI": 4, "MJ": 4, "MV": 4, "G": 2, "GV": 2, "D": 5, "DV": 7, "R": 2}
 EVERYTHING = ("pre query", "pre key", "post query", "post key")
@@ -63,7 +61,7 @@ def draw(changed: dict[str, int], parts: tuple[str, ...], dtype: torch.dtype) ->
 
 def compositions(made: dict[str, Tensor], residual: bool) -> tuple[Composition | None, Composition | None]:
     """The two compositions that tensors by name make up, None where there are none."""
-    found = []
+    result = []
     for place in ("pre", "post"):
         sides = {
             kind: tuple(made[f"{place} {kind} {vector}"] for vector in "uvg")
@@ -71,8 +69,8 @@ def compositions(made: dict[str, Tensor], residual: bool) -> tuple[Composition |
             if f"{place} {kind} u" in made
         }
         base = made.get(f"{place} base")
-        found.append(Composition(base, residual, **sides) if sides or base is not None else None)
-    return found[0], found[1]
+        result.append(Composition(base, residual, **sides) if sides or base is not None else None)
+    return result[0], result[1]
 
 
 def through(backend: str, names: list[str], call: dict[str, Any]) -> Callable[..., list[Tensor]]:
@@ -83,9 +81,9 @@ def through(backend: str, names: list[str], call: dict[str, Any]) -> Callable[..
         made = dict(zip(names, given, strict=True))
         q, k, v = made["q"], made["k"], made["v"]
         start = k.shape[1] - q.shape[1] if rules["start"] is None else rules["start"]
-        sight = Sight(rules["causal"], rules["window"], rules["mask"], start, rules["positions"])
+        view = Visibility(rules["causal"], rules["window"], 0, rules["mask"], start, rules["positions"])
         pre, post = compositions(made, rules["residual"])
-        return [composed_attention(q, k, v, pre, post, sight, scale=q.shape[3] ** -0.5, backend=backend)]
+        return [composed_attention(q, k, v, pre, post, view, scale=q.shape[3] ** -0.5, backend=backend)]
 
     return run
 
@@ -157,17 +155,17 @@ def test_half_precision_of_every_case(name: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 32])
 def test_few_and_many_heads(count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        # The interpreter has room for everything.
-        monkeypatch.setattr(composed_tuning, "room", lambda *_: (32, 1024))
+        # The interpreter takes groups of any size.
+        monkeypatch.setattr(kernels, "capacity", lambda *_: (32, 1024))
     assert_same_as_eager(heads(count, R=1), EVERYTHING, {}, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", [(32, 16), (16, 32), (32, 32), (64, 64)])
+@pytest.mark.parametrize("sides", [(32, 16), (16, 32), (32, 32), (64, 64)])
 @pytest.mark.parametrize("name", ["both sides, several tiles", "window", "packed", "talking heads, several tiles"])
-def test_other_tiles(name: str, tile: tuple[int, int]) -> None:
+def test_other_tiles(name: str, sides: tuple[int, int]) -> None:
     changed, parts, call = CASES[name]
-    assert_same_as_eager(changed, parts, call | {"config": tuning.Config(*tile, 4, 1)})
+    assert_same_as_eager(changed, parts, call | {"config": tile(*sides)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -206,8 +204,8 @@ def test_gradients_that_nobody_needs_are_not_made(monkeypatch: pytest.MonkeyPatc
         alone = [x.detach().requires_grad_(n == wanted) for n, x in enumerate(tensors)]
         with monkeypatch.context() as patch:
             patch.setattr(kernels, f"composed_attention_bwd_{unused}_kernel", None)
-            (found,) = torch.autograd.grad(through("triton", names, {})(*alone)[0].sum(), alone[wanted])
-        assert torch.equal(found, expected[wanted]), names[wanted]
+            (result,) = torch.autograd.grad(through("triton", names, {})(*alone)[0].sum(), alone[wanted])
+        assert torch.equal(result, expected[wanted]), names[wanted]
 
 
 def test_no_key_gives_zeros() -> None:
@@ -225,7 +223,7 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     with tuning.pinned(SMALL):
         library.opcheck(
             kernels._forward,
-            (made["q"], made["k"], made["v"], *matrices, *(None,) * 5, 1, 0.5, 0, 0, 1, True, True, True),
+            (made["q"], made["k"], made["v"], *matrices, *(None,) * 5, 0.5, 1, 0, 0, 1, True, True, True),
         )
 
 
@@ -240,6 +238,8 @@ REFUSALS = [
         {"sizes": heads(17)},
         r"groups may have at most 16 heads of torch.float32 here, got 32 \(padded\): more",
     ),
+    ({"view": {"window": 4, "sink_tokens": 1}}, "have windows of causal attention without sink tokens only"),
+    ({"view": {"window": 4, "causal": False}}, "have windows of causal attention without sink tokens only"),
     ({"sizes": {"N": 2, "G": 2}, "other": True}, "must have the same number of head groups, got 2 and 1"),
 ]
 
@@ -255,7 +255,7 @@ def test_what_the_kernels_cannot_do_is_refused(given: dict[str, Any], message: s
         attnzoo.BackendUnavailable, match="backend 'triton' cannot run composed_attention: .*" + message
     ):
         composed_attention(
-            made["q"], made["k"], made["v"], pre, post, Sight(True, None, None, 0, None), scale=1.0,
+            made["q"], made["k"], made["v"], pre, post, Visibility(**given.get("view", {})), scale=1.0,
             dropout=given.get("dropout", 0.0), backend="triton",
         )  # fmt: skip
 
@@ -269,16 +269,16 @@ def test_bfloat16_is_refused_in_the_interpreter() -> None:
 
 
 def test_every_size_that_is_accepted_has_a_configuration() -> None:
-    found = 0
+    accepted = 0
     for dtype in (torch.float32, torch.bfloat16):
-        most, largest = composed_tuning.room(dtype, torch.device("cpu"))
+        most, largest = composed_tuning.capacity(dtype, torch.device("cpu"))
         for count, width in itertools.product((1, 4, 12, 16, 32, 33), (8, 32, 64, 128)):
             M, state = composed_tuning.sizes(count, width)
             if most >= M and largest >= state:
-                found += 1
-                for kernel in composed_tuning.TABLE:
-                    assert composed_tuning.config(kernel, count, width, dtype, torch.device("cpu")).BLOCK_T >= 16
-    assert found > 20
+                accepted += 1
+                for kernel in composed_tuning.LINES:
+                    assert composed_tuning.TABLE.config(kernel, dtype, torch.device("cpu"), M, state)["BLOCK_T"] >= 16
+    assert accepted > 20
 
 
 # Modules
@@ -342,16 +342,16 @@ def test_pruned_heads() -> None:
     for module in (eager, fused):
         module.prune_heads([0, 1, 3])
     x = torch.randn(1, 9, 32, device=DEVICE)
-    expected, found = (gradients(module, x, torch.ones_like(x)) for module in (eager, fused))
+    expected, result = (gradients(module, x, torch.ones_like(x)) for module in (eager, fused))
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5, msg=key)
+        torch.testing.assert_close(result[key], value, atol=1e-5, rtol=1e-5, msg=key)
 
 
 def test_stored_figures_of_dcmha_in_float32() -> None:
     tensors, _, single = test_dcmha.stored()
     module = test_dcmha.golden(backend="triton").float().to(DEVICE)
-    found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    assert_within_ten_times(found, tensors, single)
+    result = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
+    assert_within_ten_times(result, tensors, single)
 
 
 def test_stored_figures_of_talking_heads_in_float32() -> None:
@@ -363,17 +363,17 @@ def test_stored_figures_of_talking_heads_in_float32() -> None:
     module = attnzoo.TalkingHeadsAttention(*sizes, rope=None, backend="triton", **config)
     module.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
     module = module.float().to(DEVICE)
-    found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    assert_within_ten_times(found, tensors, single)
+    result = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
+    assert_within_ten_times(result, tensors, single)
 
 
-def assert_within_ten_times(found: dict[str, Tensor], stored: dict[str, Tensor], single: dict[str, float]) -> None:
+def assert_within_ten_times(result: dict[str, Tensor], stored: dict[str, Tensor], single: dict[str, float]) -> None:
     """Everything stored, to ten times the difference that the reference's own float32 run has."""
-    assert (found["y"].double().cpu() - stored["output.y"]).abs().max() < 10 * single["y"]
+    assert (result["y"].double().cpu() - stored["output.y"]).abs().max() < 10 * single["y"]
     checked = [key.removeprefix("grad.") for key in stored if key.startswith("grad.")]
     assert len(checked) > 5
     for name in checked:
-        error = (found[name].double().cpu() - stored[f"grad.{name}"]).abs().max()
+        error = (result[name].double().cpu() - stored[f"grad.{name}"]).abs().max()
         assert error < 10 * single[f"grad_{name}"], name
 
 
@@ -391,7 +391,7 @@ def test_the_kernels_run_by_name_only_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
     if DEVICE == "cuda":
         pytest.skip("about CPU tensors")
     ran = []
-    monkeypatch.setattr(operation, "fused_composed_attention", lambda q, *_, **__: ran.append(1) or torch.zeros_like(q))
+    monkeypatch.setattr(kernels, "composed_attention", lambda q, *_, **__: ran.append(1) or torch.zeros_like(q))
     for backend, count in (("auto", 0), ("eager", 0), ("triton", 1)):
         ran.clear()
         MODULES["dcmha"](backend=backend)(torch.randn(1, 5, 32))

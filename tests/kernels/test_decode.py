@@ -13,10 +13,11 @@ from torch import Tensor, library
 
 from attnzoo import AttentionMask
 from attnzoo.cache import KeyValueCache, TiedCache
-from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo_kernels import decode as decode_module
 from attnzoo_kernels.decode import decode_attention, is_tied
-from attnzoo_kernels.decode_tiles import decode_config, key_range, splits_for, tile_bytes
+from attnzoo_kernels.decode.tuning import decode_config, key_range, tile_bytes
+from attnzoo_kernels.tuning import splits_for
+from tests.views import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, G, D, DV, R, S = 2, 3, 6, 2, 5, 7, 4, 107
@@ -54,7 +55,7 @@ TOGETHER = (
 
 
 def made(options: dict[str, Any], dtype: torch.dtype = torch.float32, **sizes: int) -> tuple[list[Tensor], dict]:
-    """q, k, v, perhaps q_extra and k_extra, and the options that are left."""
+    """q, k, v, perhaps q_rope and k_rope, and the options that are left."""
     n = {"B": B, "T": T, "H": H, "G": G, "D": D, "DV": DV, "S": S} | sizes
     options = dict(options)
     width, tied = options.pop("extra", None), options.pop("tied", False)
@@ -71,8 +72,12 @@ def made(options: dict[str, Any], dtype: torch.dtype = torch.float32, **sizes: i
 
 
 def fused(tensors: list[Tensor], options: dict[str, Any], num_splits: int | None = None) -> Tensor:
-    extra = dict(zip(("q_extra", "k_extra"), tensors[3:], strict=False))
-    return decode_attention(*tensors[:3], **extra, **options, num_splits=num_splits)
+    rope = dict(zip(("q_rope", "k_rope"), tensors[3:], strict=False))
+    mask, positions = options.get("mask"), options.get("key_positions")
+    if mask is not None and positions is not None and mask.shape[-1] > 1:
+        # A ring's mask has a column for every position, the kernels' one for every key.
+        options = options | {"mask": mask.index_select(-1, positions)}
+    return decode_attention(*tensors[:3], **rope, **options, num_splits=num_splits)
 
 
 def defined(tensors: list[Tensor], options: dict[str, Any]) -> Tensor:
@@ -81,8 +86,8 @@ def defined(tensors: list[Tensor], options: dict[str, Any]) -> Tensor:
     parts = [] if lengths is None else [AttentionMask.padding(lengths)]
     parts += [] if mask is None else [AttentionMask.dense(mask)]
     both = parts[0] & parts[1] if len(parts) == 2 else (parts[0] if parts else None)
-    extra = dict(zip(("q_extra", "k_extra"), tensors[3:], strict=False))
-    return softmax_attention(*tensors[:3], **extra, **options, mask=both, backend="eager")
+    rope = dict(zip(("q_rope", "k_rope"), tensors[3:], strict=False))
+    return attend(*tensors[:3], **rope, **options, mask=both, backend="eager")
 
 
 def wide(options: dict[str, Any]) -> dict[str, Any]:
@@ -318,6 +323,11 @@ def test_a_ring_with_padding_and_a_mask_looks_both_up_at_the_positions() -> None
     assert_as_good_as_eager([tensors[0][:, 23:], k, v], options, 2)
     options["mask"] = torch.ones(B, 1, 1, 1, dtype=torch.bool, device=DEVICE)
     assert_as_good_as_eager([tensors[0][:, 23:], k, v], options, 2)
+    both = AttentionMask.padding(options.pop("lengths")) & AttentionMask.dense(mask)
+    eager, triton = (
+        attend(tensors[0][:, 23:], k, v, **options | {"mask": both}, backend=name) for name in ("eager", "triton")
+    )
+    torch.testing.assert_close(triton, eager, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -325,13 +335,13 @@ def test_a_ring_with_padding_and_a_mask_looks_both_up_at_the_positions() -> None
 def test_tied_cache(window: int | None, dtype: torch.dtype) -> None:
     """The key is a view of the value, and one load serves both."""
     cache = TiedCache(B, 70, ((G, DV), (1, R)), window=window, device=DEVICE, dtype=dtype)
-    (q, _, state, q_extra, rope), _ = made({"extra": R}, dtype, S=60, T=60)
+    (q, _, state, q_rope, rope), _ = made({"extra": R}, dtype, S=60, T=60)
     cache.append(state[:, :40, :, :D], state[:, :40], rope[:, :40])
     for start, end in ((40, 41), (41, 48), (48, 49)):
-        k, v, k_extra, positions = cache.append(state[:, start:end, :, :D], state[:, start:end], rope[:, start:end])
+        k, v, k_rope, positions = cache.append(state[:, start:end, :, :D], state[:, start:end], rope[:, start:end])
         assert is_tied(k, v)
         options = {"scale": 0.4, "window": window, "query_start": start, "key_positions": positions}
-        assert_as_good_as_eager([q[:, start:end], k, v, q_extra[:, start:end], k_extra], options, 2)
+        assert_as_good_as_eager([q[:, start:end], k, v, q_rope[:, start:end], k_rope], options, 2)
 
 
 def test_tied_is_seen_only_in_one_memory() -> None:
@@ -375,7 +385,7 @@ def test_strided_and_expanded_options() -> None:
 def test_key_range_leaves_out_only_what_nobody_sees(
     keys: int, tokens: int, start: int, causal: bool, window: int | None, sink_tokens: int
 ) -> None:
-    begin, end = key_range(keys, tokens, start, causal=causal, window=window, sink_tokens=sink_tokens, ring=False)
+    begin, end = key_range(keys, tokens, start, causal=causal, window=window or 0, sink_tokens=sink_tokens, ring=False)
     assert 0 <= begin <= end <= keys
     i, j = torch.arange(start, start + tokens)[:, None], torch.arange(keys)
     seen = j <= i if causal else torch.ones(tokens, keys, dtype=torch.bool)
@@ -402,7 +412,7 @@ def test_tiles_fit_or_are_the_smallest(widths: tuple[int, int, int], size: int, 
     for rows, warp_size in product((1, 16, 64, 300), (32, 64)):
         config = decode_config(rows, *widths, size, memory * 1024, warp_size)
         fits = tile_bytes(config, *widths, size) <= memory * 1024
-        assert fits or (config.BLOCK_S == 16 and config.num_stages == 1)
+        assert fits or (config["BLOCK_S"] == 16 and config.num_stages == 1)
 
 
 def test_torch_compile_sees_one_operator() -> None:
@@ -420,10 +430,10 @@ def test_torch_compile_sees_one_operator() -> None:
 
 
 def test_opcheck() -> None:
-    (q, k, v, q_extra, k_extra), options = made(joined("learned sinks", "shared part"), S=20, B=1)
+    (q, k, v, q_rope, k_rope), options = made(joined("learned sinks", "shared part"), S=20, B=1)
     library.opcheck(
         torch.ops.attnzoo.decode_attention.default,
-        (q, k, v, q_extra, k_extra, None, options["sinks"], None, None, None, None, 0.5, True, None, 9, 1, 17, 2),
+        (q, k, v, q_rope, k_rope, None, options["sinks"], None, None, None, None, 0.5, 0.0, 9, 1, 17, 2, True),
     )
 
 
@@ -466,12 +476,12 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    (q, k, v, q_extra, k_extra), options = made({"extra": R})
+    (q, k, v, q_rope, k_rope), options = made({"extra": R})
     with pytest.raises(ValueError, match=r"k must be \(B, S, G, D\) and v \(B, S, G, Dv\)"):
         fused([q, k[..., 1:], v], options)
     with pytest.raises(ValueError, match=r"k must be \(B, S, G, D\) and v \(B, S, G, Dv\)"):
         fused([q, k, v[:, 1:]], options)
-    with pytest.raises(ValueError, match=r"q_extra must be \(B, T, H, R\) and k_extra \(B, S, 1, R\)"):
-        fused([q, k, v, q_extra[..., 1:], k_extra], options)
-    with pytest.raises(ValueError, match="q_extra and k_extra must be given together"):
-        decode_attention(q, k, v, q_extra=q_extra, **options)
+    with pytest.raises(ValueError, match=r"q_rope must be \(B, T, H, R\) and k_rope \(B, S, 1, R\)"):
+        fused([q, k, v, q_rope[..., 1:], k_rope], options)
+    with pytest.raises(ValueError, match="q_rope and k_rope must be given together"):
+        decode_attention(q, k, v, q_rope=q_rope, **options)

@@ -12,10 +12,10 @@ import attnzoo
 from attnzoo.ops.expert_projection import Routes, _kernels_run, expert_linear_pieces
 from attnzoo_kernels import tuning
 from attnzoo_kernels.expert_projection import expert_linear as kernel
+from tests.kernels.tiles import SMALL
 from tests.kernels.tolerance import assert_as_good_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 
 
 def slow(*values: Any) -> Any:

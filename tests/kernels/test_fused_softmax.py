@@ -12,21 +12,19 @@ from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.masks import as_mask, visibility
-from attnzoo.ops.fused import fused_attention
-from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo_kernels import tuning
 from attnzoo_kernels.softmax_attention import softmax_attention as kernel
+from tests.kernels.tiles import SMALL, tile
 from tests.kernels.tolerance import assert_as_good_as
 from tests.ops.test_softmax_attention import CALLS
+from tests.views import attend, view_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 # Few heads: the interpreter takes a second for every forty programs.
 B, T, H, G, D, DV = 2, 37, 2, 1, 5, 7
 
 # The tensors of a call, in this order; those that are absent are None.
-NAMES = ("q", "k", "v", "q_extra", "k_extra", "bias", "sinks", "head_scale")
+NAMES = ("q", "k", "v", "q_rope", "k_rope", "bias", "sinks", "head_scale")
 
 
 def draw(
@@ -36,7 +34,7 @@ def draw(
     b, t, s, h, g, d, dv, r = (sizes[x] for x in ("B", "T", "S", "H", "G", "D", "DV", "R"))
     shapes = {"q": (b, t, h, d), "k": (b, s, g, d), "v": (b, s, g, dv)}
     if r:
-        shapes |= {"q_extra": (b, t, h, r), "k_extra": (b, s, 1, r)}
+        shapes |= {"q_rope": (b, t, h, r), "k_rope": (b, s, 1, r)}
     shapes |= {name: shape for name, shape in options.items() if name in NAMES}
     generator = torch.Generator().manual_seed(7)
     tensors = []
@@ -55,7 +53,7 @@ def assert_same_as_eager(
 
     def reference(*given: Tensor) -> tuple[Tensor, Tensor]:
         made = dict(zip(names, given, strict=True))
-        out = softmax_attention(**made, **{**call, "scale": scale}, backend="eager")
+        out = attend(**made, **{**call, "scale": scale}, backend="eager")
         return out, spelled_out_lse(made, {**call, "scale": scale})
 
     def fused(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,24 +69,19 @@ def spelled_out_lse(made: dict[str, Tensor], call: dict[str, object]) -> Tensor:
     q, k = made["q"], made["k"]
     high = torch.promote_types(q.dtype, torch.float32)
     (b, t, h, _), s_count = q.shape, k.shape[1]
-    start = call.get("query_start", s_count - t)
-    positions = call.get("key_positions")
+    view, _ = view_of(call)
     s = torch.einsum("bthd,bshd->bhts", q.to(high), k.to(high).repeat_interleave(h // k.shape[2], 2))
-    if "q_extra" in made:
-        s = s + torch.einsum("bthr,bsr->bhts", made["q_extra"].to(high), made["k_extra"][:, :, 0].to(high))
+    if "q_rope" in made:
+        s = s + torch.einsum("bthr,bsr->bhts", made["q_rope"].to(high), made["k_rope"][:, :, 0].to(high))
     s = s * call["scale"]
     if call.get("softcap"):
         s = call["softcap"] * torch.tanh(s / call["softcap"])
     if call.get("alibi_slopes") is not None:
-        i = torch.arange(start, start + t, device=q.device)[:, None]
-        j = torch.arange(s_count, device=q.device) if positions is None else positions
-        s = s - call["alibi_slopes"].to(high)[:, None, None] * (i - j).abs()
+        i, j = view.indices(t, s_count, q.device)
+        s = s - call["alibi_slopes"].to(high)[:, None, None] * (i[:, None] - j).abs()
     if "bias" in made:
         s = s + made["bias"].to(high)
-    seen = visibility(
-        as_mask(call.get("mask")), (b, h, t, s_count), causal=call.get("causal", True), window=call.get("window"),
-        sink_tokens=call.get("sink_tokens", 0), query_start=start, key_positions=positions, device=q.device,
-    )  # fmt: skip
+    seen = view.dense((b, h, t, s_count), q.device)
     if seen is not None:
         s = s.masked_fill(~seen, -math.inf)
     sinks = made.get("sinks", call.get("sinks"))
@@ -105,11 +98,16 @@ def spelled_out_lse(made: dict[str, Tensor], call: dict[str, object]) -> Tensor:
 
 
 def through_the_kernels(made: dict[str, Tensor], call: dict[str, object]) -> tuple[Tensor, Tensor]:
-    """What softmax_attention(..., backend="triton") runs, with its second output."""
-    names = ("softcap", "alibi_slopes", "window", "key_positions", "q_extra", "k_extra", "head_scale", "bias", "sinks")
-    given: dict[str, object] = {"causal": True, "sink_tokens": 0, **dict.fromkeys(names)}
-    given["query_start"] = made["k"].shape[1] - made["q"].shape[1]
-    return fused_attention(**(given | made | call | {"mask": as_mask(call.get("mask"))}))
+    """What attend(..., backend="triton") runs, with its second output."""
+    view, options = view_of(call)
+    q, k = made["q"], made["k"]
+    seen = view.for_kernel((q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q.device)
+    per_token = made.get("head_scale")
+    if per_token is not None and per_token.ndim == 3:
+        # The kernels take a factor of each head; the operation multiplies by one of each token afterwards.
+        out, lse = kernel(**{name: x for name, x in made.items() if name != "head_scale"}, **options, **seen)
+        return out * per_token[..., None], lse
+    return kernel(**made, **options, **seen)
 
 
 def spread(name: str) -> tuple[dict[str, int], dict[str, object], dict[str, object]]:
@@ -209,11 +207,11 @@ def test_half_precision(name: str) -> None:
     assert_same_as_eager(*draw(SIZES | changed, extra, torch.float16), call)
 
 
-@pytest.mark.parametrize("tile", [(32, 16), (16, 32), (64, 64)])
+@pytest.mark.parametrize("sides", [(32, 16), (16, 32), (64, 64)])
 @pytest.mark.parametrize("name", ["causal", "bidirectional window and sink tokens", "packed and padded"])
-def test_tiles_of_other_shapes(name: str, tile: tuple[int, int]) -> None:
+def test_tiles_of_other_shapes(name: str, sides: tuple[int, int]) -> None:
     changed, extra, call = LONG[name]
-    assert_same_as_eager(*draw(SIZES | changed, extra), call, tuning.Config(*tile, 4, 1))
+    assert_same_as_eager(*draw(SIZES | changed, extra), call, tile(*sides))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,7 @@ def test_a_head_scaled_to_nothing_still_has_a_gradient() -> None:
     with torch.no_grad():
         tensors[-1][::2] = 0.0
     assert_same_as_eager(names, tensors, {})
-    out = softmax_attention(**dict(zip(names, tensors, strict=True)), backend="triton")
+    out = attend(**dict(zip(names, tensors, strict=True)), backend="triton")
     (grad,) = torch.autograd.grad(out.sum(), tensors[-1])
     assert (grad != 0).all()
 
@@ -315,25 +313,25 @@ def test_tiles_that_no_query_sees_are_never_read() -> None:
 
 def test_strides_do_not_matter() -> None:
     names, tensors = draw(SIZES | {"R": 4}, {})
-    plain = softmax_attention(**dict(zip(names, tensors, strict=True)), backend="triton")
+    plain = attend(**dict(zip(names, tensors, strict=True)), backend="triton")
     strided = {}
     for name, x in zip(names, tensors, strict=True):
         big = torch.randn(x.shape[0], x.shape[2], x.shape[1] * 2, x.shape[3] * 3, device=DEVICE)
         view = big[:, :, ::2, ::3].transpose(1, 2)
         view.copy_(x.detach())
         strided[name] = view
-    assert torch.equal(softmax_attention(**strided, backend="triton"), plain)
+    assert torch.equal(attend(**strided, backend="triton"), plain)
     rows = {name: x[:1].detach().expand(B, -1, -1, -1) for name, x in zip(names, tensors, strict=True)}
-    out = softmax_attention(**rows, backend="triton")
+    out = attend(**rows, backend="triton")
     assert torch.equal(out[0], out[1])
-    assert torch.equal(out[:1], softmax_attention(**{n: x[:1] for n, x in rows.items()}, backend="triton"))
+    assert torch.equal(out[:1], attend(**{n: x[:1] for n, x in rows.items()}, backend="triton"))
 
 
 @pytest.mark.parametrize(("shape", "keys"), [((0, 3, 4, 8), 3), ((2, 0, 4, 8), 3), ((2, 3, 4, 8), 0)])
 def test_empty_calls(shape: tuple[int, ...], keys: int) -> None:
     q = torch.randn(shape, device=DEVICE, requires_grad=True)
     k, v = (torch.randn(shape[0], keys, 2, 8, device=DEVICE, requires_grad=True) for _ in range(2))
-    out = softmax_attention(q, k, v, causal=False, backend="triton")
+    out = attend(q, k, v, causal=False, backend="triton")
     assert torch.equal(out, torch.zeros(shape, device=DEVICE))
     for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
         assert torch.equal(grad, torch.zeros_like(x))
@@ -342,7 +340,7 @@ def test_empty_calls(shape: tuple[int, ...], keys: int) -> None:
 @pytest.mark.parametrize("size", [1e3, 1e6])
 def test_huge_scores_stay_finite(size: float) -> None:
     _, (q, k, v) = draw(SIZES, {})
-    out = softmax_attention(q * size, k, v, backend="triton")
+    out = attend(q * size, k, v, backend="triton")
     assert out.isfinite().all()
     assert out.abs().max() <= v.abs().max() * 1.001
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
@@ -352,7 +350,7 @@ def test_two_runs_are_bitwise_equal() -> None:
     names, tensors = draw(SIZES, {"sinks": (H,), "head_scale": (B, H)})
 
     def run() -> list[Tensor]:
-        out = softmax_attention(**dict(zip(names, tensors, strict=True)), backend="triton")
+        out = attend(**dict(zip(names, tensors, strict=True)), backend="triton")
         return [out, *torch.autograd.grad((out * out).sum(), tensors)]
 
     for one, two in zip(run(), run(), strict=True):
@@ -361,15 +359,15 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 def test_gradients_nobody_needs_are_not_computed() -> None:
     _, (q, k, v) = draw(SIZES, {})
-    out = softmax_attention(q, k.detach(), v.detach(), backend="triton")
+    out = attend(q, k.detach(), v.detach(), backend="triton")
     (dq,) = torch.autograd.grad(out.sum(), q)
-    everything = softmax_attention(q, k, v, backend="triton")
+    everything = attend(q, k, v, backend="triton")
     assert torch.equal(dq, torch.autograd.grad(everything.sum(), (q, k, v))[0])
 
 
 def test_a_second_derivative_is_refused() -> None:
     _, (q, k, v) = draw(SIZES | {"T": 5, "S": 5}, {})
-    out = softmax_attention(q, k, v, backend="triton")
+    out = attend(q, k, v, backend="triton")
     (dq,) = torch.autograd.grad((out * out).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="softmax_attention_backward"):
         dq.sum().backward()
@@ -382,7 +380,7 @@ def test_registration(name: str) -> None:
     names, tensors = draw(SIZES | changed | {"H": 2, "G": 1, "B": 1}, {n: s for n, s in extra.items() if n == "bias"})
     made = dict(zip(names, tensors, strict=True))
     arguments = (
-        made["q"], made["k"], made["v"], made.get("q_extra"), made.get("k_extra"), None, None, None, None, None, None,
+        made["q"], made["k"], made["v"], made.get("q_rope"), made.get("k_rope"), None, None, None, None, None, None,
         None, None, None, 0.3, call.get("softcap", 0.0), call.get("window", 0), call.get("sink_tokens", 0), 0, True,
     )  # fmt: skip
     library.opcheck(torch.ops.attnzoo.softmax_attention.default, arguments)
@@ -393,7 +391,7 @@ def test_compiled_whole() -> None:
     mask = AttentionMask.packed([0, 30, 74]).to(DEVICE)
 
     def run(*given: Tensor) -> Tensor:
-        return softmax_attention(**dict(zip(names, given, strict=True)), mask=mask, backend="triton")
+        return attend(**dict(zip(names, given, strict=True)), mask=mask, backend="triton")
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     plain, fast = run(*tensors), compiled(*tensors)
@@ -414,14 +412,14 @@ def test_what_the_kernels_refuse(change: dict[str, object], message: str) -> Non
     dtype, dropout = change.get("dtype", torch.float32), change.get("dropout", 0.0)
     _, (q, k, v) = draw(SIZES | {"D": change.get("D", D), "T": 3, "S": 3}, {}, dtype)
     with pytest.raises(attnzoo.BackendUnavailable, match=f"backend 'triton' cannot run softmax_attention: {message}"):
-        softmax_attention(q, k, v, dropout=dropout, backend="triton")
+        attend(q, k, v, dropout=dropout, backend="triton")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter on a CPU")
 def test_bfloat16_is_not_left_to_the_interpreter() -> None:
     _, (q, k, v) = draw(SIZES, {}, torch.bfloat16)
     with pytest.raises(attnzoo.BackendUnavailable, match="Triton's interpreter multiplies bfloat16 wrongly"):
-        softmax_attention(q, k, v, backend="triton")
+        attend(q, k, v, backend="triton")
 
 
 def test_masks_are_checked_before_a_kernel_runs() -> None:
@@ -433,7 +431,7 @@ def test_masks_are_checked_before_a_kernel_runs() -> None:
         (AttentionMask.dense(torch.ones(4, 5, dtype=torch.bool)), "mask must broadcast"),
     ):
         with pytest.raises(ValueError, match=message):
-            softmax_attention(q, k, v, mask=mask.to(DEVICE), backend="triton")
+            attend(q, k, v, mask=mask.to(DEVICE), backend="triton")
 
 
 def test_the_kernels_are_what_the_operation_calls() -> None:
@@ -441,4 +439,4 @@ def test_the_kernels_are_what_the_operation_calls() -> None:
     _, (q, k, v) = draw(SIZES, {})
     direct = through_the_kernels({"q": q, "k": k, "v": v}, {"scale": 0.3})[0]
     assert torch.equal(direct, kernel(q, k, v, scale=0.3)[0])
-    assert torch.equal(direct, softmax_attention(q, k, v, scale=0.3, backend="triton"))
+    assert torch.equal(direct, attend(q, k, v, scale=0.3, backend="triton"))

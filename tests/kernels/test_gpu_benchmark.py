@@ -22,7 +22,7 @@ def main(monkeypatch):
 
 @needs_no_gpu
 @pytest.mark.parametrize(
-    "only", ["prologue", "latent", "T=512", "decode G=1 B=1", "core M=8", "mhla core T=2048", "moh core 50%", "moa"]
+    "only", ["qk_norm_rope", "latent", "T=512", "decode G=1 B=1", "core M=8", "mhla core T=2048", "moh core 50%", "moa"]
 )
 def test_the_dry_run_checks_its_rows(main, tmp_path, capsys, only):
     assert main(["--device", "cpu", "--interpret", "--tiny", "--only", only, "--out", str(tmp_path)]) == 0

@@ -13,15 +13,15 @@ from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
+from attnzoo.masks import Visibility
 from attnzoo.ops.head_routing import routed_attention, runs_packed_kernels
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo_kernels import tuning
-from attnzoo_kernels.head_routing import pack_rows
 from attnzoo_kernels.head_routing import routed_attention as kernel
+from tests.kernels.tiles import SMALL, tile
 from tests.kernels.tolerance import assert_as_good_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 SIZES = {"B": 2, "T": 37, "H": 4, "G": 2, "D": 5, "DV": 7}
 
 
@@ -48,7 +48,7 @@ def definition(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, active: Tensor, mask: Any, scale: float
 ) -> Tensor:
     """All heads, times the gates of the active pairs."""
-    out = softmax_attention(q, k, v, scale=scale, mask=mask, backend="eager")
+    out = softmax_attention(q, k, v, Visibility(mask=mask), scale=scale, backend="eager")
     factor = active.to(out.dtype) if gates is None else (gates * active).to(out.dtype)
     return out * factor[..., None]
 
@@ -64,7 +64,7 @@ def assert_same(
         return [definition(q, k, v, gates, active, mask, scale)]
 
     def fused(q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None = None) -> list[Tensor]:
-        call = {"scale": scale, "mask": mask, "gates": gates, "backend": "triton"}
+        call = {"view": Visibility(mask=mask), "scale": scale, "gates": gates, "backend": "triton"}
         if config is None:
             return [routed_attention(q, k, v, active, **call)]
         with tuning.pinned(config):
@@ -81,7 +81,8 @@ def test_packing_lists_the_active_rows_by_token_and_head(h: int, g: int) -> None
     t, size = 70, h // g
     active = torch.rand(h, 2, t, device=DEVICE).permute(1, 2, 0) > 0.6
     active[0, 10:20] = False
-    rows, start = pack_rows(active, g)
+    q, k = (torch.zeros(2, t, n, 1, device=DEVICE) for n in (h, g))
+    _, rows, start, _, _ = torch.ops.attnzoo.routed_attention(q, k, k, active, *(None,) * 4, 1.0)
     for b in range(2):
         for group in range(g):
             own = active[b, :, group * size : (group + 1) * size].flatten()
@@ -148,11 +149,11 @@ def test_half_precision(name: str) -> None:
     assert_same(*draw(SIZES | changed, torch.float16), None if mask is None else mask.to(DEVICE))
 
 
-@pytest.mark.parametrize("tile", [(32, 16), (16, 32), slow((64, 64))])
+@pytest.mark.parametrize("sides", [(32, 16), (16, 32), slow((64, 64))])
 @pytest.mark.parametrize("name", [slow("causal"), "packed and padded"])
-def test_tiles_of_other_shapes(name: str, tile: tuple[int, int]) -> None:
+def test_tiles_of_other_shapes(name: str, sides: tuple[int, int]) -> None:
     changed, mask = CASES[name]
-    assert_same(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE), tuning.Config(*tile, 4, 1))
+    assert_same(*draw(SIZES | changed), None if mask is None else mask.to(DEVICE), tile(*sides))
 
 
 @pytest.mark.parametrize(("d", "dv"), [slow(1, 1), (33, 5), (64, 128), slow(256, 17)])
@@ -176,28 +177,28 @@ def test_many_calls(data: st.DataObject) -> None:
     if kind in ("padding", "both"):
         own = AttentionMask.padding([data.draw(st.integers(0, t)) for _ in range(b)]).to(DEVICE)
         mask = own if mask is None else mask & own
-    tile = tuning.Config(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32])), 4, 1)
+    config = tile(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32])))
     tensors, active = draw(sizes, share=data.draw(st.sampled_from([0.3, 0.5, 0.8])))
     # As routers make them, about 1. Where one key has nearly all weight a row's gradient is the difference of two equal
     # sums, whose rounding grows with the gate: among few rows a gate of 3 lifts it above what the tolerance allows.
     tensors[3] = (2 * tensors[3].detach().sigmoid()).requires_grad_()
-    assert_same(tensors, active, mask, tile)
+    assert_same(tensors, active, mask, config)
 
 
 def test_inactive_pairs_are_neither_read_nor_given_a_gradient() -> None:
     """NaN in them would reach a sum, since 0 times NaN is NaN."""
     (q, k, v, gates), active = draw(SIZES)
-    found = []
+    result = []
     for poison in (0.0, math.nan):
         own_q, own_gates = q.detach().clone(), gates.detach().clone()
         own_q[~active], own_gates[~active] = poison, poison
         given = (own_q.requires_grad_(), k, v, own_gates.requires_grad_())
         with tuning.pinned(SMALL):
             out = routed_attention(*given[:3], active, scale=0.4, gates=given[3], backend="triton")
-            found.append([out, *torch.autograd.grad((out * out).sum(), given)])
-    for clean, poisoned in zip(*found, strict=True):
+            result.append([out, *torch.autograd.grad((out * out).sum(), given)])
+    for clean, poisoned in zip(*result, strict=True):
         assert torch.equal(clean, poisoned)
-    for x in (found[0][0], found[0][1], found[0][4][..., None]):
+    for x in (result[0][0], result[0][1], result[0][4][..., None]):
         assert not x[~active].any()
         assert x[active].any()
 
@@ -217,7 +218,7 @@ def test_the_tiles_that_run_are_those_of_active_rows(monkeypatch: pytest.MonkeyP
     """A tile asks for its key range once; the tiles beyond the list's end return before that."""
     if DEVICE == "cuda":
         pytest.skip("looks into the interpreter")
-    from attnzoo_kernels import head_routing_kernels
+    from attnzoo_kernels.head_routing import kernels as head_routing_kernels
 
     seen: list[int] = []
     original = head_routing_kernels.packed_key_range
@@ -310,21 +311,20 @@ def test_what_the_kernels_refuse() -> None:
     ):
         (q, k, v, _), active = draw(SIZES | {"T": 3} | changed, dtype)
         with pytest.raises(attnzoo.BackendUnavailable, match=f"'triton' cannot run routed_attention: .*{message}"):
-            routed_attention(q, k, v, active, scale=1.0, mask=mask, backend="triton")
+            routed_attention(q, k, v, active, Visibility(mask=mask), scale=1.0, backend="triton")
     (q, k, v, _), active = draw(SIZES | {"T": 3})
     with pytest.raises(attnzoo.BackendUnavailable, match="routed_attention has no eager backend"):
         routed_attention(q, k, v, active, scale=1.0, backend="eager")
+    view = Visibility(mask=AttentionMask.padding([3]).to(DEVICE))
     with pytest.raises(ValueError, match="lengths must have one entry a row, got 1 for 2"):
-        routed_attention(
-            q, k, v, active, scale=1.0, mask=AttentionMask.padding([3]).to(DEVICE), backend="triton"
-        )  # fmt: skip
+        routed_attention(q, k, v, active, view, scale=1.0, backend="triton")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter on a CPU")
 def test_auto_on_a_cpu_and_bfloat16_never_reach_the_interpreter() -> None:
     (q, k, v, _), active = draw(SIZES | {"T": 3})
-    assert not runs_packed_kernels(q, v, None, "auto")
-    assert runs_packed_kernels(q, v, None, "triton")
+    assert not runs_packed_kernels(q, v, Visibility(), "auto")
+    assert runs_packed_kernels(q, v, Visibility(), "triton")
     wrong = "Triton's interpreter multiplies bfloat16 wrongly"
     with pytest.raises(attnzoo.BackendUnavailable, match=wrong):
         routed_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), active, scale=1.0, backend="triton")

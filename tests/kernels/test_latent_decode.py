@@ -12,11 +12,11 @@ from torch import Tensor, library
 
 from attnzoo import AttentionMask, MultiHeadLatentAttention
 from attnzoo.cache import LatentCache
+from attnzoo.masks import Visibility
 from attnzoo.modules import mla
-from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo_kernels import decode as decode_module
-from attnzoo_kernels.decode import is_tied
-from attnzoo_kernels.latent_decode import latent_decode
+from attnzoo_kernels.decode import is_tied, latent_decode
+from tests.views import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, S, R, DR = 2, 3, 5, 77, 20, 6
@@ -45,7 +45,7 @@ def defined(query: Tensor, states: Tensor, rank: int, **options: Any) -> Tensor:
     parts = [] if lengths is None else [AttentionMask.padding(lengths)]
     parts += [] if mask is None else [AttentionMask.dense(mask)]
     both = parts[0] & parts[1] if len(parts) == 2 else (parts[0] if parts else None)
-    return softmax_attention(query, states, states[..., :rank], mask=both, backend="eager", **options)
+    return attend(query, states, states[..., :rank], mask=both, backend="eager", **options)
 
 
 def assert_as_good_as_eager(
@@ -149,7 +149,7 @@ def test_latents_are_read_in_the_cache_and_once(monkeypatch: pytest.MonkeyPatch)
     """The launcher gets views of the cache, and takes key and value for the one tensor that they are."""
     cache = LatentCache(B, 100, ((1, R + DR),), device=DEVICE)
     query, states = made()
-    held = cache.append(states)
+    held, _ = cache.append(states)
     seen = []
 
     class Recorder:
@@ -157,16 +157,16 @@ def test_latents_are_read_in_the_cache_and_once(monkeypatch: pytest.MonkeyPatch)
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, int]) -> Any:
-            def launch(*args: Any, **constants: Any) -> None:
-                seen.append((args[1].data_ptr(), args[2].data_ptr(), constants["TIED"]))
-                self.kernel[grid](*args, **constants)
+            def launch(**given: Any) -> None:
+                seen.append((given["k_ptr"].data_ptr(), given["v_ptr"].data_ptr(), given["TIED"]))
+                self.kernel[grid](**given)
 
             return launch
 
     recorder = Recorder(decode_module.decode_attention_fwd_kernel)
     monkeypatch.setattr(decode_module, "decode_attention_fwd_kernel", recorder)
     assert_as_good_as_eager(query, held, R, 2)
-    start = cache.streams[0].data_ptr()
+    start = cache.buffers[0].data_ptr()
     assert seen == [(start, start, True)]
     assert is_tied(held[..., :R], held[..., :R])
 
@@ -196,14 +196,12 @@ def test_the_module_decodes_alike(rope_mode: str, monkeypatch: pytest.MonkeyPatc
     calls = []
 
     def by_kernel(
-        q: Tensor, q_rope: Tensor | None, states: Tensor, *, scale: float, causal: bool, query_start: int | None,
-        **rest: Any,
-    ) -> Tensor:  # fmt: skip
+        q: Tensor, q_rope: Tensor | None, states: Tensor, view: Visibility, *, scale: float, **rest: Any
+    ) -> Tensor:
         calls.append(q.shape[1])
         return latent_decode(
             q, q_rope, states[:, :, 0, :R], None if q_rope is None else states[:, :, 0, R:], scale=scale,
-            causal=causal, query_start=states.shape[1] - q.shape[1] if query_start is None else query_start,
-            num_splits=2,
+            causal=view.causal, query_start=view.start(q.shape[1], states.shape[1]), num_splits=2,
         )  # fmt: skip
 
     monkeypatch.setattr(mla, "latent_attention", by_kernel)
@@ -236,13 +234,14 @@ def test_torch_compile_sees_one_operator() -> None:
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(query, states), call(query, states))
     assert len(graphs) == 1
-    assert sum("latent_decode" in target for target in graphs[0]) == 1
+    assert sum("decode_attention" in target for target in graphs[0]) == 1
 
 
 def test_opcheck() -> None:
     query, states = made(B=1, S=20)
-    arguments = (query[..., :R], query[..., R:], states[:, :, 0, :R], states[:, :, 0, R:], None, None, 0.3, True, 17, 2)
-    library.opcheck(torch.ops.attnzoo.latent_decode.default, arguments)
+    latent, k_rope = states[..., :R], states[..., R:]
+    arguments = (query[..., :R], latent, latent, query[..., R:], k_rope, *(None,) * 6, 0.3, 0.0, 0, 0, 17, 2, True)
+    library.opcheck(torch.ops.attnzoo.decode_attention.default, arguments)
 
 
 def test_mistakes_are_named() -> None:
@@ -253,7 +252,7 @@ def test_mistakes_are_named() -> None:
         latent_decode(query, None, states, None, **options)
     with pytest.raises(ValueError, match=r"k must be \(B, S, G, D\) .* got \(2, 77, 1, 19\)"):
         latent_decode(q, q_rope, latent[..., 1:], k_rope, **options)
-    with pytest.raises(ValueError, match="q_extra and k_extra must be given together"):
+    with pytest.raises(ValueError, match="q_rope and k_rope must be given together"):
         latent_decode(q, q_rope, latent, None, **options)
     with pytest.raises(ValueError, match=r"lengths must have shape \(2,\), got \(3,\)"):
         latent_decode(q, q_rope, latent, k_rope, lengths=torch.ones(3), **options)

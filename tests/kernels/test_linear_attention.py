@@ -18,17 +18,16 @@ from torch import Tensor, library
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.ops.fused_linear import fused_linear_attention
-from attnzoo.ops.linear_attention import (
-    block_weights,
-    document_blocks,
-    linear_attention_chunked,
-    linear_attention_reference,
+from attnzoo.ops import linear_attention as op
+from attnzoo.ops.linear_attention import linear_attention_chunked, linear_attention_reference
+from attnzoo_kernels.linear_attention import (
+    linear_attention,
+    linear_attention_finish,
+    linear_attention_states,
+    linear_attention_step,
 )
-from attnzoo_kernels import linear_attention_tuning as tuning
-from attnzoo_kernels.linear_attention import linear_attention, linear_attention_states
-from attnzoo_kernels.linear_attention_finish import linear_attention_finish
-from attnzoo_kernels.linear_attention_step import linear_attention_step
+from attnzoo_kernels.linear_attention.tuning import of_tokens
+from attnzoo_kernels.tuning import Config, padded, pinned
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_linear, test_mhla
 from tests.zoo import build, gradients
@@ -36,7 +35,7 @@ from tests.zoo import build, gradients
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several pieces of every width and several tiles of every block, at the fewest programs.
-SMALL = tuning.Tiles(16, 16, 16, 4, 1)
+SMALL = Config({f"BLOCK_{name}": 16 for name in "TAZIJE"}, num_warps=4, num_stages=1)
 MODULES = ("linear", "linear-lm", "mhla", "mhla-heads")
 # What runs with a mask outside -m slow.
 KEPT = (("linear-lm", "packed"), ("mhla", "padded"), ("mhla", "packed"))
@@ -67,7 +66,7 @@ def draw(sizes: dict[str, int], weights: tuple[int, int] | None, dtype: torch.dt
 
 def assert_same(
     sizes: dict[str, int], weights: tuple[int, int] | None = None, *, causal: bool = True,
-    dtype: torch.dtype = torch.float32, tiles: tuning.Tiles = SMALL,
+    dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Output and every gradient, held to the quadratic definition."""
     size = sizes["size"]
@@ -77,7 +76,7 @@ def assert_same(
         return [linear_attention_reference(q, k, v, None if pairs is None else pairs.to(q.dtype)).to(wide(q))]
 
     def fused(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None) -> list[Tensor]:
-        with tuning.pinned(tiles):
+        with pinned(SMALL):
             return [linear_attention(q, k, v, size=size, causal=causal, weights=w)[0]]
 
     assert_as_good_as(fused, reference, *draw(sizes, weights, dtype))
@@ -145,8 +144,8 @@ def test_any_width_on_the_tiles_that_run(d: int, dv: int, size: int) -> None:
     """The tables' own tiles, not the small ones."""
     sizes = SIZES | {"B": 1, "T": 130, "S": 130, "D": d, "DV": dv, "size": size}
     q, k, v, w = draw(sizes, (1, 1))
-    line = {kernel: lines[torch.float32] for kernel, lines in tuning.TABLE.items()}
-    assert all(tiles.tokens <= 64 for tiles in line.values())
+    config = of_tokens("linear_attention_tile", torch.float32, q.device, size, d, dv)
+    assert config["BLOCK_T"] <= 64
 
     def reference(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> list[Tensor]:
         return [linear_attention_reference(q, k, v, spread(w, size, 130, True).to(q.dtype))]
@@ -165,7 +164,7 @@ def test_a_state_goes_in_and_out(causal: bool) -> None:
 
     def run(operation, *given: Tensor) -> list[Tensor]:
         q, k, v, state = given
-        with tuning.pinned(SMALL):
+        with pinned(SMALL):
             return list(operation(q, k, v, size=11, causal=causal, state=state))
 
     assert_as_good_as(
@@ -181,13 +180,12 @@ def test_a_state_goes_in_and_out(causal: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["documents alone", "shared", "heads", "bidirectional"])
 def test_packed_documents(kind: str) -> None:
-    """Blocks start anew in each document; some are empty, one is longer than a row's rest."""
+    """Blocks restart in each document; some are empty, one is longer than a row's rest."""
     size, t = 6, 13
     mask = AttentionMask.packed([0, 3, 3, 11, 13, 20, 26]).to(DEVICE)
     q, k, v = draw(SIZES | {"B": 2, "T": t, "S": t}, None)
-    blocks = document_blocks(mask, 2, t, size)
     causal = kind != "bidirectional"
-    mixing = torch.randn((2,) * (kind == "heads") + (blocks.count,) * 2, device=DEVICE, requires_grad=True)
+    mixing = torch.randn((2,) * (kind == "heads") + (-(-t // size),) * 2, device=DEVICE, requires_grad=True)
     same = mask.visible(2, 1, t, t)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> list[Tensor]:
@@ -201,10 +199,10 @@ def test_packed_documents(kind: str) -> None:
         return [linear_attention_reference(q, k, v, pairs.tril() if causal else pairs)]
 
     def fused(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> list[Tensor]:
-        weights = None if kind == "documents alone" else block_weights(mixing, blocks, blocks.count)
-        shape = {"size": size, "causal": causal, "dtype": q.dtype}
-        with tuning.pinned(SMALL):
-            return [fused_linear_attention(q, k, v, weights=weights, blocks=blocks, **shape)[0]]
+        used = None if kind == "documents alone" else mixing
+        call = {"size": size, "causal": causal, "mixing": used, "mask": mask}
+        with pinned(SMALL):
+            return [op.linear_attention(q, k, v, backend="triton", **call)[0]]
 
     assert_as_good_as(fused, reference, q, k, v, mixing)
 
@@ -370,11 +368,11 @@ def test_norm_and_gate(parts: str, dtype: torch.dtype) -> None:
 def test_states_of_blocks() -> None:
     _, k, v = (x.detach() for x in draw(SIZES, None))
     k.requires_grad_()
-    found = linear_attention_states(k, v, 17)
-    assert not found.requires_grad
+    result = linear_attention_states(k, v, 17)
+    assert not result.requires_grad
     for n, part in enumerate((slice(0, 17), slice(17, 23))):
         expected = torch.einsum("bsgd,bsgv->bgdv", k[:, part], v[:, part])
-        torch.testing.assert_close(found[:, :, n], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result[:, :, n], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -426,14 +424,14 @@ def test_golden_figures_in_float32(own) -> None:
     tensors, _ = own.stored()
     with safe_open(own.GOLDEN, "pt") as file:
         single = json.loads(file.metadata()["f32_vs_f64_max_rel_err"])
-    # The file keeps the float32 difference of some figures; the largest stands for the rest.
+    # The file keeps the float32 difference of some figures; the largest is used for the rest.
     allowed = {key.replace("g_norm_swish_gate", "g_norm"): value for key, value in single.items()}
     module = own.golden(torch.float32, backend="triton").to(DEVICE)
-    found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
+    result = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
     keys = [key for key in tensors if key == "output.y" or key.startswith("grad.")]
     assert len(keys) == 5
     for key in keys:
-        value = found[key.split(".", 1)[1]].double().cpu()
+        value = result[key.split(".", 1)[1]].double().cpu()
         error = float((value - tensors[key]).abs().max() / tensors[key].abs().max())
         bound = 10 * allowed.get(key.replace("output.", ""), max(single.values()))
         assert error < bound, f"{key}: {error:.1e}, allowed {bound:.1e}"
@@ -475,8 +473,27 @@ def test_decoding_is_the_full_forward(name: str, gradient: bool) -> None:
         exact(x.double(), cache=kept)
     assert y.requires_grad == gradient
     assert (y.double().cpu() - truth).abs().max() <= 2 * budget + torch.finfo(torch.float32).eps * truth.abs().max()
-    for stream, expected in zip(cache.streams, kept.streams, strict=True):
+    for stream, expected in zip(cache.buffers, kept.buffers, strict=True):
         assert (stream.double().cpu() - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["linear", "mhla-heads"])
+def test_a_call_that_fails_leaves_the_states_as_they_were(name: str) -> None:
+    module, x = build(name, dtype=torch.float32, backend="triton").to(DEVICE).eval(), torch.randn(1, 7, 32).to(DEVICE)
+    cache = module.init_cache(1, 13)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("failed on purpose")
+
+    with torch.no_grad():
+        module(x, cache=cache)
+        before = [buffer.clone() for buffer in cache.buffers]
+        module.o_proj.register_forward_hook(fail)
+        for tokens in (1, 5):
+            with pytest.raises(RuntimeError, match="failed on purpose"):
+                module(x[:, :tokens], cache=cache)
+            assert cache.length == 7
+            assert all(torch.equal(one, two) for one, two in zip(cache.buffers, before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["linear", "mhla"])
@@ -511,7 +528,7 @@ def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("the kernels ran")
 
-    monkeypatch.setattr("attnzoo.modules.linear.fused_linear_attention", refuse)
+    monkeypatch.setattr("attnzoo_kernels.linear_attention.linear_attention", refuse)
     assert module(torch.randn(1, 5, 32)).shape == (1, 5, 32)
     with pytest.raises(AssertionError, match="the kernels ran"):
         build("linear", dtype=torch.float32, backend="triton")(torch.randn(1, 5, 32))
@@ -538,9 +555,9 @@ def test_a_compiled_module_is_one_graph() -> None:
 
 
 def test_tile_sides() -> None:
-    assert [tuning.side(n) for n in (0, 1, 16, 17, 64, 65)] == [16, 16, 16, 32, 64, 128]
-    cut = tuning.tiles("tile", torch.bfloat16, tokens=20, inner=5, outer=40)
-    assert (cut.tokens, cut.inner, cut.outer) == (32, 16, 64)
+    assert [padded(n) for n in (0, 1, 16, 17, 64, 65)] == [16, 16, 16, 32, 64, 128]
+    cut = of_tokens("linear_attention_tile", torch.bfloat16, torch.device("cpu"), tokens=20, summed=5, owned=40)
+    assert cut.tiles == {"BLOCK_T": 32, "BLOCK_A": 16, "BLOCK_Z": 64}
 
 
 @pytest.mark.slow
@@ -553,6 +570,6 @@ def test_every_kernel_compiles_without_spills(target: str, dtype: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     command = [sys.executable, "-m", "tests.kernels.linear_attention_resources", target, dtype]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert len(found.stdout.splitlines()) > 20
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) > 20

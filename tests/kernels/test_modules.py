@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo_kernels import tuning
+from attnzoo_kernels import decode, tuning
+from tests.kernels.tiles import SMALL
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_golden, test_mla, test_moa, test_moh
 from tests.zoo import OPTIONS, TAKES, build, gradients
 
-# The functions have their modules' names.
-softmax_attention_op = importlib.import_module("attnzoo.ops.softmax_attention")
-latent_attention_op = importlib.import_module("attnzoo.ops.latent_attention")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 SOFTMAX = (
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "kha-mla", "mla", "mla-pre", "moh", "moa",
     "dcmha-folded",
@@ -78,17 +73,17 @@ def test_outputs_and_gradients(name: str, option: str, causal: bool) -> None:
 @pytest.mark.parametrize("name", test_golden.CLASSES)
 def test_golden_figures_in_float32(name: str) -> None:
     module = test_golden.construct(name, backend="triton").to(DEVICE)
-    found = test_golden.results(name, module, torch.float32) if DEVICE == "cpu" else on_device(name, module)
-    errors = test_golden.largest_errors(found, test_golden.stored_results(name))
+    result = test_golden.results(name, module, torch.float32) if DEVICE == "cpu" else on_device(name, module)
+    errors = test_golden.largest_errors(result, test_golden.stored_results(name))
     allowed = test_golden.load(name)[2]
     assert all(errors[key] <= 10 * allowed[key] for key in errors), (errors, allowed)
 
 
 def on_device(name: str, module: nn.Module) -> dict[str, Tensor]:
     tensors = test_golden.load(name)[0]
-    found = gradients(module.float(), tensors["input.x"].to(DEVICE), tensors["input.w"].to(DEVICE))
-    found = {key: value.cpu() for key, value in found.items()}
-    return {"output.y": found.pop("y"), **{f"grad.{key}": value for key, value in found.items()}}
+    result = gradients(module.float(), tensors["input.x"].to(DEVICE), tensors["input.w"].to(DEVICE))
+    result = {key: value.cpu() for key, value in result.items()}
+    return {"output.y": result.pop("y"), **{f"grad.{key}": value for key, value in result.items()}}
 
 
 @pytest.mark.parametrize("absorb", [False, True])
@@ -96,10 +91,10 @@ def on_device(name: str, module: nn.Module) -> dict[str, Tensor]:
 def test_golden_figures_of_latent_attention(name: str, absorb: bool) -> None:
     tensors, _ = test_mla.load(name)
     module = test_mla.golden(name, backend="triton", absorb=absorb).to(DEVICE)
-    found = gradients(module, tensors["input.x"].to(DEVICE), tensors["input.w"].to(DEVICE))
+    result = gradients(module, tensors["input.x"].to(DEVICE), tensors["input.w"].to(DEVICE))
     for key, value in tensors.items():
         if key == "output.y" or key.startswith("grad."):
-            error = (found[key.split(".", 1)[1]].double().cpu() - value).abs().max()
+            error = (result[key.split(".", 1)[1]].double().cpu() - value).abs().max()
             # The files keep the float32 differences of the output and of x alone.
             assert error < 10 * 3.0e-6 * max(1.0, float(value.abs().max())), key
 
@@ -108,9 +103,9 @@ def test_golden_figures_of_latent_attention(name: str, absorb: bool) -> None:
 def test_golden_figures_of_routed_heads(own: Any) -> None:
     tensors, _, single = own.stored()
     module = own.golden_module(backend="triton").to(DEVICE)
-    found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    found = {"output.y": found.pop("y"), **{f"grad.{key}": value for key, value in found.items()}}
-    for key, value in found.items():
+    result = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
+    result = {"output.y": result.pop("y"), **{f"grad.{key}": value for key, value in result.items()}}
+    for key, value in result.items():
         assert float((value.double().cpu() - tensors[key]).abs().max()) < 10 * single[key] + 1e-12, key
 
 
@@ -141,10 +136,8 @@ def test_decoding_is_the_full_forward(name: str, monkeypatch: pytest.MonkeyPatch
     plain = build(mechanism, dtype=torch.float32, backend="eager", **options).eval()
     x = torch.randn(2, 13, 32)
     calls = []
-    for operation in ("decoded_attention", "latent_decoded"):
-        for place in (softmax_attention_op, latent_attention_op):
-            if hasattr(place, operation):
-                monkeypatch.setattr(place, operation, counted(getattr(place, operation), calls))
+    for function in (decode.decode_attention, decode.latent_decode):
+        monkeypatch.setattr(decode, function.__name__, counted(function, calls))
     with torch.no_grad():
         truth = exact(x.double())
         budget = (plain(x).double() - truth).abs().max()

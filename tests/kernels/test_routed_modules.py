@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.ops import expert_projection, head_routing
-from attnzoo_kernels import tuning
+from attnzoo_kernels import expert_projection, head_routing, tuning
 from benchmarks.timing import saved_bytes
+from tests.kernels.tiles import SMALL
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_moa, test_moh
 from tests.zoo import gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = tuning.Config(16, 16, 4, 1)
 
 
 def slow(*values: Any) -> Any:
@@ -92,12 +91,9 @@ def assert_modules_agree(make: Any, options: dict[str, Any], mask: AttentionMask
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the operations that reached the kernels."""
+    """Names of the kernels' functions that were called."""
     seen: list[str] = []
-    for owner, name in (
-        (head_routing, "fused_routed_attention"),
-        (expert_projection, "fused_expert_linear"),
-    ):
+    for owner, name in ((head_routing, "routed_attention"), (expert_projection, "expert_linear")):
         original = getattr(owner, name)
 
         def told(*args: Any, _original: Any = original, _name: str = name, **kwargs: Any) -> Any:
@@ -111,25 +107,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", [name if name in ("two stages", "query norms") else slow(name) for name in MOH])
 def test_sparse_mixture_of_heads_is_the_dense_definition(name: str, launches: list[str]) -> None:
     assert_modules_agree(moh, MOH[name], None)
-    assert launches == ["fused_routed_attention"]
+    assert launches == ["routed_attention"]
 
 
 @pytest.mark.parametrize("mask", [AttentionMask.padding([23, 9]), AttentionMask.packed([0, 4, 17, 46])], ids=repr)
 def test_sparse_mixture_of_heads_under_masks(mask: AttentionMask, launches: list[str]) -> None:
     assert_modules_agree(moh, {}, mask.to(DEVICE))
-    assert launches == ["fused_routed_attention"]
+    assert launches == ["routed_attention"]
 
 
 def test_auto_is_sparse_with_triton_where_it_can_be(launches: list[str]) -> None:
     x = torch.randn(2, 9, 24, device=DEVICE)
     moh("triton", sparse="auto")(x)
-    assert launches == ["fused_routed_attention"]
+    assert launches == ["routed_attention"]
     # These need the dense form: all heads' outputs in the gradient, a dense mask, nothing to skip.
     moh("triton", sparse="auto", router="query_norm")(x)
     moh("triton", sparse="auto")(x, mask=torch.ones(9, 9, dtype=torch.bool, device=DEVICE))
     moh("triton", sparse="auto", num_shared_heads=6, num_routed_active=0)(x)
     moh("triton", sparse=False)(x)
-    assert launches == ["fused_routed_attention"]
+    assert launches == ["routed_attention"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,7 @@ def test_auto_is_sparse_with_triton_where_it_can_be(launches: list[str]) -> None
 )
 def test_mixture_of_attention_heads_is_the_definition(name: str, launches: list[str]) -> None:
     assert_modules_agree(moa, MOA[name], None, batch=1)
-    assert launches == ["fused_expert_linear"] * 2
+    assert launches == ["expert_linear"] * 2
 
 
 @pytest.mark.slow
@@ -163,11 +159,11 @@ def test_stored_figures(own: Any, launches: list[str]) -> None:
     tensors, _, single = own.stored()
     options = {"sparse": True} if own is test_moh else {}
     module = own.golden_module(backend="triton", **options).to(DEVICE)
-    found = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
-    found = {"output.y": found.pop("y"), **{f"grad.{key}": value for key, value in found.items()}}
+    result = gradients(module, tensors["input.x"].float().to(DEVICE), tensors["input.w"].float().to(DEVICE))
+    result = {"output.y": result.pop("y"), **{f"grad.{key}": value for key, value in result.items()}}
     assert launches
-    assert found.keys() == {key for key in tensors if key.startswith(("output.y", "grad."))}
-    for key, value in found.items():
+    assert result.keys() == {key for key in tensors if key.startswith(("output.y", "grad."))}
+    for key, value in result.items():
         assert float((value.double().cpu() - tensors[key]).abs().max()) < 10 * single[key] + 1e-12, key
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnzoo_kernels import composed_tuning, routing_tuning, tuning
+from attnzoo_kernels import expert_projection, tuning
+from attnzoo_kernels.composed_attention import tuning as composed_tuning
+from attnzoo_kernels.head_routing import tuning as routing_tuning
+from attnzoo_kernels.linear_attention import tuning as linear_tuning
+from attnzoo_kernels.qk_norm_rope import tuning as norm_tuning
+from attnzoo_kernels.softmax_attention import tuning as softmax_tuning
 
 CPU = torch.device("cpu")
 # Multiprocessors, bytes of shared memory for a program, threads of a warp.
@@ -27,35 +32,64 @@ def test_the_architecture_follows_from_what_a_program_may_take(
     assert tuning.architecture(CPU) == architecture
 
 
+# Tables of kernels whose size is a head's width, and the widths that they serve.
+OF_WIDTH = {
+    "softmax": (softmax_tuning.TABLE, (16, 32, 64, 128, 160, 256, 320, 512)),
+    "routed": (routing_tuning.TABLE, (16, 64, 128, 256)),
+    "experts": (expert_projection.TABLE, (0,)),
+    "vectors": (norm_tuning.VECTORS, (16, 128, 256)),
+    "matrices": (norm_tuning.MATRICES, (16, 128, 256)),
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_kernel_has_a_line_for_every_device_and_width(
     monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(tuning, "device_limits", lambda _: DEVICES[device])
-    for kernel in tuning.TABLE:
-        for width in (16, 32, 64, 128, 160, 256, 320, 512):
-            assert tuning.config(kernel, width, dtype, CPU).BLOCK_S >= 16
-    for kernel in routing_tuning.TABLE:
-        for width in (16, 64, 128, 256):
-            width = 0 if kernel.startswith("expert") else width
-            assert routing_tuning.config(kernel, dtype, CPU, width).BLOCK_S >= 16
-    most, largest = composed_tuning.room(dtype, CPU)
-    for kernel in composed_tuning.TABLE:
+    for table, widths in OF_WIDTH.values():
+        for kernel in table.lines:
+            for width in widths:
+                assert set(table.config(kernel, dtype, CPU, width).tiles) == set(table.tiles)
+    for kernel in ("linear_attention_state", "linear_attention_tile"):
+        assert linear_tuning.of_tokens(kernel, dtype, CPU, 64, 64, 64)["BLOCK_T"] >= 16
+    for kernel in linear_tuning.BLOCKS.lines:
+        assert linear_tuning.of_blocks(kernel, dtype, CPU, 64, 64)["BLOCK_I"] >= 16
+    most, largest = composed_tuning.capacity(dtype, CPU)
+    for kernel in composed_tuning.TABLE.lines:
         for heads in (1, 4, 8, 16, 32):
             width = largest // heads
             if heads <= most and width >= 16:
-                assert composed_tuning.config(kernel, heads, width, dtype, CPU).BLOCK_S >= 16
+                size = composed_tuning.sizes(heads, width)
+                assert composed_tuning.TABLE.config(kernel, dtype, CPU, *size)["BLOCK_S"] >= 16
 
 
 def test_a_wider_head_never_gets_a_line_that_is_meant_for_a_narrower_one() -> None:
-    for lines in (lines for kernel in tuning.TABLE.values() for lines in kernel.values()):
+    tables = [*(table for table, _ in OF_WIDTH.values()), composed_tuning.TABLE]
+    for lines in (lines for table in tables for kernel in table.lines.values() for lines in kernel.values()):
         assert list(lines) == sorted(lines)
 
 
-def test_composed_attention_has_less_room_where_there_is_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+def test_the_first_line_as_large_as_the_head_serves_and_the_last_one_beyond() -> None:
+    table = tuning.Table(("BLOCK_T",), {"k": {("any", 2): {64: (32, 4, 2), 128: (16, 8, 1)}}})
+    chosen = [table.config("k", torch.float16, CPU, width)["BLOCK_T"] for width in (16, 64, 65, 128, 512)]
+    assert chosen == [32, 32, 16, 16, 16]
+
+
+def test_a_pinned_configuration_replaces_the_tiles_that_a_kernel_has() -> None:
+    table = tuning.Table(("BLOCK_T", "BLOCK_S"), {"k": {("cuda", 2): {64: (32, 64, 4, 2)}}})
+    with tuning.pinned(tuning.Config({"BLOCK_S": 16, "BLOCK_K": 8}, num_warps=1, num_stages=3)):
+        config = table.config("k", torch.float16, CPU, 64)
+    assert config == tuning.Config({"BLOCK_T": 32, "BLOCK_S": 16}, num_warps=1, num_stages=3)
+    assert table.config("k", torch.float16, CPU, 64) == tuning.Config({"BLOCK_T": 32, "BLOCK_S": 64}, 4, 2)
+
+
+def test_composed_attention_has_less_capacity_where_there_is_less_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = []
     for device in ("hopper", "ampere", "ada"):
         monkeypatch.setattr(tuning, "device_limits", lambda _, device=device: DEVICES[device])
-        found.append(composed_tuning.room(torch.bfloat16, CPU))
-    assert found == [(32, 1024), (16, 512), (8, 256)]
+        result.append(composed_tuning.capacity(torch.bfloat16, CPU))
+    assert result == [(32, 1024), (16, 512), (8, 256)]

@@ -58,7 +58,7 @@ def _error(value: Tensor, exact: Tensor) -> float:
 def results(run: Run, *inputs: Tensor) -> dict[str, Tensor]:
     """Outputs and gradients by name."""
     outputs = run(*inputs)
-    found = {f"output {n}": out.detach() for n, out in enumerate(outputs)}
+    result = {f"output {n}": out.detach() for n, out in enumerate(outputs)}
     wanted = [(n, x) for n, x in enumerate(inputs) if x.requires_grad]
     loss = 0
     for out in outputs:
@@ -71,5 +71,5 @@ def results(run: Run, *inputs: Tensor) -> dict[str, Tensor]:
     if wanted and isinstance(loss, Tensor):
         grads = torch.autograd.grad(loss, [x for _, x in wanted], allow_unused=True)
         for (n, x), grad in zip(wanted, grads, strict=True):
-            found[f"gradient {n}"] = torch.zeros_like(x) if grad is None else grad
-    return found
+            result[f"gradient {n}"] = torch.zeros_like(x) if grad is None else grad
+    return result

@@ -1,11 +1,11 @@
 """Attention of routed heads: packing of the active (token, head) rows, and attention of packed rows.
 
-For every batch row and key/value head the active rows of its query heads lie side by side, by token and then by head:
+For every batch row and key/value head the active rows of its query heads are packed, ordered by token and then by head:
 
     rows[r] = token * GROUP + head within the group,   start[t] = rows of the tokens before t,   start[T] = all rows
 
-A tile of packed rows spans few tokens and shares one walk over the keys. The lists have room for every pair; what a
-list does not fill is never read, and programs beyond its end return at once, so the host never waits for a count.
+A tile of packed rows spans few tokens and shares one walk over the keys. The lists are long enough for every pair;
+what is beyond a list's end is never read, and programs there return at once, so the host never waits for a count.
 
     o_r = gate_r sum_j p_rj v_j,  e_rj = do_r v_j,  delta_r = do_r o_r,  ds_rj = p_rj (gate_r e_rj - delta_r)
     dv_j = sum_r gate_r p_rj do_r,  dk_j = scale sum_r ds_rj q_r
@@ -18,15 +18,15 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels.primitives import shift_and_norm
-from attnzoo_kernels.softmax_attention_bwd import walk_keys_back
-from attnzoo_kernels.softmax_attention_fwd import walk_keys
-from attnzoo_kernels.softmax_attention_tiles import column_weights, factor_and_unit, pair_scores, segment_of
+from attnzoo_kernels.softmax_attention.kernels_bwd import walk_keys_back
+from attnzoo_kernels.softmax_attention.kernels_fwd import walk_keys
+from attnzoo_kernels.softmax_attention.pieces import column_weights, factor_and_unit, pair_scores, segment_of
 
 
 # grid (B * G * tiles of T): one program writes the rows of BLOCK_T tokens of a group to their places.
 @triton.jit
 def head_routing_pack_kernel(
-    active_ptr, start_ptr, rows_ptr, stride_ab, stride_at, stride_ah, T, G,
+    active_ptr, start_ptr, rows_ptr, stride_active_b, stride_active_t, stride_active_h, T, G,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_T)
@@ -34,7 +34,11 @@ def head_routing_pack_kernel(
     bg = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     inside = (o_t < T)[:, None] & (o_m < GROUP)[None, :]
-    at = bg // G * stride_ab + o_t.to(tl.int64)[:, None] * stride_at + (bg % G * GROUP + o_m)[None, :] * stride_ah
+    at = (
+        bg // G * stride_active_b
+        + o_t.to(tl.int64)[:, None] * stride_active_t
+        + (bg % G * GROUP + o_m)[None, :] * stride_active_h
+    )
     active = tl.load(active_ptr + at, mask=inside, other=0).to(tl.int32)
     start = tl.load(start_ptr + bg * (T + 1) + o_t, mask=o_t < T, other=0)
     place = start[:, None] + tl.cumsum(active, 1) - active
@@ -92,8 +96,8 @@ def packed_key_range(
 @triton.jit
 def head_routing_fwd_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, o_ptr, shift_ptr, norm_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_gb, stride_gt, stride_gh, T, G, scale,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_gates_b, stride_gates_t, stride_gates_h, T, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -110,10 +114,10 @@ def head_routing_fwd_kernel(
     o_t = token.to(tl.int64)
     o_h = g * GROUP + member
     q_mask = inside[:, None] & (o_d < D)[None, :]
-    q_at = b * stride_qb + o_t * stride_qt + o_h * stride_qh
+    q_at = b * stride_q_b + o_t * stride_q_t + o_h * stride_q_h
     b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
-    k_ptr += b * stride_kb + g * stride_kg
-    v_ptr += b * stride_vb + g * stride_vg
+    k_ptr += b * stride_k_b + g * stride_k_g
+    v_ptr += b * stride_v_b + g * stride_v_g
     first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
     m = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -125,23 +129,23 @@ def head_routing_fwd_kernel(
     if first_ptr is not None:
         acc, m, l = walk_keys(
             acc, m, l, lo, full_lo, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-            stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+            stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
             SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
         )  # fmt: skip
     acc, m, l = walk_keys(
         acc, m, l, full_lo, full_hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-        stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+        stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
         SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     acc, m, l = walk_keys(
         acc, m, l, full_hi, hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-        stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
+        stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
         SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     shift, norm = shift_and_norm(m, l, PRECISION == "ieee")
     factor = norm
     if gates_ptr is not None:
-        at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
+        at = b * stride_gates_b + o_t * stride_gates_t + o_h * stride_gates_h
         factor *= tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
     o_at = ((b * T + o_t) * G * GROUP + o_h) * DV
     o_mask = inside[:, None] & (o_dv < DV)[None, :]
@@ -155,7 +159,7 @@ def head_routing_fwd_kernel(
 # grid (B * G * tiles of T GROUP): delta of packed rows.
 @triton.jit
 def head_routing_bwd_delta_kernel(
-    o_ptr, do_ptr, start_ptr, rows_ptr, delta_ptr, stride_dob, stride_dot, stride_doh, T, G,
+    o_ptr, do_ptr, start_ptr, rows_ptr, delta_ptr, stride_do_b, stride_do_t, stride_do_h, T, G,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * GROUP, BLOCK_T)
@@ -170,7 +174,7 @@ def head_routing_bwd_delta_kernel(
     o_dv = tl.arange(0, BLOCK_DV)
     mask = inside[:, None] & (o_dv < DV)[None, :]
     o_at = ((b * T + o_t) * G * GROUP + o_h) * DV
-    do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
+    do_at = b * stride_do_b + o_t * stride_do_t + o_h * stride_do_h
     b_o = tl.load(o_ptr + o_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
     b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=mask, other=0.0)
     # As in the dense kernel.
@@ -184,8 +188,8 @@ def head_routing_bwd_delta_kernel(
 def head_routing_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dq_ptr, dgates_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_gates_b, stride_gates_t, stride_gates_h, stride_do_b, stride_do_t, stride_do_h, T, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -203,8 +207,8 @@ def head_routing_bwd_dq_kernel(
     o_h = g * GROUP + member
     q_mask = inside[:, None] & (o_d < D)[None, :]
     do_mask = inside[:, None] & (o_dv < DV)[None, :]
-    q_at = b * stride_qb + o_t * stride_qt + o_h * stride_qh
-    do_at = b * stride_dob + o_t * stride_dot + o_h * stride_doh
+    q_at = b * stride_q_b + o_t * stride_q_t + o_h * stride_q_h
+    do_at = b * stride_do_b + o_t * stride_do_t + o_h * stride_do_h
     b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
     b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=do_mask, other=0.0)
     shift = tl.load(shift_ptr + bg * T * GROUP + o_r, mask=inside, other=float("inf"))
@@ -214,10 +218,10 @@ def head_routing_bwd_dq_kernel(
     delta = tl.load(delta_ptr + bg * T * GROUP + o_r, mask=inside, other=0.0)
     gate = tl.full([BLOCK_T], 1.0, tl.float32)
     if gates_ptr is not None:
-        at = b * stride_gb + o_t * stride_gt + o_h * stride_gh
+        at = b * stride_gates_b + o_t * stride_gates_t + o_h * stride_gates_h
         gate = tl.load(gates_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    k_ptr += b * stride_kb + g * stride_kg
-    v_ptr += b * stride_vb + g * stride_vg
+    k_ptr += b * stride_k_b + g * stride_k_g
+    v_ptr += b * stride_v_b + g * stride_v_g
     first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
     b_dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -228,8 +232,9 @@ def head_routing_bwd_dq_kernel(
     )
     b_dq, spare, r = walk_keys_back(
         b_dq, spare, r, lo, full_lo, full_hi, hi, b_q, b_q, b_do, shift, norm, delta, token, token, first, last, k_ptr,
-        v_ptr, None, None, None, None, None, 0.0, gate[:, None], stride_ks, stride_vs, 0, 0, 0, 0, 0, T, T, scale, 0.0,
-        0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+        v_ptr, None, None, None, None, None, 0.0, gate[:, None], stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale,
+        0.0, 0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV,
+        16,
     )  # fmt: skip
     place = (b * T + o_t) * G * GROUP + o_h
     b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
@@ -241,11 +246,12 @@ def head_routing_bwd_dq_kernel(
 @triton.jit
 def walk_packed_rows(
     b_dk, b_dv, lo, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
-    lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T, scale,
+    lengths_ptr, first_ptr, last_ptr, b, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_gates_t,
+    stride_gates_h, T, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the packed rows lo, lo + BLOCK_T, ... < hi of a group bring; tiles are [keys, rows]."""
+    """Adds the contribution of the packed rows lo, lo + BLOCK_T, ... < hi of a group; tiles are [keys, rows]."""
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     factor, unit = factor_and_unit(scale, True)
@@ -258,7 +264,7 @@ def walk_packed_rows(
         o_t = token.to(tl.int64)
         o_h = (row % GROUP).to(tl.int64)
         q_mask = inside[:, None] & (o_d < D)[None, :]
-        q_at = o_t * stride_qt + o_h * stride_qh
+        q_at = o_t * stride_q_t + o_h * stride_q_h
         b_q = tl.load(q_ptr + q_at[:, None] + o_d[None, :], mask=q_mask, other=0.0)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_S, BLOCK_T]
         first, last = segment_of(b, token, T, T, lengths_ptr, first_ptr, last_ptr)
@@ -269,10 +275,10 @@ def walk_packed_rows(
         p = column_weights(s, unit, shift_ptr, norm_ptr, o_r, inside, PRECISION)
         gate = tl.full([BLOCK_T], 1.0, tl.float32)
         if gates_ptr is not None:
-            g_at = o_t * stride_gt + o_h * stride_gh
+            g_at = o_t * stride_gates_t + o_h * stride_gates_h
             gate = tl.load(gates_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
         do_mask = inside[:, None] & (o_dv < DV)[None, :]
-        do_at = o_t * stride_dot + o_h * stride_doh
+        do_at = o_t * stride_do_t + o_h * stride_do_h
         b_do = tl.load(do_ptr + do_at[:, None] + o_dv[None, :], mask=do_mask, other=0.0)
         b_dv = tl.dot((p * gate[None, :]).to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
         e = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
@@ -283,13 +289,13 @@ def walk_packed_rows(
 
 
 # grid (B * G * tiles of T): one program owns BLOCK_S keys of one group and walks the packed rows from the first token
-# of its tile on, which lie side by side; a group's gradient is summed in registers.
+# of its tile on, which are adjacent; a group's gradient is summed in registers.
 @triton.jit
 def head_routing_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_gb, stride_gt, stride_gh, stride_dob, stride_dot, stride_doh, T, G, scale,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_gates_b, stride_gates_t, stride_gates_h, stride_do_b, stride_do_t, stride_do_h, T, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -306,8 +312,8 @@ def head_routing_bwd_dkdv_kernel(
     inside = (o_s < T)[:, None]
     k_mask = inside & (o_d < D)[None, :]
     v_mask = inside & (o_dv < DV)[None, :]
-    b_k = tl.load(k_ptr + b * stride_kb + g * stride_kg + row * stride_ks + o_d[None, :], mask=k_mask, other=0.0)
-    b_v = tl.load(v_ptr + b * stride_vb + g * stride_vg + row * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
+    b_k = tl.load(k_ptr + b * stride_k_b + g * stride_k_g + row * stride_k_s + o_d[None, :], mask=k_mask, other=0.0)
+    b_v = tl.load(v_ptr + b * stride_v_b + g * stride_v_g + row * stride_v_s + o_dv[None, :], mask=v_mask, other=0.0)
     b_dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     SEGMENT: tl.constexpr = (lengths_ptr is not None) or (first_ptr is not None)
@@ -328,30 +334,29 @@ def head_routing_bwd_dkdv_kernel(
     full_lo = tl.minimum(full_lo, hi)
     full_hi = tl.minimum(full_hi, hi)
     h_0 = g * GROUP
-    q_ptr += b * stride_qb + h_0 * stride_qh
-    do_ptr += b * stride_dob + h_0 * stride_doh
+    q_ptr += b * stride_q_b + h_0 * stride_q_h
+    do_ptr += b * stride_do_b + h_0 * stride_do_h
     if gates_ptr is not None:
-        gates_ptr += b * stride_gb + h_0 * stride_gh
+        gates_ptr += b * stride_gates_b + h_0 * stride_gates_h
     rows_ptr += bg * T * GROUP
     shift_ptr += bg * T * GROUP
     norm_ptr += bg * T * GROUP
     delta_ptr += bg * T * GROUP
     b_dk, b_dv = walk_packed_rows(
         b_dk, b_dv, lo, full_lo, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
-        lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
-        scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+        lengths_ptr, first_ptr, last_ptr, b, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_gates_t,
+        stride_gates_h, T, scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     b_dk, b_dv = walk_packed_rows(
-        b_dk, b_dv, full_lo, full_hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr,
-        delta_ptr,
-        lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt, stride_gh, T,
-        scale, GROUP, D, DV, SEGMENT, False, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+        b_dk, b_dv, full_lo, full_hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
+        lengths_ptr, first_ptr, last_ptr, b, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_gates_t,
+        stride_gates_h, T, scale, GROUP, D, DV, SEGMENT, False, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if SEGMENT:
         b_dk, b_dv = walk_packed_rows(
-            b_dk, b_dv, full_hi, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr,
-            delta_ptr, lengths_ptr, first_ptr, last_ptr, b, stride_qt, stride_qh, stride_dot, stride_doh, stride_gt,
-            stride_gh, T, scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
+            b_dk, b_dv, full_hi, hi, b_k, b_v, o_s, q_ptr, do_ptr, gates_ptr, rows_ptr, shift_ptr, norm_ptr, delta_ptr,
+            lengths_ptr, first_ptr, last_ptr, b, stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_gates_t,
+            stride_gates_h, T, scale, GROUP, D, DV, SEGMENT, True, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     at = (b * T + row) * G + g
     tl.store(dk_ptr + at * D + o_d[None, :], (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=k_mask)

@@ -1,13 +1,13 @@
 """Attention of a few new tokens over a long cache.
 
-    s_rj = scale * (q_r . k_j + q_extra_r . k_extra_j), soft-capped, biased and masked as in training
+    s_rj = scale * (q_r . k_j + q_rope_r . k_rope_j), soft-capped, biased and masked as in training
     o_r = head_scale * sum_j exp(s_rj) v_j / (exp(sink) + sum_j exp(s_rj))
 
 The rows r are the new tokens of all query heads that share one key/value head, so each key is read once for them all.
-The keys are cut into splits, since a few sequences alone would leave most of a GPU idle. A split leaves its state, the
+The keys are cut into splits, since a few sequences alone would leave most of a GPU idle. A split stores its state, the
 running maximum m, the denominator l and the numerator sum_j exp(s_rj - m) v_j, and the states are merged:
 
-    m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  numerator likewise;  the sink joins l once, at the end.
+    m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  and so the numerator;  the sink joins l once, at the end.
 
 Where the key is the first features of the value in the same memory (grouped-tied and latent attention) it is loaded
 once and serves as both: the numerator is held in two parts, one of the key's width and one of the rest.
@@ -37,17 +37,17 @@ def closing_factor(m, l, sink):
 # key that is repeated for its heads.
 @triton.jit(do_not_specialize=["T", "S", "query_start", "begin", "end", "chunk", "window", "sink_tokens"])
 def decode_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, sinks_ptr, head_scale_ptr,
-    o_ptr, state_ptr,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g,
-    qx_stride_b, qx_stride_t, qx_stride_h, kx_stride_b, kx_stride_s,
-    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_s, head_scale_stride_b, head_scale_stride_h,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, sinks_ptr,
+    head_scale_ptr, o_ptr, state_ptr,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_q_rope_b, stride_q_rope_t, stride_q_rope_h, stride_k_rope_b, stride_k_rope_s,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, stride_head_scale_b, stride_head_scale_h,
     B, T, S, H, G, query_start, begin, end, chunk, scale, softcap, window, sink_tokens,
-    D: tl.constexpr, DV: tl.constexpr, DX: tl.constexpr, TIED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, TIED: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, CLOSE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    EXTRA: tl.constexpr = DX > 0
+    ROPE: tl.constexpr = R > 0
     # The value's features that are not the key's.
     REST: tl.constexpr = DV - D if TIED else DV
     FROM: tl.constexpr = DV - REST
@@ -64,13 +64,14 @@ def decode_attention_fwd_kernel(
     i = query_start + o_n % T
     o_d = tl.arange(0, BLOCK_D)
     o_v = FROM + tl.arange(0, BLOCK_V)
-    o_x = tl.arange(0, BLOCK_X)
+    o_r = tl.arange(0, BLOCK_R)
 
-    q_row = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
+    q_row = q_ptr + b * stride_q_b + t * stride_q_t + h * stride_q_h
     b_q = tl.load(q_row[:, None] + o_d, mask=in_rows[:, None] & (o_d < D), other=0.0)  # [BLOCK_T, BLOCK_D]
-    if EXTRA:
-        qx_row = qx_ptr + b * qx_stride_b + t * qx_stride_t + h * qx_stride_h
-        b_qx = tl.load(qx_row[:, None] + o_x, mask=in_rows[:, None] & (o_x < DX), other=0.0)  # [BLOCK_T, BLOCK_X]
+    if ROPE:
+        q_rope_row = q_rope_ptr + b * stride_q_rope_b + t * stride_q_rope_t + h * stride_q_rope_h
+        # [BLOCK_T, BLOCK_R]
+        b_q_rope = tl.load(q_rope_row[:, None] + o_r, mask=in_rows[:, None] & (o_r < R), other=0.0)
     slope = 0.0
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + h, mask=in_rows, other=0.0).to(tl.float32)[:, None]
@@ -92,13 +93,13 @@ def decode_attention_fwd_kernel(
         o_s = first + tl.arange(0, BLOCK_S)
         in_keys = o_s < hi
         s_at = o_s.to(tl.int64)
-        k_row = k_ptr + b * k_stride_b + g * k_stride_g + s_at * k_stride_s
+        k_row = k_ptr + b * stride_k_b + g * stride_k_g + s_at * stride_k_s
         b_k = tl.load(k_row[:, None] + o_d, mask=in_keys[:, None] & (o_d < D), other=0.0)  # [BLOCK_S, BLOCK_D]
         s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_T, BLOCK_S]
-        if EXTRA:
-            kx_row = kx_ptr + b * kx_stride_b + s_at * kx_stride_s
-            b_kx = tl.load(kx_row[:, None] + o_x, mask=in_keys[:, None] & (o_x < DX), other=0.0)
-            s = tl.dot(b_qx, tl.trans(b_kx), s, input_precision="ieee")
+        if ROPE:
+            k_rope_row = k_rope_ptr + b * stride_k_rope_b + s_at * stride_k_rope_s
+            b_k_rope = tl.load(k_rope_row[:, None] + o_r, mask=in_keys[:, None] & (o_r < R), other=0.0)
+            s = tl.dot(b_q_rope, tl.trans(b_k_rope), s, input_precision="ieee")
         j = o_s
         if positions_ptr is not None:
             j = tl.load(positions_ptr + o_s, mask=in_keys, other=0).to(tl.int32)
@@ -108,19 +109,19 @@ def decode_attention_fwd_kernel(
             i[:, None], j[None, :], window, sink_tokens, 0, length, CAUSAL, WINDOW, SINK_TOKENS, lengths_ptr is not None
         )
         if mask_ptr is not None:
-            mask_row = mask_ptr + b * mask_stride_b + h * mask_stride_h + t * mask_stride_t
-            at = mask_row[:, None] + j.to(tl.int64)[None, :] * mask_stride_s
+            mask_row = mask_ptr + b * stride_mask_b + h * stride_mask_h + t * stride_mask_t
+            at = mask_row[:, None] + s_at[None, :] * stride_mask_s
             ok = ok & (tl.load(at, mask=ok, other=0) != 0)
         p, shrink, m, l = softmax_step(tl.where(ok, s, float("-inf")), LOG2E, m, l)
         p = p.to(b_k.dtype)
         if TIED:
             b_ok = tl.dot(p, b_k, b_ok * shrink[:, None], input_precision="ieee")
         if REST > 0:
-            v_row = v_ptr + b * v_stride_b + g * v_stride_g + s_at * v_stride_s
+            v_row = v_ptr + b * stride_v_b + g * stride_v_g + s_at * stride_v_s
             b_v = tl.load(v_row[:, None] + o_v, mask=in_keys[:, None] & (o_v < DV), other=0.0)  # [BLOCK_S, BLOCK_V]
             b_ov = tl.dot(p, b_v, b_ov * shrink[:, None], input_precision="ieee")
 
-    # Rows of the output and of the states are numbered alike, b, t, h, with the splits in front.
+    # Rows of the output and of the states have the same numbers, b, t, h, with the splits in front.
     o_row = ((split.to(tl.int64) * B + b) * T + t) * H + h
     factor = tl.full([BLOCK_T], 1.0, tl.float32)
     if CLOSE:
@@ -129,7 +130,7 @@ def decode_attention_fwd_kernel(
             sink = tl.load(sinks_ptr + h, mask=in_rows, other=0.0).to(tl.float32) * LOG2E
         factor = closing_factor(m, l, sink)
         if head_scale_ptr is not None:
-            at = head_scale_ptr + b * head_scale_stride_b + h * head_scale_stride_h
+            at = head_scale_ptr + b * stride_head_scale_b + h * stride_head_scale_h
             factor *= tl.load(at, mask=in_rows, other=0.0).to(tl.float32)
     else:
         tl.store(state_ptr + 2 * o_row, m, mask=in_rows)
@@ -143,7 +144,7 @@ def decode_attention_fwd_kernel(
 # grid (B * T * H): one program owns one row of the output and merges the row's states, BLOCK_C splits at a time.
 @triton.jit(do_not_specialize=["rows", "T", "splits"])
 def decode_attention_merge_kernel(
-    part_ptr, state_ptr, sinks_ptr, head_scale_ptr, o_ptr, head_scale_stride_b, head_scale_stride_h, rows, T, H, splits,
+    part_ptr, state_ptr, sinks_ptr, head_scale_ptr, o_ptr, stride_head_scale_b, stride_head_scale_h, rows, T, H, splits,
     DV: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -171,5 +172,5 @@ def decode_attention_merge_kernel(
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
     factor = closing_factor(m, l, sink)
     if head_scale_ptr is not None:
-        factor *= tl.load(head_scale_ptr + b * head_scale_stride_b + h * head_scale_stride_h).to(tl.float32)
+        factor *= tl.load(head_scale_ptr + b * stride_head_scale_b + h * stride_head_scale_h).to(tl.float32)
     tl.store(o_ptr + row * DV + o_v, b_o * factor, mask=o_v < DV)

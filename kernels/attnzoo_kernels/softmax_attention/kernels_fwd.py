@@ -1,7 +1,7 @@
 """Softmax attention, forward.
 
-    s_ij = softcap(scale (q_i k_j + qx_i kx_j)) - slope |i - j| + bias_ij, -inf where invisible
-    lse_i = log(exp(sink) + sum_j exp(s_ij)),  o_i = gain sum_j exp(s_ij - lse_i) v_j
+    s_ij = softcap(scale (q_i k_j + q_rope_i k_rope_j)) - slope |i - j| + bias_ij, -inf where invisible
+    lse_i = log(exp(sink) + sum_j exp(s_ij)),  o_i = head_scale sum_j exp(s_ij - lse_i) v_j
 
 What the backward pass needs of a row is `shift_and_norm`.
 """
@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels.primitives import LN2, LOG2E, shift_and_norm, softmax_step
-from attnzoo_kernels.softmax_attention_tiles import factor_and_unit, key_ranges, pair_scores, segment_of
+from attnzoo_kernels.softmax_attention.pieces import factor_and_unit, key_ranges, pair_scores, segment_of
 
 
 @triton.jit
 def walk_keys(
-    acc, m, l, lo, hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr, positions_ptr, slope,
-    stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
+    acc, m, l, lo, hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr, positions_ptr,
+    slope,
+    stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t, stride_mask_s,
     T, S, scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
@@ -37,32 +38,32 @@ def walk_keys(
         if MASKED:
             k_mask = inside[None, :] & (o_d < D)[:, None]
             v_mask = inside[:, None] & (o_dv < DV)[None, :]
-            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None], mask=k_mask, other=0.0)
+            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None], mask=k_mask, other=0.0)
         elif D == BLOCK_D:
-            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None])
+            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None])
         else:
-            b_k = tl.load(k_ptr + row[None, :] * stride_ks + o_d[:, None], mask=(o_d < D)[:, None], other=0.0)
+            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None], mask=(o_d < D)[:, None], other=0.0)
         s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
         if R > 0:
             o_r = tl.arange(0, BLOCK_R)
-            kx_mask = inside[None, :] & (o_r < R)[:, None]
-            b_kx = tl.load(kx_ptr + row[None, :] * stride_kxs + o_r[:, None], mask=kx_mask, other=0.0)
-            s = tl.dot(b_qx, b_kx, acc=s, input_precision=PRECISION)
+            k_rope_mask = inside[None, :] & (o_r < R)[:, None]
+            b_k_rope = tl.load(k_rope_ptr + row[None, :] * stride_k_rope_s + o_r[:, None], mask=k_rope_mask, other=0.0)
+            s = tl.dot(b_q_rope, b_k_rope, acc=s, input_precision=PRECISION)
         j = o_s
         if positions_ptr is not None:
             j = tl.load(positions_ptr + o_s, mask=inside, other=0)
         s, _ = pair_scores(
-            s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None],
-            bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms, T, S, factor, softcap, slope, window,
+            s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None], bias_ptr,
+            stride_bias_t, stride_bias_s, mask_ptr, stride_mask_t, stride_mask_s, T, S, factor, softcap, slope, window,
             sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
         )  # fmt: skip
         p, shrink, m, l = softmax_step(s, unit, m, l)
         if MASKED:
-            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=v_mask, other=0.0)
+            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :], mask=v_mask, other=0.0)
         elif DV == BLOCK_DV:
-            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :])
+            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :])
         else:
-            b_v = tl.load(v_ptr + row[:, None] * stride_vs + o_dv[None, :], mask=(o_dv < DV)[None, :], other=0.0)
+            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :], mask=(o_dv < DV)[None, :], other=0.0)
         acc = tl.dot(p.to(b_v.dtype), b_v, acc=acc * shrink[:, None], input_precision=PRECISION)
     return acc, m, l
 
@@ -72,11 +73,12 @@ def walk_keys(
 # group, and a copy of the shared key for every head never exist. Causal tiles start with the longest.
 @triton.jit
 def softmax_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, gain_ptr, lengths_ptr, first_ptr,
-    last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_qxb, stride_qxt, stride_qxh, stride_kxb, stride_kxs, stride_bb, stride_bh, stride_bt, stride_bs,
-    stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gh,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, head_scale_ptr, lengths_ptr,
+    first_ptr, last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_q_rope_b, stride_q_rope_t, stride_q_rope_h, stride_k_rope_b, stride_k_rope_s, stride_bias_b, stride_bias_h,
+    stride_bias_t, stride_bias_s,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, stride_head_scale_b, stride_head_scale_h,
     T, S, H, GROUP, scale, softcap, window, sink_tokens, query_start,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr,
@@ -103,22 +105,24 @@ def softmax_attention_fwd_kernel(
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if TENSOR else 0)
 
     q_mask = (o_t < T)[:, None] & (o_d < D)[None, :]
-    q_at = b * stride_qb + h * stride_qh + row[:, None] * stride_qt + o_d[None, :]
+    q_at = b * stride_q_b + h * stride_q_h + row[:, None] * stride_q_t + o_d[None, :]
     b_q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
-    b_qx = b_q
+    b_q_rope = b_q
     if R > 0:
         o_r = tl.arange(0, BLOCK_R)
-        qx_mask = (o_t < T)[:, None] & (o_r < R)[None, :]
-        b_qx = tl.load(
-            qx_ptr + b * stride_qxb + h * stride_qxh + row[:, None] * stride_qxt + o_r[None, :], mask=qx_mask, other=0.0
+        q_rope_mask = (o_t < T)[:, None] & (o_r < R)[None, :]
+        b_q_rope = tl.load(
+            q_rope_ptr + b * stride_q_rope_b + h * stride_q_rope_h + row[:, None] * stride_q_rope_t + o_r[None, :],
+            mask=q_rope_mask,
+            other=0.0,
         )
-        kx_ptr += b * stride_kxb
-    k_ptr += b * stride_kb + g * stride_kg
-    v_ptr += b * stride_vb + g * stride_vg
+        k_rope_ptr += b * stride_k_rope_b
+    k_ptr += b * stride_k_b + g * stride_k_g
+    v_ptr += b * stride_v_b + g * stride_v_g
     if bias_ptr is not None:
-        bias_ptr += b * stride_bb + h * stride_bh
+        bias_ptr += b * stride_bias_b + h * stride_bias_h
     if mask_ptr is not None:
-        mask_ptr += b * stride_mb + h * stride_mh
+        mask_ptr += b * stride_mask_b + h * stride_mask_h
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + h)
@@ -133,30 +137,30 @@ def softmax_attention_fwd_kernel(
     )  # fmt: skip
     if SINK_TOKENS:
         acc, m, l = walk_keys(
-            acc, m, l, sink_lo, sink_hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
-            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
-            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
-            True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, sink_lo, sink_hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr,
+            mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s,
+            stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI,
+            WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     if WINDOW or SEGMENT:
         acc, m, l = walk_keys(
-            acc, m, l, lo, full_lo, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
-            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
-            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
-            True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, lo, full_lo, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr,
+            positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t,
+            stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW,
+            SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     if DENSE == 0:
         acc, m, l = walk_keys(
-            acc, m, l, full_lo, full_hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
-            positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
-            T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
-            False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, full_lo, full_hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr,
+            mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s,
+            stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI,
+            WINDOW, SINK_TOKENS, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     acc, m, l = walk_keys(
-        acc, m, l, full_hi, hi, b_q, b_qx, o_t, i, first, last, k_ptr, v_ptr, kx_ptr, bias_ptr, mask_ptr,
-        positions_ptr, slope, stride_ks, stride_vs, stride_kxs, stride_bt, stride_bs, stride_mt, stride_ms,
-        T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT,
-        True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        acc, m, l, full_hi, hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr,
+        positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t,
+        stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS,
+        SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
     )  # fmt: skip
 
     seen = l > 0
@@ -170,8 +174,8 @@ def softmax_attention_fwd_kernel(
     shift, norm = shift_and_norm(m, l, PRECISION == "ieee")
     lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
     factor = tl.where(seen, norm, 0.0)
-    if gain_ptr is not None:
-        factor *= tl.load(gain_ptr + b * stride_gb + h * stride_gh)
+    if head_scale_ptr is not None:
+        factor *= tl.load(head_scale_ptr + b * stride_head_scale_b + h * stride_head_scale_h)
     o_at = (b * T + row[:, None]) * H * DV + h * DV + o_dv[None, :]
     o_mask = (o_t < T)[:, None] & (o_dv < DV)[None, :]
     tl.store(o_ptr + o_at, (acc * factor[:, None]).to(o_ptr.dtype.element_ty), mask=o_mask)

@@ -69,8 +69,8 @@ def load_matrices(
 ):  # fmt: skip
     """Matrices (SOURCES, TARGETS) of tokens token_0 .. as [BLOCK M / W, W, W], sources on the middle axis.
 
-    AGAIN reads them even where they were read before: groups of more than 16 heads have no room to keep them, and the
-    compiler, which would, may neither move nor merge such loads.
+    AGAIN reads them even where they were read before: for groups of more than 16 heads they do not fit in registers,
+    and the compiler, which would keep them there, may neither move nor merge such loads.
     """
     at, inside = block_places(token_0, tokens, stride_token, SOURCES, TARGETS, M, W, BLOCK)
     return tl.load(ptr + at, mask=inside, other=0.0, volatile=AGAIN)
@@ -151,7 +151,7 @@ def products(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def mask_scores(
-    s, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window,
+    s, o_t, o_s, i, j, first, last, mask_ptr, stride_mask_h, stride_mask_t, stride_mask_s, T, S, window,
     HEADS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """-inf where a pair is invisible, after the first composition. The mask tensor is the batch row's and group's."""
@@ -161,8 +161,8 @@ def mask_scores(
     )
     if mask_ptr is not None:
         m = tl.arange(0, s.shape[1])
-        at = o_t.to(tl.int64)[:, None] * stride_mt + o_s.to(tl.int64)[None, :] * stride_ms
-        at = at[:, None, :] + m.to(tl.int64)[None, :, None] * stride_mh
+        at = o_t.to(tl.int64)[:, None] * stride_mask_t + o_s.to(tl.int64)[None, :] * stride_mask_s
+        at = at[:, None, :] + m.to(tl.int64)[None, :, None] * stride_mask_h
         given = tl.load(mask_ptr + at, mask=inside[:, None, :] & (m < HEADS)[None, :, None], other=0)
         return tl.where(ok[:, None, :] & (given != 0), s, float("-inf"))
     return tl.where(ok[:, None, :], s, float("-inf"))

@@ -16,12 +16,13 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import attnzoo
 from attnzoo.ops.head_mixing import knock_linear, knock_mlp
+from attnzoo.ops.observation import Observation, observing
 from attnzoo.rotary import STYLES, Rotary, rotary_table, rotate
 
 pytest.importorskip("triton")
 
-from attnzoo_kernels import head_prologue as module
-from attnzoo_kernels.head_prologue import head_prologue
+from attnzoo_kernels import qk_norm_rope as module
+from attnzoo_kernels.qk_norm_rope import qk_norm_rope
 from tests.kernels.tolerance import assert_as_good_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +66,7 @@ class Case:
             options[self.head_map] = weights[0] if self.head_map == "linear" else tuple(weights)
         if self.tables:
             options["cos"], options["sin"] = self.tables
-        return [head_prologue(z, **options)]
+        return [qk_norm_rope(z, **options)]
 
     def plain(self, z: Tensor, *weights: Tensor) -> list[Tensor]:
         if self.norm:
@@ -189,8 +190,8 @@ def test_tables_of_every_row() -> None:
     Case(16, rotary=8, positions=positions[1:]).check()
     z = torch.randn(*SIZES, 16, device=DEVICE)
     own, other = tables(8, "half", positions)
-    both = head_prologue(z, cos=own, sin=other)
-    alone = [head_prologue(z[b : b + 1], cos=own[b], sin=other[b]) for b in range(2)]
+    both = qk_norm_rope(z, cos=own, sin=other)
+    alone = [qk_norm_rope(z[b : b + 1], cos=own[b], sin=other[b]) for b in range(2)]
     assert torch.equal(both, torch.cat(alone))
 
 
@@ -222,7 +223,7 @@ def test_strides_do_not_matter() -> None:
 
 def test_a_transposed_matrix_is_read_as_what_it_is() -> None:
     z, weight = torch.randn(*SIZES, 9, device=DEVICE), torch.randn(9, 9, device=DEVICE)
-    torch.testing.assert_close(head_prologue(z, linear=weight.T), knock_linear(z, weight.T))
+    torch.testing.assert_close(qk_norm_rope(z, linear=weight.T), knock_linear(z, weight.T))
 
 
 @pytest.mark.parametrize("sizes", [(0, 5, 3), (2, 0, 3)])
@@ -258,12 +259,12 @@ def test_a_vector_of_zeros_and_no_epsilon_beside_it() -> None:
 
 def test_the_start_of_the_gated_map_changes_nothing() -> None:
     z, one = torch.randn(*SIZES, 16, device=DEVICE), torch.eye(16, device=DEVICE)
-    assert torch.equal(head_prologue(z, mlp=(one, torch.zeros_like(one), one)), z)
+    assert torch.equal(qk_norm_rope(z, mlp=(one, torch.zeros_like(one), one)), z)
 
 
 def test_without_options_z_comes_back() -> None:
     z = torch.randn(*SIZES, 4, device=DEVICE)
-    assert head_prologue(z) is z
+    assert qk_norm_rope(z) is z
 
 
 @pytest.mark.parametrize("head_map", MAPS)
@@ -274,8 +275,8 @@ def test_a_gradient_nobody_needs_is_not_computed(head_map: str | None, monkeypat
     wanted = torch.autograd.grad(case.fused(*full)[0].square().sum(), full)
     launched: list[str] = []
     for name in ("input", "out", "hidden"):
-        kernel = getattr(module, f"head_prologue_bwd_{name}_kernel")
-        monkeypatch.setattr(module, f"head_prologue_bwd_{name}_kernel", Spy(kernel, name, launched))
+        kernel = getattr(module, f"qk_norm_rope_bwd_{name}_kernel")
+        monkeypatch.setattr(module, f"qk_norm_rope_bwd_{name}_kernel", Spy(kernel, name, launched))
     for needed in product([False, True], repeat=len(full)):
         if sum(needed) not in (1, len(full)):
             continue
@@ -306,8 +307,8 @@ def test_a_map_alone_needs_no_tensor_for_the_gradient_of_its_output(monkeypatch:
     case = Case(8, head_map="linear")
     z, weight = case.tensors()
     launched: list[str] = []
-    spy = Spy(module.head_prologue_bwd_input_kernel, "input", launched)
-    monkeypatch.setattr(module, "head_prologue_bwd_input_kernel", spy)
+    spy = Spy(module.qk_norm_rope_bwd_input_kernel, "input", launched)
+    monkeypatch.setattr(module, "qk_norm_rope_bwd_input_kernel", spy)
     torch.autograd.grad(case.fused(z.detach(), weight)[0].sum(), weight)
     assert launched == []
 
@@ -339,11 +340,13 @@ def test_it_is_what_knocking_heads_attention_does(head_map: str) -> None:
         for weight in (*attn.knock_parameters(), attn.q_norm.weight):
             weight.add_(0.1 * torch.randn_like(weight))
     x = torch.randn(2, 7, 48, device=DEVICE)
-    mapped, _, _ = attn.project(x)
-    expected = rotate(attn.q_norm(mapped), *tables(8, "interleaved", torch.arange(7)), "interleaved")
+    calls: list[Observation] = []
+    with observing(calls.append):
+        attn(x)
+    expected = calls[0].q
     knock = attn.q_knock
     weights = knock.weight if head_map == "linear" else tuple(p.weight for p in knock.children())
-    got = head_prologue(
+    got = qk_norm_rope(
         attn.q_proj(x).view(2, 7, 4, 12), **{head_map: weights}, norm_weight=attn.q_norm.weight, norm_eps=1e-6,
         cos=tables(8, "interleaved", torch.arange(7))[0], sin=tables(8, "interleaved", torch.arange(7))[1],
         style="interleaved",
@@ -354,7 +357,7 @@ def test_it_is_what_knocking_heads_attention_does(head_map: str) -> None:
 def test_the_operator_is_registered_soundly() -> None:
     case = Case(8, head_map="mlp", norm=True, rotary=4)
     z, up, gate, down, norm = case.tensors()
-    library.opcheck(torch.ops.attnzoo.head_prologue.default, (z, down, up, gate, norm, *case.tables, 1e-6, "half"))
+    library.opcheck(torch.ops.attnzoo.qk_norm_rope.default, (z, down, up, gate, norm, *case.tables, 1e-6, "half"))
 
 
 def test_compiled_whole() -> None:
@@ -383,7 +386,7 @@ def test_compiled_it_is_one_node_forward_and_one_backward() -> None:
     compiled = torch.compile(lambda *g: case.fused(*g)[0], fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
     compiled(*tensors).sum().backward()
     ours = [[name for name in names if "attnzoo" in name] for names in graphs]
-    assert ours == [["attnzoo.head_prologue.default"], ["attnzoo.head_prologue_backward.default"]]
+    assert ours == [["attnzoo.qk_norm_rope.default"], ["attnzoo.qk_norm_rope_backward.default"]]
     assert len(graphs[0]) == 1
 
 
@@ -391,7 +394,7 @@ def test_a_second_derivative_is_refused() -> None:
     case = Case(8, norm=True)
     z, weight = case.tensors()
     (grad,) = torch.autograd.grad(case.fused(z, weight)[0].square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="head_prologue_backward"):
+    with pytest.raises(RuntimeError, match="qk_norm_rope_backward"):
         torch.autograd.grad(grad.sum(), z)
 
 
@@ -428,10 +431,10 @@ COS, EYE = torch.ones(3, 4), torch.eye(6)
 def test_what_it_refuses(change: dict[str, Any], message: str) -> None:
     options = dict(change)
     with pytest.raises(ValueError, match=message):
-        head_prologue(options.pop("z", Z), **options)
+        qk_norm_rope(options.pop("z", Z), **options)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter on a CPU")
 def test_bfloat16_products_are_not_left_to_the_interpreter() -> None:
     with pytest.raises(ValueError, match="z must not be bfloat16 with a head map in Triton's interpreter"):
-        head_prologue(Z.bfloat16(), linear=torch.eye(6))
+        qk_norm_rope(Z.bfloat16(), linear=torch.eye(6))

@@ -16,11 +16,12 @@ from torch import Tensor, library
 
 from attnzoo_kernels.launch import on_device
 from attnzoo_kernels.primitives import LOG2E
+from attnzoo_kernels.tuning import cdiv, power_of_two
 
 ROWS = 16
 """Heads of tokens that one program takes at a time."""
 WAVES = 528
-"""Programs of the backward pass, each of which leaves one partial gradient of the norm's weight."""
+"""Programs of the backward pass, each of which stores one partial gradient of the norm's weight."""
 
 
 @triton.jit
@@ -114,8 +115,8 @@ def _forward(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
     if out.numel():
         rows, width = out.numel() // out.shape[-1], out.shape[-1]
         with on_device(out):
-            linear_attention_finish_fwd_kernel[(-(-rows // ROWS),)](
-                out, weight, gate, y, rows, eps, DV=width, BLOCK_N=ROWS, BLOCK_DV=triton.next_power_of_2(width),
+            linear_attention_finish_fwd_kernel[(cdiv(rows, ROWS),)](
+                out, weight, gate, y, rows, eps, DV=width, BLOCK_N=ROWS, BLOCK_DV=power_of_two(width),
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return y
@@ -134,12 +135,12 @@ def _backward(
     if not out.numel():
         return do, dw.zero_(), dg
     rows, width = out.numel() // out.shape[-1], out.shape[-1]
-    programs = min(WAVES, -(-rows // ROWS))
+    programs = min(WAVES, cdiv(rows, ROWS))
     partial = torch.empty((programs, width), dtype=torch.float32, device=out.device)
     with on_device(out):
         linear_attention_finish_bwd_kernel[(programs,)](
             out, weight, gate, dy.contiguous(), do, partial, dg, rows, eps, programs, DV=width, BLOCK_N=ROWS,
-            BLOCK_DV=triton.next_power_of_2(width), num_warps=4, enable_fp_fusion=True,
+            BLOCK_DV=power_of_two(width), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if weight is not None:
         dw.copy_(partial.sum(0))

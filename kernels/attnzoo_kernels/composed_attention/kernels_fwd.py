@@ -4,7 +4,7 @@
     p_j = softmax_s(a'_j),   w_n = [p_n] + sum_j p_j (Q'_t + K'_s)[j, n],   o_n = sum_s w_n v_n
 
 Q, Q' are matrices of the query, K, K' of the key. Weights of different heads must be normalised before they are mixed,
-so there are two sweeps over the keys: the first leaves what each row's weights need, the second makes the scores anew.
+so there are two sweeps over the keys: the first computes what each row's weights need, the second recomputes scores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.composed_attention_tiles import (
+from attnzoo_kernels.composed_attention.pieces import (
     compose,
     load_heads,
     load_matrices,
@@ -25,7 +25,7 @@ from attnzoo_kernels.composed_attention_tiles import (
     transposed,
 )
 from attnzoo_kernels.primitives import LOG2E, powers, shift_and_norm
-from attnzoo_kernels.softmax_attention_tiles import key_ranges, segment_of
+from attnzoo_kernels.softmax_attention.pieces import key_ranges, segment_of
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def split_of(lo, hi, split, splits, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
 def composed_attention_fwd_stats_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
     positions_ptr, shift_ptr, norm_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
-    stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
-    stride_mb, stride_mh, stride_mt, stride_ms,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_q_pre_b, stride_q_pre_t, stride_q_pre_n, stride_k_pre_b, stride_k_pre_s, stride_k_pre_n,
+    stride_q_post_b, stride_q_post_t, stride_q_post_n, stride_k_post_b, stride_k_post_s, stride_k_post_n,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s,
     B, T, S, N, GROUP, VALUE_GROUP, scale, window, query_start, splits,
     D: tl.constexpr, DV: tl.constexpr, MI: tl.constexpr, MJ: tl.constexpr, MV: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, RESIDUAL_PRE: tl.constexpr, RESIDUAL_POST: tl.constexpr, CAUSAL: tl.constexpr,
@@ -69,16 +69,16 @@ def composed_attention_fwd_stats_kernel(
     EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
-    b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
-    k_ptr += b * stride_kb
+    b_q = load_heads(q_ptr + b * stride_q_b, stride_q_t, stride_q_h, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
+    k_ptr += b * stride_k_b
     c_q = b_q
     if q_pre_ptr is not None:
-        q_pre_ptr += b * stride_q_preb + n * stride_q_pren
-        c_q = transposed(load_matrices(q_pre_ptr, t_0, T, stride_q_pret, MI, MJ, M, W, BLOCK_T))
+        q_pre_ptr += b * stride_q_pre_b + n * stride_q_pre_n
+        c_q = transposed(load_matrices(q_pre_ptr, t_0, T, stride_q_pre_t, MI, MJ, M, W, BLOCK_T))
     if k_pre_ptr is not None:
-        k_pre_ptr += b * stride_k_preb + n * stride_k_pren
+        k_pre_ptr += b * stride_k_pre_b + n * stride_k_pre_n
     if mask_ptr is not None:
-        mask_ptr += b * stride_mb + n * MJ * stride_mh
+        mask_ptr += b * stride_mask_b + n * MJ * stride_mask_h
     first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
     m = tl.full([BLOCK_T, M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_T, M], tl.float32)
@@ -89,11 +89,11 @@ def composed_attention_fwd_stats_kernel(
     start_s, end_s = split_of(lo, hi, split, splits, SPLIT, BLOCK_S)
     for s_0 in range(start_s, end_s, BLOCK_S):
         o_s = s_0 + tl.arange(0, BLOCK_S)
-        b_k = load_heads(k_ptr, stride_ks, stride_kg, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
+        b_k = load_heads(k_ptr, stride_k_s, stride_k_g, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
         a = products(b_q, b_k, PRECISION) * scale
         c_k = c_q
         if k_pre_ptr is not None:
-            c_k = transposed(load_matrices(k_pre_ptr, s_0, S, stride_k_pres, MI, MJ, M, W, BLOCK_S))
+            c_k = transposed(load_matrices(k_pre_ptr, s_0, S, stride_k_pre_s, MI, MJ, M, W, BLOCK_S))
         x = compose(
             a, a.to(b_k.dtype), c_q, c_k, RESIDUAL_PRE, q_pre_ptr is not None, k_pre_ptr is not None, W, PRECISION
         )
@@ -102,8 +102,8 @@ def composed_attention_fwd_stats_kernel(
             if positions_ptr is not None:
                 j = tl.load(positions_ptr + o_s, mask=o_s < S, other=0)
             x = mask_scores(
-                x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
-                WINDOW, SEGMENT,
+                x, o_t, o_s, i, j, first, last, mask_ptr, stride_mask_h, stride_mask_t, stride_mask_s, T, S, window, MJ,
+                CAUSAL, WINDOW, SEGMENT,
             )  # fmt: skip
         m_new = tl.maximum(m, tl.max(x, 2) * LOG2E)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -120,16 +120,16 @@ def composed_attention_fwd_stats_kernel(
         store_rows(norm_ptr, l, own, n * MJ, T, t_0, MJ, M, BLOCK_T)
 
 
-# grid as above: the same walk with normalised weights, composed once more. With SPLIT every split leaves its own
+# grid as above: the same walk with normalised weights, composed once more. With SPLIT every split stores its own
 # part of the output, in float32.
 @triton.jit
 def composed_attention_fwd_out_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
     positions_ptr, shift_ptr, norm_ptr, o_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
-    stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
-    stride_mb, stride_mh, stride_mt, stride_ms,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_q_pre_b, stride_q_pre_t, stride_q_pre_n, stride_k_pre_b, stride_k_pre_s, stride_k_pre_n,
+    stride_q_post_b, stride_q_post_t, stride_q_post_n, stride_k_post_b, stride_k_post_s, stride_k_post_n,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s,
     B, T, S, N, GROUP, VALUE_GROUP, scale, window, query_start, splits,
     D: tl.constexpr, DV: tl.constexpr, MI: tl.constexpr, MJ: tl.constexpr, MV: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, RESIDUAL_PRE: tl.constexpr, RESIDUAL_POST: tl.constexpr, CAUSAL: tl.constexpr,
@@ -151,23 +151,23 @@ def composed_attention_fwd_out_kernel(
     EXACT: tl.constexpr = PRECISION == "ieee"
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
-    b_q = load_heads(q_ptr + b * stride_qb, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
-    k_ptr += b * stride_kb
-    v_ptr += b * stride_vb
+    b_q = load_heads(q_ptr + b * stride_q_b, stride_q_t, stride_q_h, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
+    k_ptr += b * stride_k_b
+    v_ptr += b * stride_v_b
     c_q = b_q
     c_q_post = b_q
     if q_pre_ptr is not None:
-        q_pre_ptr += b * stride_q_preb + n * stride_q_pren
-        c_q = transposed(load_matrices(q_pre_ptr, t_0, T, stride_q_pret, MI, MJ, M, W, BLOCK_T))
+        q_pre_ptr += b * stride_q_pre_b + n * stride_q_pre_n
+        c_q = transposed(load_matrices(q_pre_ptr, t_0, T, stride_q_pre_t, MI, MJ, M, W, BLOCK_T))
     if q_post_ptr is not None:
-        q_post_ptr += b * stride_q_postb + n * stride_q_postn
-        c_q_post = transposed(load_matrices(q_post_ptr, t_0, T, stride_q_postt, MJ, MV, M, W, BLOCK_T))
+        q_post_ptr += b * stride_q_post_b + n * stride_q_post_n
+        c_q_post = transposed(load_matrices(q_post_ptr, t_0, T, stride_q_post_t, MJ, MV, M, W, BLOCK_T))
     if k_pre_ptr is not None:
-        k_pre_ptr += b * stride_k_preb + n * stride_k_pren
+        k_pre_ptr += b * stride_k_pre_b + n * stride_k_pre_n
     if k_post_ptr is not None:
-        k_post_ptr += b * stride_k_postb + n * stride_k_postn
+        k_post_ptr += b * stride_k_post_b + n * stride_k_post_n
     if mask_ptr is not None:
-        mask_ptr += b * stride_mb + n * MJ * stride_mh
+        mask_ptr += b * stride_mask_b + n * MJ * stride_mask_h
     first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
     shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
     norm = shift
@@ -181,11 +181,11 @@ def composed_attention_fwd_out_kernel(
     start_s, end_s = split_of(lo, hi, split, splits, SPLIT, BLOCK_S)
     for s_0 in range(start_s, end_s, BLOCK_S):
         o_s = s_0 + tl.arange(0, BLOCK_S)
-        b_k = load_heads(k_ptr, stride_ks, stride_kg, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
+        b_k = load_heads(k_ptr, stride_k_s, stride_k_g, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
         a = products(b_q, b_k, PRECISION) * scale
         c_k = c_q
         if k_pre_ptr is not None:
-            c_k = transposed(load_matrices(k_pre_ptr, s_0, S, stride_k_pres, MI, MJ, M, W, BLOCK_S))
+            c_k = transposed(load_matrices(k_pre_ptr, s_0, S, stride_k_pre_s, MI, MJ, M, W, BLOCK_S))
         x = compose(
             a, a.to(b_k.dtype), c_q, c_k, RESIDUAL_PRE, q_pre_ptr is not None, k_pre_ptr is not None, W, PRECISION
         )
@@ -194,18 +194,18 @@ def composed_attention_fwd_out_kernel(
             if positions_ptr is not None:
                 j = tl.load(positions_ptr + o_s, mask=o_s < S, other=0)
             x = mask_scores(
-                x, o_t, o_s, i, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window, MJ, CAUSAL,
-                WINDOW, SEGMENT,
+                x, o_t, o_s, i, j, first, last, mask_ptr, stride_mask_h, stride_mask_t, stride_mask_s, T, S, window, MJ,
+                CAUSAL, WINDOW, SEGMENT,
             )  # fmt: skip
         p = normalised(x, shift, norm, EXACT)
         c_k_post = c_q
         if k_post_ptr is not None:
-            c_k_post = transposed(load_matrices(k_post_ptr, s_0, S, stride_k_posts, MJ, MV, M, W, BLOCK_S))
+            c_k_post = transposed(load_matrices(k_post_ptr, s_0, S, stride_k_post_s, MJ, MV, M, W, BLOCK_S))
         w = compose(
             p, p.to(b_k.dtype), c_q_post, c_k_post, RESIDUAL_POST, q_post_ptr is not None, k_post_ptr is not None, W,
             PRECISION,
         )  # fmt: skip
-        b_v = load_heads(v_ptr, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
+        b_v = load_heads(v_ptr, stride_v_s, stride_v_g, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
         acc = tl.dot(tl.permute(w.to(b_v.dtype), (1, 0, 2)), b_v, acc=acc, input_precision=PRECISION)
     own = (split * B + b) * T * N * MV * DV
     store_heads(o_ptr + own, acc, N * MV * DV, DV, n * MV, t_0, T, MV, DV, M, BLOCK_T, BLOCK_DV)

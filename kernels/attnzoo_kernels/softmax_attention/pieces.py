@@ -33,7 +33,7 @@ def key_ranges(
     """Keys that a tile of queries t_0 .. visits: (sink_hi, lo, full_lo, full_hi, hi) and the first sink tile.
 
     Tiles in [full_lo, full_hi) need no mask, those in [lo, full_lo) and [full_hi, hi) do, and so do the tiles with
-    sink tokens that lie before lo, [sink_lo, sink_hi). Everything else is never read. With DENSE (a mask or bias
+    sink tokens before lo, [sink_lo, sink_hi). Everything else is never read. With DENSE (a mask or bias
     tensor, or keys in any order) every tile needs the mask.
     """
     t_1 = tl.minimum(t_0 + BLOCK_T, T)
@@ -57,7 +57,7 @@ def key_ranges(
         if not CAUSAL:
             near = i_1 - 1 + window
             if SINK_TOKENS:
-                # Sink tokens may lie to the right of the window; a document may begin at any of these queries.
+                # Sink tokens may be to the right of the window; a document may begin at any of these queries.
                 if first_ptr is not None:
                     near = tl.maximum(near, i_1 - 1 + sink_tokens)
                 else:
@@ -156,7 +156,7 @@ def factor_and_unit(scale, FOLD: tl.constexpr):
 
 @triton.jit
 def pair_scores(
-    s, o_t, o_s, i, j, first, last, bias_ptr, stride_bt, stride_bs, mask_ptr, stride_mt, stride_ms,
+    s, o_t, o_s, i, j, first, last, bias_ptr, stride_bias_t, stride_bias_s, mask_ptr, stride_mask_t, stride_mask_s,
     T, S, scale, softcap, slope, window, sink_tokens,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr, MASKED: tl.constexpr,
@@ -169,10 +169,10 @@ def pair_scores(
     if MASKED:
         inside = (o_t < T) & (o_s < S)
         if bias_ptr is not None:
-            at = o_t.to(tl.int64) * stride_bt + o_s.to(tl.int64) * stride_bs
+            at = o_t.to(tl.int64) * stride_bias_t + o_s.to(tl.int64) * stride_bias_s
             s += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if mask_ptr is not None:
-            at = o_t.to(tl.int64) * stride_mt + o_s.to(tl.int64) * stride_ms
+            at = o_t.to(tl.int64) * stride_mask_t + o_s.to(tl.int64) * stride_mask_s
             inside = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
         ok = inside & visible(i, j, window, sink_tokens, first, last, CAUSAL, WINDOW, SINK_TOKENS, SEGMENT)
         s = tl.where(ok, s, float("-inf"))
@@ -184,7 +184,7 @@ def masked_outside(
     s, start, full_lo, full_hi, o_t, o_s, i, j, first, last, T, S, window, sink_tokens,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """What `pair_scores` does with MASKED, without tensors to read, unless the tile lies in full_lo .. full_hi.
+    """What `pair_scores` does with MASKED, without tensors to read, unless the tile is in full_lo .. full_hi.
 
     For kernels that walk all tiles in one loop: after two of them ptxas lets every product of either wait for the one
     before, and their registers do not fit as well.

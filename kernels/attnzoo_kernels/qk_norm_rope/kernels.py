@@ -1,7 +1,7 @@
-"""The kernels of `attnzoo_kernels.head_prologue`: one forward, one for the input's gradient, two for the matrices'.
+"""The kernels of `attnzoo_kernels.qk_norm_rope`: one forward, one for the input's gradient, two for the matrices'.
 
-All of them see z (B, T, N, D) as B T N vectors and hold a tile of them in halves, see `attnzoo_kernels.head_map`. IN
-is the layout in which the map's output pairs up, OUT that in which y is stored.
+All of them see z (B, T, N, D) as B T N vectors and hold a tile of them in halves, see `pieces`.
+IN is the layout in which the map's output pairs up, OUT that in which y is stored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.head_map import (
+from attnzoo_kernels.qk_norm_rope.pieces import (
     GATED,
     INTERLEAVED,
     LINEAR,
@@ -29,7 +29,7 @@ from attnzoo_kernels.head_map import (
 
 @triton.jit
 def locate(
-    tile, rows, T, N, stride_b, stride_t, stride_n, stride_cb, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
+    tile, rows, T, N, stride_b, stride_t, stride_n, stride_cos_b, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """Offsets of a tile's vectors [BLOCK_M] in a tensor (B, T, N, D) and of their rows in the tables."""
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -37,7 +37,7 @@ def locate(
     o_n = (o_m % N).to(tl.int64)
     o_t = (o_bt % T).to(tl.int64)
     o_b = (o_bt // T).to(tl.int64)
-    return o_b * stride_b + o_t * stride_t + o_n * stride_n, o_b * stride_cb + o_t * (2 * PAIRS), o_m < rows
+    return o_b * stride_b + o_t * stride_t + o_n * stride_n, o_b * stride_cos_b + o_t * (2 * PAIRS), o_m < rows
 
 
 @triton.jit
@@ -72,15 +72,15 @@ def inverse_rms(u, v, in_rows, eps, D: tl.constexpr):
 # grid (cdiv(B T N, BLOCK_M),): one program owns BLOCK_M vectors, walks the map's inner features in blocks and keeps
 # the output's two halves in registers; hidden features, the map's output and the normed vectors never exist in memory.
 @triton.jit
-def head_prologue_fwd_kernel(
+def qk_norm_rope_fwd_kernel(
     z_ptr, y_ptr, out_ptr, up_ptr, gate_ptr, norm_ptr, cos_ptr, sin_ptr,
-    rows, T, N, stride_zb, stride_zt, stride_zn, stride_cb, eps,
+    rows, T, N, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, eps,
     D: tl.constexpr, PAIRS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     MAP: tl.constexpr, NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    o_z, o_table, in_rows = locate(tile, rows, T, N, stride_zb, stride_zt, stride_zn, stride_cb, PAIRS, BLOCK_M)
+    o_z, o_table, in_rows = locate(tile, rows, T, N, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, PAIRS, BLOCK_M)
     u, v = mapped(
         z_ptr + o_z, in_rows, out_ptr, up_ptr, gate_ptr, D, PAIRS, IN, MAP, BLOCK_M, BLOCK_H, BLOCK_J, BLOCK_K
     )
@@ -104,9 +104,9 @@ def head_prologue_fwd_kernel(
 # gradient stays in registers until the end. Matrices are not to be hoisted out of the loop over tiles: they would take
 # the registers that the tile needs.
 @triton.jit
-def head_prologue_bwd_input_kernel(
+def qk_norm_rope_bwd_input_kernel(
     dy_ptr, z_ptr, dz_ptr, dx_ptr, dnorm_ptr, out_ptr, up_ptr, gate_ptr, norm_ptr, cos_ptr, sin_ptr,
-    rows, T, N, stride_yb, stride_yt, stride_yn, stride_zb, stride_zt, stride_zn, stride_cb, eps,
+    rows, T, N, stride_y_b, stride_y_t, stride_y_n, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, eps,
     D: tl.constexpr, PAIRS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     MAP: tl.constexpr, NORM: tl.constexpr, NEED_Z: tl.constexpr, NEED_X: tl.constexpr, NEED_NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -115,8 +115,10 @@ def head_prologue_bwd_input_kernel(
     sum_u = tl.zeros((BLOCK_H,), tl.float32)
     sum_v = tl.zeros((BLOCK_H,), tl.float32)
     for tile in tl.range(first, tl.cdiv(rows, BLOCK_M), tl.num_programs(0), disable_licm=True):
-        o_z, o_table, in_rows = locate(tile, rows, T, N, stride_zb, stride_zt, stride_zn, stride_cb, PAIRS, BLOCK_M)
-        o_y, _, _ = locate(tile, rows, T, N, stride_yb, stride_yt, stride_yn, 0, PAIRS, BLOCK_M)
+        o_z, o_table, in_rows = locate(
+            tile, rows, T, N, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, PAIRS, BLOCK_M
+        )
+        o_y, _, _ = locate(tile, rows, T, N, stride_y_b, stride_y_t, stride_y_n, 0, PAIRS, BLOCK_M)
         o_new = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * D
         b_du, b_dv = load_pairs(dy_ptr + o_y, in_rows, D, PAIRS, OUT, BLOCK_M, BLOCK_H)
         du = b_du.to(tl.float32)
@@ -184,17 +186,17 @@ def store_share(ptr, program, i, j, b, D: tl.constexpr, BLOCK_I: tl.constexpr, B
 # grid (programs, cdiv(D, BLOCK_I), cdiv(D, BLOCK_J)): one program owns a block of the gradient of W or Wdown and every
 # grid-th tile of vectors; it sums dx^T h over them, h being z or hidden features, recomputed.
 @triton.jit
-def head_prologue_bwd_out_kernel(
+def qk_norm_rope_bwd_out_kernel(
     dx_ptr, z_ptr, dout_ptr, up_ptr, gate_ptr,
-    rows, T, N, stride_xb, stride_xt, stride_xn, stride_zb, stride_zt, stride_zn,
+    rows, T, N, stride_x_b, stride_x_t, stride_x_n, stride_z_b, stride_z_t, stride_z_n,
     D: tl.constexpr, MAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first, i, j = tl.program_id(0), tl.program_id(1) * BLOCK_I, tl.program_id(2) * BLOCK_J
     total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for tile in range(first, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        o_z, _, in_rows = locate(tile, rows, T, N, stride_zb, stride_zt, stride_zn, 0, 0, BLOCK_M)
-        o_x, _, _ = locate(tile, rows, T, N, stride_xb, stride_xt, stride_xn, 0, 0, BLOCK_M)
+        o_z, _, in_rows = locate(tile, rows, T, N, stride_z_b, stride_z_t, stride_z_n, 0, 0, BLOCK_M)
+        o_x, _, _ = locate(tile, rows, T, N, stride_x_b, stride_x_t, stride_x_n, 0, 0, BLOCK_M)
         b_dx = load_columns(dx_ptr + o_x, in_rows, i, D, BLOCK_I)  # [BLOCK_M, BLOCK_I]
         if MAP == LINEAR:
             b_h = load_columns(z_ptr + o_z, in_rows, j, D, BLOCK_J)  # [BLOCK_M, BLOCK_J]
@@ -210,9 +212,9 @@ def head_prologue_bwd_out_kernel(
 # grid (programs, cdiv(D, BLOCK_J), cdiv(D, BLOCK_K)): one program owns a block of the gradients of Wup and Wgate and
 # every grid-th tile of vectors; it recomputes its BLOCK_J hidden features and no others.
 @triton.jit
-def head_prologue_bwd_hidden_kernel(
+def qk_norm_rope_bwd_hidden_kernel(
     dx_ptr, z_ptr, dup_ptr, dgate_ptr, out_ptr, up_ptr, gate_ptr,
-    rows, T, N, stride_xb, stride_xt, stride_xn, stride_zb, stride_zt, stride_zn,
+    rows, T, N, stride_x_b, stride_x_t, stride_x_n, stride_z_b, stride_z_t, stride_z_n,
     D: tl.constexpr, NEED_UP: tl.constexpr, NEED_GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -220,8 +222,8 @@ def head_prologue_bwd_hidden_kernel(
     sum_up = tl.zeros((BLOCK_J, BLOCK_K), tl.float32)
     sum_gate = tl.zeros((BLOCK_J, BLOCK_K), tl.float32)
     for tile in range(first, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        o_z, _, in_rows = locate(tile, rows, T, N, stride_zb, stride_zt, stride_zn, 0, 0, BLOCK_M)
-        o_x, _, _ = locate(tile, rows, T, N, stride_xb, stride_xt, stride_xn, 0, 0, BLOCK_M)
+        o_z, _, in_rows = locate(tile, rows, T, N, stride_z_b, stride_z_t, stride_z_n, 0, 0, BLOCK_M)
+        o_x, _, _ = locate(tile, rows, T, N, stride_x_b, stride_x_t, stride_x_n, 0, 0, BLOCK_M)
         da = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
         for i in range(0, D, BLOCK_I):
             b_dx = load_columns(dx_ptr + o_x, in_rows, i, D, BLOCK_I)

@@ -1,4 +1,4 @@
-"""Linear attention in blocks of tokens: the five kernels that its forward and backward passes are made of.
+"""Linear attention in blocks of tokens: the five kernels of its forward and backward passes.
 
 Blocks i, j; i(t) is the block of token t; w_ij the weight of a pair of blocks, or 1. With widths D and Dv:
 
@@ -52,7 +52,7 @@ def load_tokens(
 @triton.jit
 def linear_attention_state_kernel(
     a_ptr, b_ptr, s_ptr, starts_ptr, order_ptr,
-    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, T, n, size, X, MEMBERS,
+    stride_a_b, stride_a_t, stride_a_h, stride_b_b, stride_b_t, stride_b_h, T, n, size, X, MEMBERS,
     A: tl.constexpr, Z: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
@@ -69,23 +69,23 @@ def linear_attention_state_kernel(
     acc = tl.zeros([BLOCK_A, BLOCK_Z], tl.float32)
     for member in range(MEMBERS):
         h = x * MEMBERS + member
-        own_a = a_ptr + b * stride_ab + h * stride_ah
-        own_b = b_ptr + b * stride_bb + h * stride_bh
+        own_a = a_ptr + b * stride_a_b + h * stride_a_h
+        own_b = b_ptr + b * stride_b_b + h * stride_b_h
         for t_0 in range(lo, hi, BLOCK_T):
             o_t = t_0 + tl.arange(0, BLOCK_T)
-            b_a = load_tokens(own_a, order_ptr, o_t, hi, o_a, stride_at, A, KIND)
-            b_b = load_tokens(own_b, order_ptr, o_t, hi, o_z, stride_bt, Z, KIND)
+            b_a = load_tokens(own_a, order_ptr, o_t, hi, o_a, stride_a_t, A, KIND)
+            b_b = load_tokens(own_b, order_ptr, o_t, hi, o_z, stride_b_t, Z, KIND)
             acc = tl.dot(tl.trans(b_a), b_b, acc=acc, input_precision=PRECISION)
     at = bxn.to(tl.int64) * A * Z + o_a[:, None] * Z + o_z[None, :]
     tl.store(s_ptr + at, acc, mask=(o_a < A)[:, None] & (o_z < Z)[None, :])
 
 
 # grid (B * X * tiles of n * tiles of E): one program owns BLOCK_I blocks of a slice of the state, E = D Dv numbers, and
-# walks the blocks that they are made of. In the gradient for a group whose heads have weights of their own it walks the
+# walks the blocks that they sum. In the gradient for a group whose heads have weights of their own it walks the
 # heads too. TRIANGLE 1: j < i, 2: j > i, 0: all.
 @triton.jit
 def linear_attention_mix_kernel(
-    s_ptr, w_ptr, p_ptr, stride_wb, stride_wh, stride_wi, stride_wj, n, E, X, MEMBERS, READERS,
+    s_ptr, w_ptr, p_ptr, stride_w_b, stride_w_h, stride_w_i, stride_w_j, n, E, X, MEMBERS, READERS,
     TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def linear_attention_mix_kernel(
     acc = tl.zeros([BLOCK_I, BLOCK_E], tl.float32)
     for member in range(MEMBERS):
         h = x * MEMBERS + member
-        own_w = w_ptr + b * stride_wb + h * stride_wh
+        own_w = w_ptr + b * stride_w_b + h * stride_w_h
         own_s = s_ptr + (b * heads + h // READERS) * n * E
         for j_0 in range(lo, hi, BLOCK_J):
             o_j = j_0 + tl.arange(0, BLOCK_J)
@@ -117,7 +117,7 @@ def linear_attention_mix_kernel(
                 pairs = pairs & (o_j[None, :] < o_i[:, None])
             if TRIANGLE == 2:
                 pairs = pairs & (o_j[None, :] > o_i[:, None])
-            at = o_i.to(tl.int64)[:, None] * stride_wi + o_j.to(tl.int64)[None, :] * stride_wj
+            at = o_i.to(tl.int64)[:, None] * stride_w_i + o_j.to(tl.int64)[None, :] * stride_w_j
             b_w = tl.load(own_w + at, mask=pairs, other=0.0)
             mask = (o_j < n)[:, None] & (o_e < E)[None, :]
             b_s = tl.load(own_s + o_j.to(tl.int64)[:, None] * E + o_e[None, :], mask=mask, other=0.0)
@@ -163,9 +163,9 @@ def linear_attention_scan_kernel(
 @triton.jit
 def linear_attention_tile_kernel(
     x_ptr, y_ptr, z_ptr, u_ptr, p_ptr, w_ptr, o_ptr, dw_ptr, starts_ptr, order_ptr,
-    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, stride_zb, stride_zt, stride_zh,
-    stride_ub, stride_ut, stride_uh, stride_pb, stride_px, stride_pn, stride_pa, stride_pz,
-    stride_wb, stride_wh, stride_wi, stride_wj,
+    stride_x_b, stride_x_t, stride_x_h, stride_y_b, stride_y_t, stride_y_h, stride_z_b, stride_z_t, stride_z_h,
+    stride_u_b, stride_u_t, stride_u_h, stride_p_b, stride_p_x, stride_p_n, stride_p_a, stride_p_z,
+    stride_w_b, stride_w_h, stride_w_i, stride_w_j,
     T, n, size, tiles_t, X, MEMBERS, READERS, STATES,
     A: tl.constexpr, Z: tl.constexpr, WITHIN: tl.constexpr, REVERSE: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_Z: tl.constexpr,
@@ -182,9 +182,9 @@ def linear_attention_tile_kernel(
     t_0 = lo + tile * BLOCK_T
     o_t = t_0 + tl.arange(0, BLOCK_T)
     o_z = piece * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    own_x = x_ptr + b * stride_xb + x * stride_xh
+    own_x = x_ptr + b * stride_x_b + x * stride_x_h
     # The whole width if it is one piece: then it is loaded once.
-    b_x = load_tokens(own_x, order_ptr, o_t, hi, tl.arange(0, BLOCK_A), stride_xt, A, KIND)
+    b_x = load_tokens(own_x, order_ptr, o_t, hi, tl.arange(0, BLOCK_A), stride_x_t, A, KIND)
     acc = tl.zeros([BLOCK_T, BLOCK_Z], tl.float32)
     if WITHIN:
         first = lo
@@ -194,38 +194,38 @@ def linear_attention_tile_kernel(
             last = hi
         for member in range(MEMBERS):
             h = x * MEMBERS + member
-            own_y = y_ptr + b * stride_yb + h // READERS * stride_yh
-            own_z = z_ptr + b * stride_zb + h // READERS * stride_zh
+            own_y = y_ptr + b * stride_y_b + h // READERS * stride_y_h
+            own_z = z_ptr + b * stride_z_b + h // READERS * stride_z_h
             w = 1.0
             if w_ptr is not None:
-                w = tl.load(w_ptr + b * stride_wb + h * stride_wh + block.to(tl.int64) * (stride_wi + stride_wj))
+                w = tl.load(w_ptr + b * stride_w_b + h * stride_w_h + block.to(tl.int64) * (stride_w_i + stride_w_j))
             for s_0 in range(first, last, BLOCK_T):
                 o_s = s_0 + tl.arange(0, BLOCK_T)
                 scores = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
                 for a_0 in range(0, A, BLOCK_A):
                     o_a = a_0 + tl.arange(0, BLOCK_A)
                     if A > BLOCK_A:
-                        b_x = load_tokens(own_x, order_ptr, o_t, hi, o_a, stride_xt, A, KIND)
-                    b_y = load_tokens(own_y, order_ptr, o_s, hi, o_a, stride_yt, A, KIND)
+                        b_x = load_tokens(own_x, order_ptr, o_t, hi, o_a, stride_x_t, A, KIND)
+                    b_y = load_tokens(own_y, order_ptr, o_s, hi, o_a, stride_y_t, A, KIND)
                     scores = tl.dot(b_x, tl.trans(b_y), acc=scores, input_precision=PRECISION)
                 if REVERSE:
                     scores = tl.where(o_s[None, :] >= o_t[:, None], scores, 0.0) * w
                 else:
                     scores = tl.where(o_s[None, :] <= o_t[:, None], scores, 0.0)
-                b_z = load_tokens(own_z, order_ptr, o_s, hi, o_z, stride_zt, Z, KIND)
+                b_z = load_tokens(own_z, order_ptr, o_s, hi, o_z, stride_z_t, Z, KIND)
                 acc = tl.dot(scores.to(KIND), b_z, acc=acc, input_precision=PRECISION)
             if not REVERSE:
                 if dw_ptr is not None:
-                    own_u = u_ptr + b * stride_ub + x * stride_uh
-                    b_u = load_tokens(own_u, order_ptr, o_t, hi, o_z, stride_ut, Z, tl.float32)
+                    own_u = u_ptr + b * stride_u_b + x * stride_u_h
+                    b_u = load_tokens(own_u, order_ptr, o_t, hi, o_z, stride_u_t, Z, tl.float32)
                     tl.store(dw_ptr + tl.program_id(0), tl.sum(acc * b_u))
                 acc = acc * w
-    own_p = p_ptr + b * stride_pb + x // STATES * stride_px + block.to(tl.int64) * stride_pn
+    own_p = p_ptr + b * stride_p_b + x // STATES * stride_p_x + block.to(tl.int64) * stride_p_n
     for a_0 in range(0, A, BLOCK_A):
         o_a = a_0 + tl.arange(0, BLOCK_A)
         if A > BLOCK_A:
-            b_x = load_tokens(own_x, order_ptr, o_t, hi, o_a, stride_xt, A, KIND)
-        at = o_a.to(tl.int64)[:, None] * stride_pa + o_z.to(tl.int64)[None, :] * stride_pz
+            b_x = load_tokens(own_x, order_ptr, o_t, hi, o_a, stride_x_t, A, KIND)
+        at = o_a.to(tl.int64)[:, None] * stride_p_a + o_z.to(tl.int64)[None, :] * stride_p_z
         b_p = tl.load(own_p + at, mask=(o_a < A)[:, None] & (o_z < Z)[None, :], other=0.0)
         acc = tl.dot(b_x, b_p.to(KIND), acc=acc, input_precision=PRECISION)
     row = o_t.to(tl.int64)
@@ -237,7 +237,7 @@ def linear_attention_tile_kernel(
 
 
 # grid (B * X * SPLITS * tiles of n * tiles of n): one program sums a share of E for BLOCK_I by BLOCK_J pairs of blocks,
-# <U_i, S_j>, and leaves it for a sum over the shares: no atomics, the same result every time.
+# <U_i, S_j>, and the shares are summed afterwards: no atomics, the same result every time.
 @triton.jit
 def linear_attention_pair_kernel(
     u_ptr, s_ptr, w_ptr, n, E, X, READERS, share, SPLITS,

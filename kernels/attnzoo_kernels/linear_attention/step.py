@@ -7,13 +7,15 @@ with the row w of the token's block i, or without weights o = q S and a single s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
 
 from attnzoo_kernels.launch import dense_rows, on_device
-from attnzoo_kernels.linear_attention_tuning import side
+from attnzoo_kernels.tuning import cdiv, padded
 
 BLOCK_V = 16
 
@@ -22,8 +24,8 @@ BLOCK_V = 16
 # answers the group's queries. Every state is read once, with weights of single heads once for each head.
 @triton.jit(do_not_specialize=["block"])
 def linear_attention_step_kernel(
-    q_ptr, k_ptr, v_ptr, s_ptr, w_ptr, o_ptr, stride_qb, stride_qh, stride_kb, stride_kg, stride_vb, stride_vg,
-    stride_sb, stride_sn, stride_sg, stride_sd, stride_wh, stride_wj, G, GROUP, block,
+    q_ptr, k_ptr, v_ptr, s_ptr, w_ptr, o_ptr, stride_q_b, stride_q_h, stride_k_b, stride_k_g, stride_v_b, stride_v_g,
+    stride_s_b, stride_s_n, stride_s_g, stride_s_d, stride_w_h, stride_w_j, G, GROUP, block,
     D: tl.constexpr, DV: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(DV, BLOCK_V)
@@ -33,27 +35,27 @@ def linear_attention_step_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = (o_d < D)[:, None] & (o_v < DV)[None, :]
-    at = s_ptr + b * stride_sb + g * stride_sg + o_d.to(tl.int64)[:, None] * stride_sd + o_v[None, :]
-    own = at + tl.cast(block, tl.int64) * stride_sn
-    b_k = tl.load(k_ptr + b * stride_kb + g * stride_kg + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_v = tl.load(v_ptr + b * stride_vb + g * stride_vg + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
+    at = s_ptr + b * stride_s_b + g * stride_s_g + o_d.to(tl.int64)[:, None] * stride_s_d + o_v[None, :]
+    own = at + tl.cast(block, tl.int64) * stride_s_n
+    b_k = tl.load(k_ptr + b * stride_k_b + g * stride_k_g + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_v = tl.load(v_ptr + b * stride_v_b + g * stride_v_g + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
     b_s = tl.load(own, mask=mask, other=0.0) + b_k[:, None] * b_v[None, :]
     tl.store(own, b_s, mask=mask)
     seen = b_s
     if w_ptr is not None and not PER_HEAD:
-        seen = tl.load(w_ptr + block * stride_wj) * b_s
+        seen = tl.load(w_ptr + block * stride_w_j) * b_s
         for j in range(block):
-            w = tl.load(w_ptr + j * stride_wj)
-            seen += w * tl.load(at + tl.cast(j, tl.int64) * stride_sn, mask=mask, other=0.0)
+            w = tl.load(w_ptr + j * stride_w_j)
+            seen += w * tl.load(at + tl.cast(j, tl.int64) * stride_s_n, mask=mask, other=0.0)
     for member in range(GROUP):
         h = g * GROUP + member
         if w_ptr is not None and PER_HEAD:
-            row = w_ptr + h * stride_wh
-            seen = tl.load(row + block * stride_wj) * b_s
+            row = w_ptr + h * stride_w_h
+            seen = tl.load(row + block * stride_w_j) * b_s
             for j in range(block):
-                w = tl.load(row + j * stride_wj)
-                seen += w * tl.load(at + tl.cast(j, tl.int64) * stride_sn, mask=mask, other=0.0)
-        b_q = tl.load(q_ptr + b * stride_qb + h * stride_qh + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+                w = tl.load(row + j * stride_w_j)
+                seen += w * tl.load(at + tl.cast(j, tl.int64) * stride_s_n, mask=mask, other=0.0)
+        b_q = tl.load(q_ptr + b * stride_q_b + h * stride_q_h + o_d, mask=o_d < D, other=0.0).to(tl.float32)
         o = tl.sum(b_q[:, None] * seen, 0)
         tl.store(o_ptr + (b * G * GROUP + h) * DV + o_v, o, mask=o_v < DV)
 
@@ -69,30 +71,30 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weigh
             place. Without weights (B, 1, G, D, Dv). Its last axis is contiguous.
         weights: (i + 1,) or (H, i + 1), or None for 1.
     """
-    return _step(
-        dense_rows(q), dense_rows(k), dense_rows(v), states, None if weights is None else weights.to(torch.float32)
-    )
+    weights = None if weights is None else weights.to(torch.float32)
+    out: Tensor = _step(dense_rows(q), dense_rows(k), dense_rows(v), states, weights)
+    return out
 
 
 @library.custom_op("attnzoo::linear_attention_step", mutates_args=("states",))
 def _step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | None) -> Tensor:
-    out = _step_fake(q, k, v, states, weights)
+    out: Tensor = _step_fake(q, k, v)
     B, _, H, D = q.shape
     G, Dv = v.shape[2:]
     if out.numel() == 0:
         return out
     per_head = weights is not None and weights.ndim == 2
-    stride_wh = weights.stride(0) if weights is not None and per_head else 0
-    stride_wj = 0 if weights is None else weights.stride(-1)
+    stride_w_h = weights.stride(0) if weights is not None and per_head else 0
+    stride_w_j = 0 if weights is None else weights.stride(-1)
     with on_device(q):
-        linear_attention_step_kernel[(B * G * -(-Dv // BLOCK_V),)](
+        linear_attention_step_kernel[(B * G * cdiv(Dv, BLOCK_V),)](
             q, k, v, states, weights, out, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-            *states.stride()[:4], stride_wh, stride_wj, G, H // G, states.shape[1] - 1, D=D, DV=Dv, PER_HEAD=per_head,
-            BLOCK_D=side(D), BLOCK_V=BLOCK_V, num_warps=8, enable_fp_fusion=True,
+            *states.stride()[:4], stride_w_h, stride_w_j, G, H // G, states.shape[1] - 1, D=D, DV=Dv, PER_HEAD=per_head,
+            BLOCK_D=padded(D), BLOCK_V=BLOCK_V, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 @_step.register_fake
-def _step_fake(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | None) -> Tensor:
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *states_and_weights: Any) -> Tensor:
     return torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.composed_attention_tiles import (
+from attnzoo_kernels.composed_attention.pieces import (
     compose,
     load_heads,
     load_matrices,
@@ -21,20 +21,20 @@ from attnzoo_kernels.composed_attention_tiles import (
     store_matrices,
     transposed,
 )
-from attnzoo_kernels.softmax_attention_tiles import query_ranges, segment_of
+from attnzoo_kernels.softmax_attention.pieces import query_ranges, segment_of
 
 
 # grid (tiles of S * B * N): one program owns BLOCK_S keys of all heads of a group and walks the queries that see them.
-# dk and dv are left for every query head, so that heads which share a key may lie in several programs.
+# dk and dv are stored per query head, so that heads that share a key may belong to several programs.
 @triton.jit
 def composed_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
     positions_ptr, do_ptr, shift_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, dk_pre_ptr, dk_post_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg,
-    stride_q_preb, stride_q_pret, stride_q_pren, stride_k_preb, stride_k_pres, stride_k_pren,
-    stride_q_postb, stride_q_postt, stride_q_postn, stride_k_postb, stride_k_posts, stride_k_postn,
-    stride_mb, stride_mh, stride_mt, stride_ms, stride_dob, stride_dot, stride_doh,
-    stride_dk_preb, stride_dk_pres, stride_dk_pren, stride_dk_postb, stride_dk_posts, stride_dk_postn,
+    stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
+    stride_q_pre_b, stride_q_pre_t, stride_q_pre_n, stride_k_pre_b, stride_k_pre_s, stride_k_pre_n,
+    stride_q_post_b, stride_q_post_t, stride_q_post_n, stride_k_post_b, stride_k_post_s, stride_k_post_n,
+    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, stride_do_b, stride_do_t, stride_do_h,
+    stride_dk_pre_b, stride_dk_pre_s, stride_dk_pre_n, stride_dk_post_b, stride_dk_post_s, stride_dk_post_n,
     B, T, S, N, GROUP, VALUE_GROUP, scale, window, query_start,
     D: tl.constexpr, DV: tl.constexpr, MI: tl.constexpr, MJ: tl.constexpr, MV: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr, RESIDUAL_PRE: tl.constexpr, RESIDUAL_POST: tl.constexpr, CAUSAL: tl.constexpr,
@@ -53,26 +53,26 @@ def composed_attention_bwd_dkdv_kernel(
     AGAIN: tl.constexpr = M > 16
     DENSE: tl.constexpr = 2 if positions_ptr is not None else (1 if mask_ptr is not None else 0)
 
-    b_k = load_heads(k_ptr + b * stride_kb, stride_ks, stride_kg, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
+    b_k = load_heads(k_ptr + b * stride_k_b, stride_k_s, stride_k_g, n * MI, GROUP, s_0, S, MI, D, M, BLOCK_S, BLOCK_D)
     b_v = load_heads(
-        v_ptr + b * stride_vb, stride_vs, stride_vg, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV
+        v_ptr + b * stride_v_b, stride_v_s, stride_v_g, n * MV, VALUE_GROUP, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV
     )
-    q_ptr += b * stride_qb
-    do_ptr += b * stride_dob
+    q_ptr += b * stride_q_b
+    do_ptr += b * stride_do_b
     c_k = b_k
     c_k_post = b_k
     if q_pre_ptr is not None:
-        q_pre_ptr += b * stride_q_preb + n * stride_q_pren
+        q_pre_ptr += b * stride_q_pre_b + n * stride_q_pre_n
     if q_post_ptr is not None:
-        q_post_ptr += b * stride_q_postb + n * stride_q_postn
+        q_post_ptr += b * stride_q_post_b + n * stride_q_post_n
     if k_pre_ptr is not None:
-        k_pre_ptr += b * stride_k_preb + n * stride_k_pren
-        c_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pres, MI, MJ, M, W, BLOCK_S)
+        k_pre_ptr += b * stride_k_pre_b + n * stride_k_pre_n
+        c_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pre_s, MI, MJ, M, W, BLOCK_S)
     if k_post_ptr is not None:
-        k_post_ptr += b * stride_k_postb + n * stride_k_postn
-        c_k_post = load_matrices(k_post_ptr, s_0, S, stride_k_posts, MJ, MV, M, W, BLOCK_S)
+        k_post_ptr += b * stride_k_post_b + n * stride_k_post_n
+        c_k_post = load_matrices(k_post_ptr, s_0, S, stride_k_post_s, MJ, MV, M, W, BLOCK_S)
     if mask_ptr is not None:
-        mask_ptr += b * stride_mb + n * MJ * stride_mh
+        mask_ptr += b * stride_mask_b + n * MJ * stride_mask_h
     j = o_s
     if positions_ptr is not None:
         j = tl.load(positions_ptr + o_s, mask=o_s < S, other=0)
@@ -86,7 +86,7 @@ def composed_attention_bwd_dkdv_kernel(
     )  # fmt: skip
     for t_0 in range(lo, hi, BLOCK_T):
         o_t = t_0 + tl.arange(0, BLOCK_T)
-        b_q = load_heads(q_ptr, stride_qt, stride_qh, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
+        b_q = load_heads(q_ptr, stride_q_t, stride_q_h, n * MI, 1, t_0, T, MI, D, M, BLOCK_T, BLOCK_D)
         a = products(b_q, b_k, PRECISION) * scale
         low_a = a.to(b_k.dtype)
         c_q = c_k
@@ -94,19 +94,19 @@ def composed_attention_bwd_dkdv_kernel(
         c_kt = c_k
         now_k = c_k
         if q_pre_ptr is not None:
-            c_q = load_matrices(q_pre_ptr, t_0, T, stride_q_pret, MI, MJ, M, W, BLOCK_T, AGAIN)
+            c_q = load_matrices(q_pre_ptr, t_0, T, stride_q_pre_t, MI, MJ, M, W, BLOCK_T, AGAIN)
             c_qt = transposed(c_q)
         if k_pre_ptr is not None:
             if AGAIN:
-                now_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pres, MI, MJ, M, W, BLOCK_S, AGAIN)
+                now_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pre_s, MI, MJ, M, W, BLOCK_S, AGAIN)
             c_kt = transposed(now_k)
         x = compose(a, low_a, c_qt, c_kt, RESIDUAL_PRE, q_pre_ptr is not None, k_pre_ptr is not None, W, PRECISION)
         # Keys beyond S have to be hidden too: where several tokens share a product, an overflow would reach others.
         if (t_0 < full_lo) | (t_0 >= full_hi) | (s_0 + BLOCK_S > S):
             first, last = segment_of(b, o_t, T, S, lengths_ptr, first_ptr, last_ptr)
             x = mask_scores(
-                x, o_t, o_s, query_start + o_t, j, first, last, mask_ptr, stride_mh, stride_mt, stride_ms, T, S, window,
-                MJ, CAUSAL, WINDOW, SEGMENT,
+                x, o_t, o_s, query_start + o_t, j, first, last, mask_ptr, stride_mask_h, stride_mask_t, stride_mask_s,
+                T, S, window, MJ, CAUSAL, WINDOW, SEGMENT,
             )  # fmt: skip
         shift = load_rows(shift_ptr, b * N * MJ * T, n * MJ, T, t_0, MJ, M, BLOCK_T, float("inf"))
         norm = shift
@@ -116,11 +116,11 @@ def composed_attention_bwd_dkdv_kernel(
         low_p = p.to(b_k.dtype)
         c_q_post = c_k
         if q_post_ptr is not None:
-            c_q_post = load_matrices(q_post_ptr, t_0, T, stride_q_postt, MJ, MV, M, W, BLOCK_T)
+            c_q_post = load_matrices(q_post_ptr, t_0, T, stride_q_post_t, MJ, MV, M, W, BLOCK_T)
         now_k_post = c_k_post
         if AGAIN and k_post_ptr is not None:
-            now_k_post = load_matrices(k_post_ptr, s_0, S, stride_k_posts, MJ, MV, M, W, BLOCK_S, AGAIN)
-        b_do = load_heads(do_ptr, stride_dot, stride_doh, n * MV, 1, t_0, T, MV, DV, M, BLOCK_T, BLOCK_DV)
+            now_k_post = load_matrices(k_post_ptr, s_0, S, stride_k_post_s, MJ, MV, M, W, BLOCK_S, AGAIN)
+        b_do = load_heads(do_ptr, stride_do_t, stride_do_h, n * MV, 1, t_0, T, MV, DV, M, BLOCK_T, BLOCK_DV)
         if dv_ptr is not None:
             c_q_postt = c_k
             c_k_postt = c_k
@@ -150,9 +150,9 @@ def composed_attention_bwd_dkdv_kernel(
                     dc = outer_columns(low_a, low, dc, W, PRECISION)
                 if AGAIN:
                     if q_pre_ptr is not None:
-                        c_q = load_matrices(q_pre_ptr, t_0, T, stride_q_pret, MI, MJ, M, W, BLOCK_T, AGAIN)
+                        c_q = load_matrices(q_pre_ptr, t_0, T, stride_q_pre_t, MI, MJ, M, W, BLOCK_T, AGAIN)
                     if k_pre_ptr is not None:
-                        now_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pres, MI, MJ, M, W, BLOCK_S, AGAIN)
+                        now_k = load_matrices(k_pre_ptr, s_0, S, stride_k_pre_s, MI, MJ, M, W, BLOCK_S, AGAIN)
                 da = compose(
                     dx, low, c_q, now_k, RESIDUAL_PRE, q_pre_ptr is not None, k_pre_ptr is not None, W, PRECISION
                 )
@@ -164,8 +164,8 @@ def composed_attention_bwd_dkdv_kernel(
         own_v = dv_ptr + b * S * N * MV * DV
         store_heads(own_v, dv, N * MV * DV, DV, n * MV, s_0, S, MV, DV, M, BLOCK_S, BLOCK_DV)
     if dk_pre_ptr is not None:
-        dk_pre_ptr += b * stride_dk_preb + n * stride_dk_pren
-        store_matrices(dk_pre_ptr, dc, s_0, S, stride_dk_pres, tile, False, MI, MJ, M, W, BLOCK_S)
+        dk_pre_ptr += b * stride_dk_pre_b + n * stride_dk_pre_n
+        store_matrices(dk_pre_ptr, dc, s_0, S, stride_dk_pre_s, tile, False, MI, MJ, M, W, BLOCK_S)
     if dk_post_ptr is not None:
-        dk_post_ptr += b * stride_dk_postb + n * stride_dk_postn
-        store_matrices(dk_post_ptr, dc_post, s_0, S, stride_dk_posts, tile, False, MJ, MV, M, W, BLOCK_S)
+        dk_post_ptr += b * stride_dk_post_b + n * stride_dk_post_n
+        store_matrices(dk_post_ptr, dc_post, s_0, S, stride_dk_post_s, tile, False, MJ, MV, M, W, BLOCK_S)

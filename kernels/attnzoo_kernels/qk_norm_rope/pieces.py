@@ -1,4 +1,4 @@
-"""Pieces of the head prologue: a tile of head vectors as two half tiles, and the map that all heads share.
+"""Pieces of qk_norm_rope: a tile of head vectors as two half tiles, and the map that all heads share.
 
 A tile of BLOCK_M vectors of width D is held as two tiles [BLOCK_M, BLOCK_H], BLOCK_H >= D / 2, the first and the
 second members of feature pairs. A rotation then is arithmetic between two tiles and moves nothing, whatever its
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Where the members of pair i lie, of which the first PAIRS are rotated.
+# Columns of the members of pair i; the first PAIRS pairs are rotated.
 HALF = tl.constexpr(0)  # i and i + PAIRS; among the rest the first half with the second
 INTERLEAVED = tl.constexpr(1)  # 2 i and 2 i + 1
 REGROUPED = tl.constexpr(2)  # as HALF where rotated, as INTERLEAVED in the rest
@@ -50,7 +50,7 @@ def load_pairs(
 ):  # fmt: skip
     """Both halves [BLOCK_M, BLOCK_H] of the vectors that the pointers row_ptr [BLOCK_M] start; 0 outside."""
     if LAYOUT == INTERLEAVED:
-        # One contiguous load, taken apart in registers, in place of two that skip every other element.
+        # One contiguous load, split in registers, instead of two that skip every other element.
         o_d = tl.arange(0, 2 * BLOCK_H)
         b = tl.load(row_ptr[:, None] + o_d[None, :], in_rows[:, None] & (o_d < D)[None, :], other=0.0)
         b_u, b_v = tl.split(tl.reshape(b, (BLOCK_M, BLOCK_H, 2)))

@@ -1,0 +1,308 @@
+"""Softmax attention of grouped heads: operators and the public function.
+
+Saved for the backward pass: the inputs, the output and two numbers of each row, nothing of size T S. The backward pass
+runs three kernels (delta; dk and dv; dq) and is deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, library
+
+from attnzoo_kernels.launch import (
+    arguments_of,
+    as_int,
+    dense_rows,
+    empty_if,
+    on_device,
+    positive_scale,
+    precision,
+    row_norm,
+    schema,
+    stored_as,
+    strides,
+)
+from attnzoo_kernels.softmax_attention.kernels_bwd import (
+    softmax_attention_bwd_delta_kernel,
+    softmax_attention_bwd_dkdv_kernel,
+    softmax_attention_bwd_dq_kernel,
+)
+from attnzoo_kernels.softmax_attention.kernels_fwd import softmax_attention_fwd_kernel
+from attnzoo_kernels.softmax_attention.tuning import TABLE
+from attnzoo_kernels.tuning import Config, cdiv, padded
+
+LOG2E = 1.4426950408889634
+ROWS = 32
+"""Queries of a program that computes delta."""
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+    sinks: Tensor | float | None = None,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+    head_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
+    key_positions: Tensor | None = None,
+    query_start: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, T, H, D) over k (B, S, G, D), v (B, S, G, Dv).
+
+    The meaning of the arguments is that of `attnzoo.ops.softmax_attention`. Gradients go to q, k, v, q_rope, k_rope,
+    bias, sinks and head_scale, once.
+
+    Args:
+        q: float16, bfloat16 or float32; D and Dv up to 256.
+        k: G divides H.
+        v: of q's dtype.
+        scale: factor of the products.
+        causal: key index j <= query index i.
+        softcap: bound of the logits.
+        alibi_slopes: (H,).
+        window: keys with i - j < window (|i - j| if not causal).
+        sink_tokens: leading keys, of each document, that stay visible outside the window.
+        sinks: (H,) or a number, one more logit in the denominator.
+        q_rope: (B, T, H, R), with k_rope a part of the score whose keys all heads share.
+        k_rope: (B, S, 1, R).
+        head_scale: (H,) or (B, H).
+        bias: added to the scores, broadcastable to (B, H, T, S). Its gradient takes float32 (B, H, T, S).
+        mask: boolean, broadcastable to (B, H, T, S), True = may attend.
+        lengths: (B,) integers; keys j < lengths[b] are visible.
+        documents: first and last (B, T), integers: query t sees keys first <= j < last. Needs T = S.
+        key_positions: (S,) index of every key. Default 0 .. S - 1.
+        query_start: index of the first query. Default S - T.
+
+    Returns:
+        out (B, T, H, Dv) in q's dtype, and the log-sum-exp (B, H, T) of every query's scores in float32, with the sink,
+        -inf where nothing is visible.
+    """
+    B, T, H, _ = q.shape
+    S = k.shape[1]
+    scale, q, q_rope = positive_scale(scale, q, q_rope)
+    if sinks is not None and not isinstance(sinks, Tensor):
+        sinks = torch.full((H,), float(sinks), device=q.device)
+    if head_scale is not None:
+        head_scale = head_scale.float().expand(B, H)
+    first, last = (None, None) if documents is None else documents
+    out, lse, _, _ = _forward(
+        q, k, v, q_rope, k_rope, None if bias is None else bias.expand(B, H, T, S),
+        None if mask is None else mask.expand(B, H, T, S), stored_as(alibi_slopes, torch.float32),
+        stored_as(sinks, torch.float32), head_scale, as_int(lengths), as_int(first), as_int(last),
+        as_int(key_positions), scale, softcap or 0.0, window or 0, sink_tokens,
+        S - T if query_start is None else query_start, causal,
+    )  # fmt: skip
+    return out, lse
+
+
+class _Inputs(NamedTuple):
+    """What the operator takes, under the names of its kernels' arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_rope: Tensor | None
+    k_rope: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    head_scale: Tensor | None
+    lengths: Tensor | None
+    first: Tensor | None
+    last: Tensor | None
+    positions: Tensor | None
+    scale: float
+    softcap: float
+    window: int
+    sink_tokens: int
+    query_start: int
+    causal: bool
+
+    def sizes(self) -> tuple[int, ...]:
+        """B, T, S, H, G, D, Dv and R."""
+        (B, T, H, D), (_, S, G, _) = self.q.shape, self.k.shape
+        return B, T, S, H, G, D, self.v.shape[3], 0 if self.q_rope is None else self.q_rope.shape[3]
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Buffers for the output, the log-sum-exp, and what is kept of each row."""
+        B, T, H, _ = self.q.shape
+        out = torch.empty((B, T, H, self.v.shape[3]), dtype=self.q.dtype, device=self.q.device)
+        lse, shift = (torch.empty((B, H, T), dtype=torch.float32, device=self.q.device) for _ in range(2))
+        return out, lse, shift, row_norm(shift, self.q.dtype)
+
+    def gradients(self, need_queries: bool, need_keys: bool, need_bias: bool, need_head_scale: bool) -> list[Tensor]:
+        """Buffers for what `_backward` returns."""
+        B, T, S, H, G, D, DV, R = self.sizes()
+        dtype, device = self.q.dtype, self.q.device
+        queries = need_queries or need_bias or need_head_scale
+        return [
+            empty_if(queries, (B, T, H, D), dtype, device),
+            empty_if(need_keys, (B, S, G, D), dtype, device),
+            empty_if(need_keys, (B, S, G, DV), dtype, device),
+            empty_if(queries and R > 0, (B, T, H, R), dtype, device),
+            empty_if(need_keys and R > 0, (B, G, S, R), torch.float32, device),
+            empty_if(need_bias, (B, H, T, S), torch.float32, device),
+            empty_if(need_head_scale, (B, H, T), torch.float32, device),
+            empty_if(True, (B, H, T), torch.float32, device),
+        ]
+
+    def arguments(self) -> dict[str, Any]:
+        """What the forward kernel and the two large backward kernels share: all but the sinks, which forward reads."""
+        _, T, S, H, G, D, DV, R = self.sizes()
+        tensors: dict[str, Any] = dict(zip(_Inputs._fields[:TENSORS], self, strict=False))
+        del tensors["sinks"]
+        for name in ("q", "k", "v", "q_rope", "k_rope"):
+            tensors[name] = dense_rows(tensors[name])
+        if self.mask is not None:
+            tensors["mask"] = self.mask.view(torch.uint8)
+        return {
+            **arguments_of(tensors, STRIDES), **dict(zip(_Inputs._fields[TENSORS:-1], self[TENSORS:-1], strict=True)),
+            "T": T, "S": S, "H": H, "GROUP": H // G, "D": D, "DV": DV, "R": R, "CAUSAL": self.causal,
+            "SOFTCAP": self.softcap != 0.0, "WINDOW": self.window > 0,
+            "SINK_TOKENS": self.window > 0 and self.sink_tokens > 0, "PRECISION": precision(self.q.dtype),
+            "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "BLOCK_R": padded(R),
+        }  # fmt: skip
+
+    def config(self, kernel: str, grouped: bool = False) -> Config:
+        _, _, _, _, _, D, DV, R = self.sizes()
+        if self.bias is not None or self.mask is not None:
+            kernel += " dense"
+        elif grouped:
+            kernel += " grouped"
+        return TABLE.config(kernel, self.q.dtype, self.q.device, padded(max(D, DV)) + (padded(R) if R else 0))
+
+
+TENSORS = _Inputs._fields.index("scale")
+STRIDES = {
+    "q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "bias": "bhts", "mask": "bhts",
+    "head_scale": "bh",
+}  # fmt: skip
+
+
+@library.custom_op("attnzoo::softmax_attention", mutates_args=(), schema=schema(_Inputs, 4))
+def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = _Inputs(*given)
+    out, lse, shift, norm = inputs.outputs()
+    if lse.numel() == 0:
+        return out, lse, shift, norm
+    config = inputs.config("softmax_attention_fwd")
+    B, T, H = out.shape[:3]
+    with on_device(out):
+        softmax_attention_fwd_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
+            **inputs.arguments(), sinks_ptr=inputs.sinks, o_ptr=out, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm,
+            **config.options(),
+        )  # fmt: skip
+    return out, lse, shift, norm
+
+
+@_forward.register_fake
+def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _Inputs(*given).outputs()
+
+
+@library.custom_op(
+    "attnzoo::softmax_attention_backward",
+    mutates_args=(),
+    schema="(Tensor do, Tensor out, Tensor shift, Tensor norm, Tensor? dlse, bool[] needed, Tensor?[] tensors, "
+    "float[] floats, SymInt[] sizes, bool causal) -> Tensor[]",
+)
+def _backward(
+    do: Tensor, out: Tensor, shift: Tensor, norm: Tensor, dlse: Tensor | None, needed: list[bool], *given: Any
+) -> list[Tensor]:
+    """Gradients of q, k, v, q_rope, k_rope (per group, float32), bias (full size), of head_scale's rows, and delta.
+
+    needed: whether the gradients of queries, of keys and values, of the bias and of head_scale are.
+    """
+    inputs = _of_forward(*given)
+    gradients = inputs.gradients(*needed)
+    dq, dk, dv, dq_rope, dk_rope, dbias, r, delta = gradients
+    B, T, S, H, G, _, DV, R = inputs.sizes()
+    if do.numel() == 0 or inputs.k.numel() == 0:
+        return [gradient.zero_() for gradient in gradients]
+    need_queries, need_keys, need_bias, need_head_scale = needed
+    do = dense_rows(do)
+    arguments = {
+        **inputs.arguments(), "do_ptr": do, "shift_ptr": shift, "norm_ptr": norm, "delta_ptr": delta,
+        **strides(do, "do", "bth"),
+    }  # fmt: skip
+    with on_device(out):
+        softmax_attention_bwd_delta_kernel[(cdiv(T, ROWS) * B * H,)](
+            out, do, delta, *out.stride()[:3], *do.stride()[:3], T, H, DV=DV, BLOCK_DV=padded(DV), BLOCK_T=ROWS
+        )
+        if dlse is not None:
+            delta -= dlse
+        if need_keys:
+            config = inputs.config("softmax_attention_bwd_dkdv", grouped=G < H)
+            softmax_attention_bwd_dkdv_kernel[(cdiv(S, config["BLOCK_S"]) * B * G,)](
+                **arguments, dk_ptr=dk, dv_ptr=dv, dk_rope_ptr=dk_rope if R else None, **config.options()
+            )
+        if need_queries or need_bias or need_head_scale:
+            config = inputs.config("softmax_attention_bwd_dq")
+            if need_bias:
+                dbias.zero_()
+            softmax_attention_bwd_dq_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
+                **arguments, dq_ptr=dq, dq_rope_ptr=dq_rope if R else None, dbias_ptr=dbias if need_bias else None,
+                r_ptr=r if need_head_scale else None, **config.options(),
+            )  # fmt: skip
+    return gradients
+
+
+@_backward.register_fake
+def _backward_fake(
+    do: Tensor, out: Tensor, shift: Tensor, norm: Tensor, dlse: Tensor | None, needed: list[bool], *given: Any
+) -> list[Tensor]:
+    return _of_forward(*given).gradients(*needed)
+
+
+def _of_forward(tensors: list[Any], floats: list[float], sizes: list[int], causal: bool) -> _Inputs:
+    """The forward operator's inputs, as the backward operator takes them."""
+    return _Inputs._make((*tensors, *floats, *sizes, causal))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, shift, norm = output
+    ctx.save_for_backward(*inputs[:TENSORS], out, shift, norm)
+    ctx.numbers = inputs[TENSORS:]
+
+
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, shift, norm = ctx.saved_tensors
+    inputs = _Inputs._make((*tensors, *ctx.numbers))
+    scale, softcap, *sizes, causal = ctx.numbers
+    need = dict(zip(_Inputs._fields, ctx.needs_input_grad, strict=True))
+    needed = [need["q"] or need["q_rope"], need["k"] or need["v"] or need["k_rope"], need["bias"], need["head_scale"]]
+    dq, dk, dv, dq_rope, dk_rope, dbias, r, delta = _backward(
+        torch.zeros_like(out) if do is None else do, out, shift, norm, dlse, needed, tensors, [scale, softcap], sizes,
+        causal,
+    )  # fmt: skip
+    gradients = {"q": dq, "k": dk, "v": dv, "q_rope": dq_rope}
+    if need["k_rope"]:
+        gradients["k_rope"] = dk_rope.sum(1).unsqueeze(2).to(inputs.k.dtype)
+    if inputs.bias is not None:
+        gradients["bias"] = dbias.to(inputs.bias.dtype)
+    if inputs.head_scale is not None and need["head_scale"]:
+        gradients["head_scale"] = r.sum(-1, dtype=torch.float64).to(inputs.head_scale.dtype)
+    if inputs.sinks is not None and need["sinks"]:
+        # The sink has a weight like a key's and no value: it only takes weight from the others.
+        taken = torch.exp2(inputs.sinks[:, None] * LOG2E - shift) * delta
+        if norm.numel():
+            taken *= norm
+        gradients["sinks"] = -taken.sum((0, 2), dtype=torch.float64).to(inputs.sinks.dtype)
+    return tuple(gradients[name] if wanted else None for name, wanted in need.items())
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
