@@ -1,6 +1,6 @@
 """What can run an operation here, and why the rest cannot.
 
-An operation's name is its meaning; a backend is a way to run it. `python -m attnzoo` prints the table.
+An operation's name is its meaning; a backend is a way to run it. `python -m attnzoo` prints what can run here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -49,15 +48,6 @@ def choose(backend: str, operation: str, obstacles: Mapping[str, Callable[[], st
     return backend
 
 
-@dataclass(frozen=True)
-class BackendStatus:
-    """One line of the table: a backend, whether it can run on this machine, and why or why not."""
-
-    name: str
-    available: bool
-    detail: str
-
-
 def triton_obstacle(device: torch.device | str = "cuda") -> str | None:
     """Why our Triton kernels cannot run on tensors of that device, or None.
 
@@ -90,33 +80,3 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 # Looked up once: asking the import system costs as much as a whole decoding step's attention.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_KERNELS = importlib.util.find_spec("attnzoo_kernels") is not None
-
-
-def status() -> list[BackendStatus]:
-    """The state of every backend on this machine, fastest first."""
-    from attnzoo.ops.flash import installed
-
-    packages = ", ".join(f"{name} {version}" for name, version in installed())
-    cuda = torch.cuda.is_available()
-    if not packages:
-        flash = BackendStatus("flash", False, "flash-attn 2, 3 or 4 is not installed")
-    elif not cuda:
-        flash = BackendStatus("flash", False, f"needs a CUDA device; installed: {packages}")
-    else:
-        flash = BackendStatus("flash", True, packages)
-    obstacle = triton_obstacle()
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return [
-        flash,
-        BackendStatus("triton", obstacle is None, obstacle or ("interpreter, for tests" if interpreted else device)),
-        BackendStatus("sdpa", True, f"torch {torch.__version__} scaled_dot_product_attention on {device}"),
-        BackendStatus("eager", True, "plain PyTorch, the definition; any device, float64 too"),
-    ]
-
-
-def table() -> str:
-    """The table that `python -m attnzoo` prints."""
-    rows = [(s.name, "yes" if s.available else "no", s.detail) for s in status()]
-    rows.insert(0, ("backend", "runs", "with, or why not"))
-    return "\n".join(f"{name:<8} {runs:<5} {detail}" for name, runs, detail in rows)

@@ -5,22 +5,54 @@ A cache belongs to one module and one batch of sequences of equal length. No gra
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from attnzoo.tracing import is_traced
+
+
+class CacheLayout(NamedTuple):
+    """What distinguishes the caches of two modules, whatever their batch and length.
+
+    Attributes:
+        widths: (heads, width) of each buffer's states.
+        window: keys that a query sees at most, or None.
+        sink_tokens: leading keys that stay.
+        block_size: tokens of a block, where states belong to blocks.
+    """
+
+    widths: tuple[tuple[int, ...], ...]
+    window: int | None = None
+    sink_tokens: int = 0
+    block_size: int | None = None
+
+    def __str__(self) -> str:
+        states = " and ".join(" x ".join(map(str, width)) for width in self.widths)
+        window = "no window" if self.window is None else f"a window of {self.window}"
+        sinks = f" and {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        blocks = "" if self.block_size is None else f", blocks of {self.block_size}"
+        return f"states of {states} with {window}{sinks}{blocks}"
+
+
+Snapshot = tuple[int, Tensor | int | None, tuple[Tensor, ...]]
+"""Length of a cache, and what the next append will overwrite: slots of the ring, and their states."""
+
 
 class TokenCache:
-    """Per-token states of the sequences so far; what a mechanism stores there is its subclass's matter.
+    """Per-token states of the sequences so far. Subclasses define what is stored.
 
     Without a window a cache holds `max_length` tokens. With one it is a ring buffer of at most
     window + sink_tokens tokens: the first sink_tokens stay, the others are overwritten when the window has
     passed them.
 
     Attributes:
+        layout: what modules it fits.
         length: tokens seen so far.
         max_length: tokens it may ever see.
         capacity: tokens it holds at most.
-        streams: the buffers, each (B, heads, capacity, width).
+        buffers: the buffers, each (B, heads, capacity, width).
     """
 
     def __init__(
@@ -45,15 +77,16 @@ class TokenCache:
         self.sink_tokens = sink_tokens
         self.capacity = max_length if window is None else min(max_length, window + sink_tokens)
         self.length = 0
+        self.layout = CacheLayout(widths, window, sink_tokens)
         self._widths = widths
-        self.streams = tuple(
+        self.buffers = tuple(
             torch.zeros(batch_size, heads, self.capacity, width, device=device, dtype=dtype) for heads, width in widths
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers take."""
-        return sum(stream.numel() * stream.element_size() for stream in self.streams)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""
@@ -65,8 +98,8 @@ class TokenCache:
             raise ValueError(
                 f"index must hold {self.batch_size} integers, got {index.dtype} of shape {tuple(index.shape)}"
             )
-        for stream in self.streams:
-            stream.copy_(stream.index_select(0, index))
+        for buffer in self.buffers:
+            buffer.copy_(buffer.index_select(0, index))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, as speculative decoding needs it.
@@ -82,6 +115,24 @@ class TokenCache:
             )
         self.length = length
 
+    def snapshot(self, tokens: int) -> Snapshot:
+        """What `restore` needs to take back an append of so many tokens."""
+        if self.capacity == self.max_length or not self.length:
+            return self.length, None, ()
+        device = self.buffers[0].device
+        if tokens == 1:
+            slots = self._slot(self.length)
+        else:
+            slots = self._slots(self._held_positions(self.length + tokens, device, self.length))
+        return self.length, slots, tuple(buffer[:, :, slots].clone() for buffer in self.buffers)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take back what was appended since the snapshot."""
+        self.length, slots, states = snapshot
+        if slots is not None:
+            for buffer, state in zip(self.buffers, states, strict=True):
+                buffer[:, :, slots] = state
+
     def _append(self, *new: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Store new states, each (B, T, heads, width), and return what the new queries may look at.
 
@@ -89,13 +140,13 @@ class TokenCache:
         Nothing is stored if anything does not fit.
         """
         tokens = new[0].shape[1]
-        for (heads, width), stream, state in zip(self._widths, self.streams, new, strict=True):
+        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=True):
             expected = (self.batch_size, tokens, heads, width)
             got = tuple(state.shape)
-            if got != expected or state.dtype != stream.dtype or state.device != stream.device:
+            if got != expected or state.dtype != buffer.dtype or state.device != buffer.device:
                 raise ValueError(
-                    f"cache was made for states (batch, tokens, heads, width) {expected} in {stream.dtype} "
-                    f"on {stream.device}, got {got} in {state.dtype} on {state.device}"
+                    f"cache was made for states (batch, tokens, heads, width) {expected} in {buffer.dtype} "
+                    f"on {buffer.device}, got {got} in {state.dtype} on {state.device}"
                 )
         if self.length + tokens > self.max_length:
             raise ValueError(
@@ -108,55 +159,62 @@ class TokenCache:
 
     def _append_linear(self, states: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
         end = self.length + tokens
-        for stream, state in zip(self.streams, states, strict=True):
-            stream.narrow(2, self.length, tokens).copy_(state)
+        for buffer, state in zip(self.buffers, states, strict=True):
+            buffer.narrow(2, self.length, tokens).copy_(state)
         self.length = end
-        return tuple([stream.narrow(2, 0, end).transpose(1, 2) for stream in self.streams])
+        return tuple([buffer.narrow(2, 0, end).transpose(1, 2) for buffer in self.buffers])
 
     def _append_ring(self, states: tuple[Tensor, ...], tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        device = self.streams[0].device
+        device = self.buffers[0].device
         end = self.length + tokens
+        if tokens == 1:
+            slot = self._slot(self.length)
+            for buffer, state in zip(self.buffers, states, strict=True):
+                buffer[:, :, slot] = state[:, :, 0] if isinstance(slot, int) else state
+            self.length = end
+            held = min(end, self.capacity)
+            place = torch.arange(held, device=device)
+            positions = end - 1 - (end - 1 - place) % (self.capacity - self.sink_tokens)
+            if self.sink_tokens:
+                positions = torch.where(place < self.sink_tokens, place, positions)
+            return tuple(buffer[:, :, :held].transpose(1, 2) for buffer in self.buffers), positions
         new_positions = torch.arange(self.length, end, device=device)
         old_positions = self._held_positions(self.length, device)
-        if tokens == 1:
-            slot = self._slots(new_positions)
-            for stream, state in zip(self.streams, states, strict=True):
-                stream[:, :, slot] = state
-            self.length = end
-            held = self._held_positions(end, device)
-            slots = self._slots(held)
-            positions = torch.empty_like(held)
-            positions[slots] = held
-            return tuple(stream[:, :, : held.shape[0]].transpose(1, 2) for stream in self.streams), positions
         old_slots = self._slots(old_positions)
         seen = tuple(
-            torch.cat([stream[:, :, old_slots], state], dim=2).transpose(1, 2)
-            for stream, state in zip(self.streams, states, strict=True)
+            torch.cat([buffer[:, :, old_slots], state], dim=2).transpose(1, 2)
+            for buffer, state in zip(self.buffers, states, strict=True)
         )
-        kept = self._held_positions(end, device)
-        kept = kept[kept >= self.length]
+        kept = self._held_positions(end, device, self.length)
         slots = self._slots(kept)
-        for stream, state in zip(self.streams, states, strict=True):
-            stream[:, :, slots] = state[:, :, kept - self.length]
+        for buffer, state in zip(self.buffers, states, strict=True):
+            buffer[:, :, slots] = state[:, :, kept - self.length]
         self.length = end
         return seen, torch.cat([old_positions, new_positions])
 
-    def _held_positions(self, length: int, device: torch.device) -> Tensor:
-        """Ascending positions that a ring holds after `length` tokens."""
+    def _held_positions(self, length: int, device: torch.device, since: int = 0) -> Tensor:
+        """Ascending positions, from `since` on, that a ring holds after `length` tokens."""
         sinks = min(length, self.sink_tokens)
+        first = max(sinks, length - (self.capacity - self.sink_tokens), since)
+        runs = (min(since, sinks), sinks), (first, max(length, first))
+        return torch.cat([torch.arange(*run, device=device) for run in runs])
+
+    def _slot(self, position: int) -> int | Tensor:
+        """The slot of one position; a tensor while a program is recorded, which a number would tie to this slot."""
+        if is_traced():
+            return self._slots(torch.tensor([position], device=self.buffers[0].device))
         window = self.capacity - self.sink_tokens
-        start = max(self.sink_tokens, length - window)
-        return torch.cat([torch.arange(sinks, device=device), torch.arange(start, max(length, start), device=device)])
+        return position if position < self.sink_tokens else self.sink_tokens + (position - self.sink_tokens) % window
 
     def _slots(self, positions: Tensor) -> Tensor:
-        """Where in the ring each position lies."""
+        """The slot of each position."""
         window = self.capacity - self.sink_tokens
         ring = self.sink_tokens + (positions - self.sink_tokens) % window
         return torch.where(positions < self.sink_tokens, positions, ring)
 
 
 class KeyValueCache(TokenCache):
-    """Keys (B, G, S, D) after norm and rotation, and values (B, G, S, Dv): G (D + Dv) numbers a token."""
+    """Keys (B, G, S, D) after norm and rotation, and values (B, G, S, Dv): G (D + Dv) numbers per token."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k (B, T, G, D) and v (B, T, G, Dv); return all keys, values and their positions."""
@@ -167,16 +225,16 @@ class KeyValueCache(TokenCache):
 class LatentCache(TokenCache):
     """Latent attention: latents and rotary keys side by side, (B, 1, S, R + Gr Dr)."""
 
-    def append(self, latent: Tensor) -> Tensor:
-        """Store latent (B, T, 1, R + Gr Dr) and return those of all tokens."""
-        (latent,), _ = self._append(latent)
-        return latent
+    def append(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Store latent (B, T, 1, R + Gr Dr); return those of all tokens and their positions."""
+        (latent,), positions = self._append(latent)
+        return latent, positions
 
 
 class TiedCache(TokenCache):
     """Grouped-tied attention: the tied state (B, G, S, D) and one rotated key (B, 1, S, Dr) for all heads.
 
-    G D + Dr numbers a token. The non-rotary key is the first Dn features of the tied state, so it is not
+    G D + Dr numbers per token. The non-rotary key is the first Dn features of the tied state, so it is not
     stored.
     """
 
@@ -188,9 +246,18 @@ class TiedCache(TokenCache):
 
 
 class UntiedCache(TokenCache):
-    """As TiedCache for a value that no longer starts with the key: G (D + Dn) + Dr numbers a token."""
+    """As TiedCache for a value that no longer starts with the key: G (D + Dn) + Dr numbers per token."""
 
     def append(self, k: Tensor, v: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Store k (B, T, G, Dn), v (B, T, G, D) and k_rope (B, T, 1, Dr)."""
         (k, v, k_rope), positions = self._append(k, v, k_rope)
         return k, v, k_rope, positions
+
+
+class ComposedCache(TokenCache):
+    """Keys, values, and what belongs to each key in the compositions: G (D + Dv) + P (2 R + 1) H numbers per token."""
+
+    def append(self, *states: Tensor) -> tuple[Tensor | None, ...]:
+        """Store the states (B, T, heads, width) of new tokens; return those of all tokens and their positions."""
+        kept, positions = self._append(*states)
+        return *kept, positions

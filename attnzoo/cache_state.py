@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.cache import CacheLayout
+
 
 class StateCache:
     """Running sums of linear attention: S = sum k v^T (B, G, Df, Dv) and z = sum k (B, G, Df), in float32 or float64.
@@ -12,16 +14,17 @@ class StateCache:
     What it takes does not depend on the number of tokens.
 
     Attributes:
+        layout: what modules it fits.
         length: tokens seen so far.
         max_length: tokens it may ever see.
-        streams: S and z.
+        buffers: S and z.
     """
 
     def __init__(
         self,
         batch_size: int,
         max_length: int,
-        shapes: tuple[tuple[int, ...], ...],
+        layout: CacheLayout,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -32,19 +35,23 @@ class StateCache:
             )
         self.batch_size = batch_size
         self.max_length = max_length
+        self.layout = layout
         self.length = 0
-        self.streams = tuple(torch.zeros(batch_size, *shape, device=device, dtype=dtype) for shape in shapes)
+        blocks = () if layout.block_size is None else (-(-max_length // layout.block_size),)
+        self.buffers = tuple(
+            torch.zeros(batch_size, *blocks, *width, device=device, dtype=dtype) for width in layout.widths
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes that the states take."""
-        return sum(stream.numel() * stream.element_size() for stream in self.streams)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
-        for stream in self.streams:
-            stream.zero_()
+        for buffer in self.buffers:
+            buffer.zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row index[b] was; index (B,) integers."""
@@ -52,8 +59,8 @@ class StateCache:
             raise ValueError(
                 f"index must hold {self.batch_size} integers, got {index.dtype} of shape {tuple(index.shape)}"
             )
-        for stream in self.streams:
-            stream.copy_(stream.index_select(0, index))
+        for buffer in self.buffers:
+            buffer.copy_(buffer.index_select(0, index))
 
     def truncate(self, length: int) -> None:
         """Forget everything (length 0) or nothing: a sum does not tell what single tokens brought."""
@@ -64,18 +71,40 @@ class StateCache:
         elif length != self.length:
             raise ValueError(f"length must be 0 or {self.length}: a state cannot give single tokens back, got {length}")
 
-    def admit(self, batch: int, tokens: int, like: Tensor) -> None:
+    def check_fits(self, batch: int, tokens: int, like: Tensor) -> None:
         """Refuse what does not fit, before anything is stored."""
-        stream = self.streams[0]
-        if batch != self.batch_size or like.dtype != stream.dtype or like.device != stream.device:
+        buffer = self.buffers[0]
+        if batch != self.batch_size or like.dtype != buffer.dtype or like.device != buffer.device:
             raise ValueError(
-                f"cache was made for states of {self.batch_size} sequences in {stream.dtype} on {stream.device}, got "
+                f"cache was made for states of {self.batch_size} sequences in {buffer.dtype} on {buffer.device}, got "
                 f"{batch} in {like.dtype} on {like.device}"
             )
         if self.length + tokens > self.max_length:
             raise ValueError(
                 f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
             )
+
+    def current(self) -> tuple[Tensor, Tensor]:
+        """S and z as `attnzoo.ops.linear_attention.linear_attention` continues them."""
+        state, sums = self.buffers
+        return state, sums
+
+    def store(self, state: Tensor, keys: Tensor) -> None:
+        """Move on: to the state S after the new tokens, and by their keys' features (B, T, G, Df)."""
+        own_state, sums = self.buffers
+        _store_both(own_state, state, sums, keys.detach().sum(1))
+        self.length += keys.shape[1]
+
+
+def _store_both(own_state: Tensor, state: Tensor, own_sums: Tensor, added: Tensor) -> None:
+    """Write S and add to z, or if anything fails neither."""
+    before = own_sums.clone()
+    try:
+        own_sums += added
+        own_state.copy_(state.detach())
+    except BaseException:
+        own_sums.copy_(before)
+        raise
 
 
 class BlockStateCache(StateCache):
@@ -85,24 +114,14 @@ class BlockStateCache(StateCache):
 
     Attributes:
         block_size: tokens of a block.
-        streams: S (B, n, G, Df, Dv) and z (B, n, G, Df) of all blocks up to max_length.
+        buffers: S (B, n, G, Df, Dv) and z (B, n, G, Df) of all blocks up to max_length.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        max_length: int,
-        shapes: tuple[tuple[int, ...], ...],
-        block_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        blocks = -(-max(max_length, 1) // block_size)
-        super().__init__(
-            batch_size, max_length, tuple((blocks, *shape) for shape in shapes), device=device, dtype=dtype
-        )
-        self.block_size = block_size
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        assert self.layout.block_size is not None
+        return self.layout.block_size
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on; only whole blocks can be forgotten."""
@@ -114,6 +133,23 @@ class BlockStateCache(StateCache):
                 f"single tokens back, got {length}"
             )
         if length != self.length:
-            for stream in self.streams:
-                stream[:, length // self.block_size :].zero_()
+            for buffer in self.buffers:
+                buffer[:, length // self.block_size :].zero_()
             self.length = length
+
+    def current(self) -> tuple[Tensor, Tensor]:
+        """S and z of every block up to that of the next token."""
+        blocks = self.length // self.block_size + 1
+        state, sums = self.buffers
+        return state[:, :blocks], sums[:, :blocks]
+
+    def store(self, state: Tensor, keys: Tensor) -> None:
+        """Move on: to the states S of the blocks that new tokens are in, and by their keys' features (B, T, G, Df)."""
+        first, tokens = self.length // self.block_size, keys.shape[1]
+        stored = slice(first, first + state.shape[1])
+        added = keys.detach()
+        if tokens != 1:
+            block = torch.arange(self.length, self.length + tokens, device=keys.device) // self.block_size - first
+            added = torch.zeros_like(self.buffers[1][:, stored]).index_add_(1, block, added)
+        _store_both(self.buffers[0][:, stored], state, self.buffers[1][:, stored], added)
+        self.length += tokens

@@ -1,23 +1,22 @@
-"""Which query may attend to which key: the structured mask and its dense form."""
+"""Which query may attend to which key: what callers say (`AttentionMask`) and what holds in a call (`Visibility`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def _readable(tensor: Tensor) -> bool:
-    """True if looking at the values costs no device synchronisation and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+from attnzoo.tracing import is_readable
 
 
 class AttentionMask:
     """A mask that kernels understand without a dense tensor; True = may attend.
 
     It narrows what a module's own rules (causality, window) allow. Make one with `padding`, `packed` or
-    `dense`, and combine with `&` (a plain boolean tensor may stand on the right):
+    `dense`, and combine with `&` (a plain boolean tensor may be the right operand):
 
         AttentionMask.padding(lengths) & AttentionMask.dense(keep)
 
@@ -40,14 +39,14 @@ class AttentionMask:
         if lengths is not None:
             if lengths.ndim != 1 or lengths.dtype == torch.bool or not _is_integer(lengths):
                 raise ValueError(f"lengths must be a 1-D integer tensor, got {lengths.dtype} {tuple(lengths.shape)}")
-            if _readable(lengths) and bool((lengths < 0).any()):
+            if is_readable(lengths) and bool((lengths < 0).any()):
                 raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
         if cu_seqlens is not None:
             if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
                 raise ValueError(
                     f"cu_seqlens must be a 1-D int32 tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
                 )
-            if _readable(cu_seqlens):
+            if is_readable(cu_seqlens):
                 if int(cu_seqlens[0]) != 0:
                     raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
                 if bool((cu_seqlens.diff() < 0).any()):
@@ -57,7 +56,6 @@ class AttentionMask:
         self.lengths = lengths
         self.cu_seqlens = cu_seqlens
         self.dense_mask = dense_mask
-        self._memo: dict[tuple[object, ...], Tensor | None] = {}
 
     @classmethod
     def padding(cls, lengths: Tensor | Sequence[int]) -> AttentionMask:
@@ -111,16 +109,10 @@ class AttentionMask:
         """Positions (B, T) that restart at every packed document; None without packing."""
         if self.cu_seqlens is None:
             return None
-        key = ("positions", batch, length)
-        if key not in self._memo or torch.compiler.is_compiling():
-            token, document = self._documents(batch, length)
-            start = self.cu_seqlens.long()[document]
-            row_start = torch.arange(batch, device=token.device)[:, None] * length
-            positions = token - torch.maximum(start, row_start)
-            if torch.compiler.is_compiling():
-                return positions
-            self._memo[key] = positions
-        return self._memo[key]
+        token, document = self._documents(batch, length)
+        start = self.cu_seqlens.long()[document]
+        row_start = torch.arange(batch, device=token.device)[:, None] * length
+        return token - torch.maximum(start, row_start)
 
     def document_bounds(self, batch: int, length: int) -> tuple[Tensor, Tensor] | None:
         """First key and end of the keys, both (B, T) int32, of every token's packed document; None without packing."""
@@ -134,19 +126,20 @@ class AttentionMask:
         return first.int(), last.int()
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
-        """Raise ValueError where a part does not fit (B, H, T, S) or lies on another device."""
+        """Raise ValueError where a part does not fit (B, H, T, S) or is on another device."""
         for part in (self.lengths, self.cu_seqlens, self.dense_mask):
             if part is not None and part.device != device:
                 raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
         if self.lengths is not None:
             if self.lengths.shape[0] != batch:
                 raise ValueError(f"lengths must have one entry a row, got {self.lengths.shape[0]} for {batch}")
-            if batch and _readable(self.lengths) and int(self.lengths.max()) > keys:
+            if batch and is_readable(self.lengths) and int(self.lengths.max()) > keys:
                 raise ValueError(f"lengths must be at most the {keys} keys, got {int(self.lengths.max())}")
         if self.cu_seqlens is not None and queries != keys:
             raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
-        if self.dense_mask is not None:
-            check_broadcastable(self.dense_mask, (batch, heads, queries, keys))
+        shape = (batch, heads, queries, keys)
+        if self.dense_mask is not None and not broadcasts(self.dense_mask, shape):
+            raise ValueError(f"mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(self.dense_mask.shape)}")
 
     def visible(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
@@ -156,28 +149,33 @@ class AttentionMask:
         Raises ValueError where a part does not fit these sizes, or the device if one is named.
         """
         own = (part.device for part in (self.lengths, self.cu_seqlens, self.dense_mask) if part is not None)
-        self.check(batch, heads, queries, keys, next(own, torch.device("cpu")) if device is None else device)
-        parts = []
+        device = next(own, torch.device("cpu")) if device is None else device
+        whole = Visibility(causal=False, mask=self)
+        return whole.dense((batch, heads, queries, keys), device)
+
+    def parts(
+        self, batch: int, queries: int, rows: slice, keys: slice, key_positions: Tensor | None
+    ) -> Iterator[Tensor]:
+        """What each part allows at these rows and keys, boolean tensors broadcastable to (B, H, rows, keys)."""
         if self.lengths is not None:
-            key_index = torch.arange(keys, device=self.lengths.device)
-            parts.append((key_index < self.lengths[:, None])[:, None, None, :])
+            index = torch.arange(keys.start, keys.stop, device=self.lengths.device)
+            index = index if key_positions is None else key_positions[keys]
+            yield (index < self.lengths[:, None])[:, None, None, :]
         if self.cu_seqlens is not None:
             _, document = self._documents(batch, queries)
-            parts.append((document[:, :, None] == document[:, None, :])[:, None])
+            yield (document[:, rows, None] == document[:, None, keys])[:, None]
         if self.dense_mask is not None:
-            parts.append(self.dense_mask)
-        if not parts:
-            return None
-        combined = parts[0]
-        for part in parts[1:]:
-            combined = combined & part
-        return combined
+            dense = self.dense_mask
+            dense = dense[..., rows, :] if dense.ndim > 1 and dense.shape[-2] > 1 else dense
+            if dense.ndim and dense.shape[-1] > 1:
+                dense = dense[..., keys] if key_positions is None else dense.index_select(-1, key_positions[keys])
+            yield dense
 
     def _documents(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Token numbers over the whole batch (B, T) and the document that each belongs to (B, T)."""
         cu_seqlens = self.cu_seqlens
         assert cu_seqlens is not None
-        if _readable(cu_seqlens) and int(cu_seqlens[-1]) != batch * length:
+        if is_readable(cu_seqlens) and int(cu_seqlens[-1]) != batch * length:
             raise ValueError(f"cu_seqlens must end at B * T = {batch * length} tokens, got {int(cu_seqlens[-1])}")
         token = torch.arange(batch * length, device=cu_seqlens.device)
         document = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
@@ -185,7 +183,7 @@ class AttentionMask:
 
 
 def as_mask(mask: Tensor | AttentionMask | None) -> AttentionMask | None:
-    """A boolean tensor becomes `AttentionMask.dense`; anything else that is no mask is refused."""
+    """A boolean tensor becomes `AttentionMask.dense`; anything that is not a mask is refused."""
     if mask is None or isinstance(mask, AttentionMask):
         return mask
     if isinstance(mask, Tensor):
@@ -193,58 +191,147 @@ def as_mask(mask: Tensor | AttentionMask | None) -> AttentionMask | None:
     raise ValueError(f"mask must be a boolean tensor or an AttentionMask, got {type(mask).__name__}")
 
 
-def visibility(
-    mask: AttentionMask | None,
-    shape: tuple[int, int, int, int],
-    *,
-    causal: bool,
-    window: int | None,
-    sink_tokens: int,
-    query_start: int,
-    key_positions: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    """Everything that decides who sees whom, as one boolean tensor, or None if all is visible.
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which key each query of one call may attend to: the only answer to "who sees whom".
 
-    shape is (B, H, T, S). Query t stands at index query_start + t; key s at key_positions[s], by default s.
-    With a window W the causal rule is 0 <= i - j < W and the bidirectional one |i - j| < W; keys
-    j < sink_tokens stay visible (still causal), in packed rows the first of each document. The result
-    broadcasts to (B, H, T, S).
+    Query t of a call has index i = start + t, key s has index j = key_positions[s], by default s. Causality allows
+    j <= i. A window W allows i - j < W (|i - j| < W if not causal), and keys j < sink_tokens outside it, in packed
+    rows the first of each document. The mask narrows what is left. Nothing derived from the mask is kept, so a mask
+    whose tensors are refilled in place says what they say now.
+
+    Attributes:
+        causal: no query sees a later key.
+        window: width of the sliding window, or None.
+        sink_tokens: leading keys that stay visible outside the window.
+        mask: what the caller allows, or None. With a ring buffer it covers all tokens so far.
+        query_start: index of the first query. Default: S - T, so a cached prefix needs no special case.
+        key_positions: (S,) indices of the keys in a ring buffer. Default: 0 .. S - 1.
     """
-    batch, heads, queries, keys = shape
-    rules = (queries, keys, causal, window, sink_tokens, query_start)
-    memo = key_positions is None and mask is not None and not torch.compiler.is_compiling()
-    if memo and mask is not None and (batch, heads, *rules) in mask._memo:
-        return mask._memo[batch, heads, *rules]
-    visible = None
-    last_query_alone = queries == 1 and key_positions is None and query_start >= keys - 1
-    if window is not None or (causal and not last_query_alone):
-        i = torch.arange(query_start, query_start + queries, device=device)[:, None]
-        j = (torch.arange(keys, device=device) if key_positions is None else key_positions)[None, :]
-        if window is not None:
-            visible = (i - j).abs() < window if not causal else i - j < window
-            if sink_tokens:
-                first = None if mask is None else mask.positions(batch, queries)
-                visible = visible | ((j if first is None else first[:, None, None, :]) < sink_tokens)
-        if causal:
-            visible = j <= i if visible is None else visible & (j <= i)
-    if mask is not None:
-        total = keys if key_positions is None else query_start + queries
-        allowed = mask.visible(batch, heads, queries, total, device)
-        if allowed is not None:
-            if key_positions is not None and allowed.shape[-1] > 1:
-                allowed = allowed.index_select(-1, key_positions)
-            visible = allowed if visible is None else visible & allowed
-    if memo and mask is not None:
-        mask._memo[batch, heads, *rules] = visible
-    return visible
+
+    causal: bool = True
+    window: int | None = None
+    sink_tokens: int = 0
+    mask: AttentionMask | None = None
+    query_start: int | None = None
+    key_positions: Tensor | None = None
+
+    def __init__(
+        self,
+        causal: bool = True,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        mask: AttentionMask | None = None,
+        query_start: int | None = None,
+        key_positions: Tensor | None = None,
+    ) -> None:
+        # One is made in every decoding step, and frozen fields are slow to set one by one.
+        self.__dict__.update(
+            causal=causal, window=window, sink_tokens=sink_tokens, mask=mask, query_start=query_start,
+            key_positions=key_positions,
+        )  # fmt: skip
+
+    def start(self, queries: int, keys: int) -> int:
+        """Index of the first of T queries over S keys."""
+        return keys - queries if self.query_start is None else self.query_start
+
+    def is_plain_causal(self, queries: int, keys: int) -> bool:
+        """Whether it is causality of a square call and nothing else, as `is_causal` of PyTorch means it."""
+        bare = self.mask is None and self.window is None and self.key_positions is None
+        return self.causal and bare and queries == keys and self.start(queries, keys) == 0
+
+    def indices(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices (T,) of the queries and (S,) of the keys."""
+        start = self.start(queries, keys)
+        i = torch.arange(start, start + queries, device=device)
+        return i, torch.arange(keys, device=device) if self.key_positions is None else self.key_positions
+
+    def keys_of(self, rows: slice, queries: int, keys: int) -> slice:
+        """The range of keys outside which the queries `rows` see nothing, by causality and window alone."""
+        if self.key_positions is not None:
+            return slice(0, keys)
+        start = self.start(queries, keys)
+        first, last = 0, keys
+        if self.window is not None and not self.sink_tokens:
+            first = max(0, start + rows.start - self.window + 1)
+        if self.causal:
+            last = min(keys, start + rows.stop)
+        elif self.window is not None:
+            last = min(keys, start + rows.stop + self.window - 1)
+        return slice(min(first, last), last)
+
+    def dense(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        rows: slice | None = None,
+        keys: slice | None = None,
+    ) -> Tensor | None:
+        """A boolean tensor broadcastable to (B, H, rows, keys), or None if these queries see all of these keys.
+
+        Args:
+            shape: (B, H, T, S) of the whole call.
+            device: of the queries.
+            rows: queries that are wanted. Default: all.
+            keys: keys that are wanted. Default: all.
+
+        Raises:
+            ValueError: where the mask does not fit the shape or the device.
+        """
+        B, H, T, S = shape
+        rows = slice(0, T) if rows is None else rows
+        keys = slice(0, S) if keys is None else keys
+        start = self.start(T, S)
+        # A single last query, as in decoding, sees all keys without a comparison.
+        later = self.causal and (self.key_positions is not None or keys.stop - 1 > start + rows.start)
+        visible = None
+        if later or self.window is not None:
+            i = torch.arange(start + rows.start, start + rows.stop, device=device)[:, None]
+            j = torch.arange(keys.start, keys.stop, device=device)
+            j = (j if self.key_positions is None else self.key_positions[keys])[None]
+            if self.window is not None:
+                visible = (i - j if self.causal else (i - j).abs()) < self.window
+                if self.sink_tokens:
+                    place = None if self.mask is None else self.mask.positions(B, T)
+                    sinks = (j if place is None else place[:, None, None, keys]) < self.sink_tokens
+                    visible = visible | sinks
+            if later:
+                visible = j <= i if visible is None else visible & (j <= i)
+        if self.mask is not None:
+            self.mask.check(B, H, T, self._total(T, S), device)
+            for part in self.mask.parts(B, T, rows, keys, self.key_positions):
+                visible = part if visible is None else visible & part
+        return visible
+
+    def for_kernel(self, shape: tuple[int, int, int, int], device: torch.device) -> dict[str, Any]:
+        """The same as keyword arguments of the kernels, whose tensors are never (T, S) unless the mask is dense.
+
+        Raises:
+            ValueError: where the mask does not fit the shape or the device.
+        """
+        B, H, T, S = shape
+        lengths = documents = dense = None
+        if self.mask is not None:
+            self.mask.check(B, H, T, self._total(T, S), device)
+            lengths, documents, dense = self.mask.lengths, self.mask.document_bounds(B, T), self.mask.dense_mask
+            if dense is not None and self.key_positions is not None and dense.shape[-1] > 1:
+                dense = dense.index_select(-1, self.key_positions)
+        return {
+            "causal": self.causal, "window": self.window, "sink_tokens": self.sink_tokens, "mask": dense,
+            "lengths": lengths, "documents": documents, "key_positions": self.key_positions,
+            "query_start": self.start(T, S),
+        }  # fmt: skip
+
+    def _total(self, queries: int, keys: int) -> int:
+        """Keys that the mask covers: those of the call, or with a ring buffer all tokens so far."""
+        return keys if self.key_positions is None else self.start(queries, keys) + queries
 
 
-def check_broadcastable(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Refuse a dense mask that does not broadcast to shape (B, H, T, S)."""
-    fits = mask.ndim <= 4 and all(size in (1, full) for size, full in zip(mask.shape[::-1], shape[::-1], strict=False))
-    if not fits:
-        raise ValueError(f"mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(mask.shape)}")
+def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor broadcasts to that shape."""
+    return tensor.ndim <= len(shape) and all(
+        size in (1, full) for size, full in zip(tensor.shape[::-1], shape[::-1], strict=False)
+    )
 
 
 def _is_integer(tensor: Tensor) -> bool:

@@ -11,10 +11,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from attnzoo.tracing import is_readable, is_traced
 
 STYLES = ("half", "interleaved", "interleaved_to_half")
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -75,7 +77,9 @@ class Rotary:
             _check_scaling(scaling)
 
     def __hash__(self) -> int:
-        return hash((self.theta, self.dim, self.style, json.dumps(self.scaling, sort_keys=True, default=list)))
+        # Nothing is kept in __dict__ but the fields: jsonargparse takes the options of a default from there.
+        scaled = None if self.scaling is None else json.dumps(self.scaling, sort_keys=True, default=list)
+        return hash((self.theta, self.dim, self.style, scaled))
 
     @property
     def kind(self) -> str:
@@ -162,7 +166,7 @@ def rotary_table(
         dtype: of the tensors to be rotated.
         device: where the table is to be.
     """
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(positions):
         lowest = int(positions.min()) if positions.numel() else 0
         if lowest < 0:
             raise ValueError(f"positions must not be negative, got {lowest}")
@@ -175,11 +179,23 @@ def layout(angles: Tensor, factor: float, style: str, dtype: torch.dtype) -> tup
     """The two tables that `rotate` takes, (..., r), from the angles (..., r / 2) in float64."""
     cos, sin = factor * torch.cos(angles), factor * torch.sin(angles)
     if style == "interleaved":
-        own, other = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
     else:
-        own, other = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     precision = torch.promote_types(dtype, torch.float32)
-    return own.to(precision), other.to(precision)
+    return cos.to(precision), sin.to(precision)
+
+
+class RotaryTable(NamedTuple):
+    """Angles of one call's queries or keys, as `rotate` takes them: cos and sin (T, r) or (B, T, r), and the layout.
+
+    With per_head they are (T, N, r) or (B, T, N, r).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    style: str = "half"
+    per_head: bool = False
 
 
 _Key = tuple[Rotary, int, int | None, torch.dtype, torch.device]
@@ -199,7 +215,7 @@ def rotary_range_table(
 ) -> tuple[Tensor, Tensor]:
     """`rotary_table` for positions start .. stop - 1, a slice of a remembered table that grows by doubling."""
     length = length if rotary.depends_on_length else None
-    if torch.compiler.is_compiling():
+    if is_traced():
         positions = torch.arange(start, stop, device=device)
         return rotary_table(rotary, width, positions, length=length, dtype=dtype, device=device)
     key = (rotary, width, length, torch.promote_types(dtype, torch.float32), device)
@@ -215,31 +231,31 @@ def rotary_range_table(
     return table[0][start:stop], table[1][start:stop]
 
 
-def rotate(x: Tensor, own: Tensor, other: Tensor, style: str = "half", *, per_head: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half", per_head: bool = False) -> Tensor:
     """Rotate the first r features of x (B, T, N, D); the others pass through.
 
     Args:
         x: queries or keys.
-        own: (T, r) or (B, T, r), from `rotary_table`.
-        other: likewise.
+        cos: (T, r) or (B, T, r), from `rotary_table`.
+        sin: of the same shape, with the sign of each feature's place in its pair.
         style: the layout that the table was made for.
         per_head: whether the tables hold angles for every head, (T, N, r) or (B, T, N, r).
 
     Returns:
         A tensor of x's shape and dtype; half-precision input is rotated in float32.
     """
-    width = own.shape[-1]
+    width = cos.shape[-1]
     rotated = x if width == x.shape[-1] else x[..., :width]
     if style == "interleaved":
-        partner = rotated.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
+        partner = rotated.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
     else:
         if style == "interleaved_to_half":
             rotated = torch.cat([rotated[..., 0::2], rotated[..., 1::2]], dim=-1)
         u, v = rotated.chunk(2, dim=-1)
         partner = torch.cat([v, u], dim=-1)
     if not per_head:
-        own, other = own.unsqueeze(-2), other.unsqueeze(-2)
-    y = torch.addcmul(rotated * own, partner, other).to(x.dtype)
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    y = torch.addcmul(rotated * cos, partner, sin).to(x.dtype)
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
 

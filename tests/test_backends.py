@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends import BACKENDS, check_name, choose, status, table, triton_obstacle
+from attnzoo.__main__ import status, table
+from attnzoo.backends import BACKENDS, check_name, choose, triton_obstacle
 from attnzoo.ops.softmax_attention import softmax_attention
 
 

@@ -40,7 +40,7 @@ def test_a_ring_buffer_holds_what_the_next_query_may_see(sizes, sink_tokens):
             assert visible <= set(positions.tolist())
         start += count
     assert cache.length == 12
-    assert cache.streams[0].shape[2] == window + sink_tokens
+    assert cache.buffers[0].shape[2] == window + sink_tokens
 
 
 def test_tied_caches_hold_the_key_inside_the_value():
@@ -91,11 +91,11 @@ def test_reorder_takes_whole_rows():
 def test_what_does_not_fit_is_refused_and_changes_nothing(k, v, message, window):
     cache = KeyValueCache(1, 4, ((1, 1), (1, 1)), window=window)
     cache.append(numbered(3, 1), numbered(3, 1))
-    before = [stream.clone() for stream in cache.streams]
+    before = [stream.clone() for stream in cache.buffers]
     with pytest.raises(ValueError, match=message):
         cache.append(k, v)
     assert cache.length == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, cache.streams, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.buffers, strict=True))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(-1, 4), (1, 0)])

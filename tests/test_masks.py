@@ -10,19 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo import AttentionMask
-from attnzoo.masks import as_mask, visibility
+from attnzoo.masks import Visibility, as_mask
 
 CPU = torch.device("cpu")
 
 
 def dense(mask, shape, *, causal=False, window=None, sink_tokens=0, query_start=None, key_positions=None):
-    """What `visibility` says, as a full (B, H, T, S) tensor."""
-    T, S = shape[2:]
-    start = S - T if query_start is None else query_start
-    made = visibility(
-        mask, shape, causal=causal, window=window, sink_tokens=sink_tokens, query_start=start,
-        key_positions=key_positions, device=CPU,
-    )  # fmt: skip
+    """What a `Visibility` says, as a full (B, H, T, S) tensor."""
+    view = Visibility(causal, window, sink_tokens, mask, query_start, key_positions)
+    made = view.dense(shape, torch.device("cpu"))
     return torch.ones(shape, dtype=torch.bool) if made is None else made.expand(shape)
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention whose heads are mixed before and after the softmax.
+"""Softmax attention whose heads are mixed before and after the softmax: one meaning, several ways to run it.
 
 Scores of all heads at a pair (t, s) are one vector; a composition maps it to another. Shapes: q (B, T, Hk, D),
 k (B, S, G, D), v (B, S, Gv, Dv) give (B, T, Hv, Dv).
@@ -6,7 +6,6 @@ k (B, S, G, D), v (B, S, Gv, Dv) give (B, T, Hv, Dv).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.backends import choose
-from attnzoo.masks import AttentionMask, check_broadcastable
-from attnzoo.ops.fused_composition import composed_obstacle, fused_composed_attention
+from attnzoo.backends import choose, kernel_obstacle
+from attnzoo.masks import Visibility
+from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.softmax_attention import MAX_DECODED, softmax_attention
+from attnzoo.tracing import is_exported
 
-Side = tuple[Tensor, Tensor, Tensor]
+DynamicProjection = tuple[Tensor, Tensor, Tensor]
 """u (B, L, N, R, M), v (B, L, N, R, M) and gate g (B, L, N, M) of every query, or of every key."""
 
 
@@ -27,7 +29,7 @@ Side = tuple[Tensor, Tensor, Tensor]
 class Composition:
     """A map of the M heads of each of N groups at one pair (t, s):
 
-        a'_j = [a_j] + sum_m a_m W[n, m, j] + sum_r (a . u_r) v_rj + a_j g_j      u, v, g of t, and likewise of s
+        a'_j = [a_j] + sum_m a_m W[n, m, j] + sum_r (a . u_r) v_rj + a_j g_j      u, v, g of t, and the same of s
 
     The first term only with `residual`; every branch reads a.
 
@@ -40,8 +42,8 @@ class Composition:
 
     matrix: Tensor | None = None
     residual: bool = True
-    query: Side | None = None
-    key: Side | None = None
+    query: DynamicProjection | None = None
+    key: DynamicProjection | None = None
 
     def at(self, queries: slice, keys: slice | Tensor) -> Composition:
         """The part that a tile of the scores needs."""
@@ -51,7 +53,7 @@ class Composition:
 
     def __call__(self, a: Tensor) -> Tensor:
         """a (B, N M, t, s) -> (B, N J, t, s). With no key part s may be anything, such as features of a head."""
-        groups = self._groups()
+        groups = self.groups
         x = a.reshape(a.shape[0], groups, a.shape[1] // groups, *a.shape[2:])
         out = x if self.residual else None
         if self.matrix is not None:
@@ -68,67 +70,13 @@ class Composition:
             out = out + torch.einsum("bnrts,bsnrj->bnjts", low, v) + x * g.permute(0, 2, 3, 1)[..., None, :]
         return out.flatten(1, 2)
 
-    def _groups(self) -> int:
-        for side in (self.query, self.key):
-            if side is not None:
-                return side[0].shape[2]
+    @property
+    def groups(self) -> int:
+        """Number N of head groups."""
+        for projection in (self.query, self.key):
+            if projection is not None:
+                return projection[0].shape[2]
         return 1 if self.matrix is None else self.matrix.shape[0]
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Who sees whom: query t of the call stands at index start + t, key s at positions[s], by default s."""
-
-    causal: bool
-    window: int | None
-    mask: AttentionMask | None
-    start: int
-    positions: Tensor | None = None
-
-    def visible(
-        self, shape: tuple[int, int, int, int], rows: slice, keys: slice, device: torch.device
-    ) -> Tensor | None:
-        """Boolean, broadcastable to (B, H, rows, keys), or None if all is visible; shape is the whole (B, H, T, S)."""
-        B, H, T, S = shape
-        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.start
-        j = (torch.arange(S, device=device) if self.positions is None else self.positions)[keys][None]
-        visible = None
-        if self.causal:
-            visible = j <= i
-            if self.window is not None:
-                visible = visible & (i - j < self.window)
-        if self.mask is None:
-            return visible
-        parts = []
-        if self.mask.lengths is not None:
-            if self.mask.lengths.shape[0] != B:
-                raise ValueError(f"lengths must have one entry a row, got {self.mask.lengths.shape[0]} for {B}")
-            parts.append((j < self.mask.lengths[:, None])[:, None, None])
-        if self.mask.cu_seqlens is not None:
-            if T != S:
-                raise ValueError(f"a packed mask needs as many queries as keys, got {T} queries and {S} keys")
-            document = self.mask._documents(B, T)[1]
-            parts.append((document[:, rows, None] == document[:, None, keys])[:, None])
-        dense = self.mask.dense_mask
-        if dense is not None:
-            total = S if self.positions is None else self.start + T
-            check_broadcastable(dense, (B, H, T, total))
-            dense = dense[..., rows, :] if dense.ndim > 1 and dense.shape[-2] > 1 else dense
-            if dense.shape[-1] > 1:
-                dense = dense[..., keys] if self.positions is None else dense.index_select(-1, j[0])
-            parts.append(dense)
-        for part in parts:
-            if part.device != device:
-                raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
-            visible = part if visible is None else visible & part
-        return visible
-
-    def keys_of(self, rows: slice, keys: int) -> slice:
-        """The keys that these queries can see by causality and window alone."""
-        if not self.causal or self.positions is not None:
-            return slice(0, keys)
-        first = 0 if self.window is None else max(0, self.start + rows.start - self.window + 1)
-        return slice(first, min(keys, self.start + rows.stop))
 
 
 def composed_attention(
@@ -137,94 +85,209 @@ def composed_attention(
     v: Tensor,
     pre: Composition | None,
     post: Composition | None,
-    sight: Sight,
+    view: Visibility,
     *,
     scale: float,
     dropout: float = 0.0,
     chunk_size: int | None = None,
-    value_heads: Tensor | None = None,
-    value_groups: tuple[int, ...] | None = None,
+    value_heads: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """o_n = sum_s post(softmax_s(pre(scale q . k) + visibility))_n v_s.
+    """o_n = sum_s post(softmax_s(pre(scale q . k) + visibility))_n v_s, (B, T, Hv, Dv).
 
     A query that sees no key gives zeros. Scores and softmax are float32, or float64 for float64.
+
+    Where no composition depends on the key's token and all heads of each group read one key and one value, this is
+    softmax attention of composed queries whose outputs are composed. Every backend but "eager" computes it so then.
 
     Args:
         q: queries (B, T, Hk, D).
         k: keys (B, S, G, D); head h reads key h // (Hk / G).
-        v: values (B, S, Gv, Dv); head n reads value n // (Hv / Gv).
+        v: values (B, S, Gv, Dv); target head n reads value n // (targets / Gv).
         pre: on the scores, before the mask; None: nothing.
         post: on the normalised weights; None: nothing.
-        sight: who sees whom.
-        scale: of the scores.
-        dropout: of the composed weights.
-        chunk_size: queries that are done at once; their scores are made anew in the backward pass, so that the
-            (B, H, T, S) scores never exist. None: all at once, which is the definition.
-        value_heads: indices (Hv,) of the target heads that are wanted. Default: all.
-        value_groups: which of v's heads each of them reads, where that is not n // (Hv / Gv).
-        backend: "triton" runs the kernels or raises `BackendUnavailable`; anything else is plain PyTorch.
+        view: which key each query may attend to.
+        scale: factor of the scores.
+        dropout: probability of dropping a composed weight.
+        chunk_size: queries that "auto" does at once. Scores of a chunk are recomputed in the backward pass, so the
+            (B, H, T, S) scores never exist. None, and in exported programs: all at once.
+        value_heads: the target heads that are wanted, Hv of them. Default: all.
+        backend: "auto" (in chunks), "eager" (the definition) or "triton"; any where it is softmax attention.
+
+    Raises:
+        BackendUnavailable: if a named backend cannot serve the call.
     """
-    T, S = q.shape[1], k.shape[1]
-    if backend == "triton":
-        choose(backend, "composed_attention", {"triton": lambda: composed_obstacle(q, v, pre, post, dropout)})
-        return fused_composed_attention(
-            q, k, v, pre, post, sight, scale=scale, value_heads=value_heads, value_groups=value_groups
-        )
-    if chunk_size is None or chunk_size >= T:
-        return _tile(q, k, v, pre, post, sight, slice(0, T), slice(0, S), T, scale, dropout, value_heads, value_groups)
-    outputs = []
-    needs_grad = torch.is_grad_enabled()
+    (B, T, H, _), S = q.shape, k.shape[1]
+    softmax_heads = _heads_after(pre, H)
+    targets = _heads_after(post, softmax_heads)
+    rules = ScoreRules(scale, dropout=dropout)
+    wanted = None if value_heads is None else torch.tensor(value_heads, dtype=torch.long, device=q.device)
+    observer = current_observer()
+    if observer is not None:
+        reads = None if value_heads is None else tuple(head * v.shape[2] // targets for head in value_heads)
+        observer(Observation("composed_attention", q, k, v, view, rules, pre, post, wanted, reads))
+    if backend != "eager" and _folds(k, v, pre, post):
+        q = _on_heads(pre, q)
+        out = softmax_attention(q, k, v, view, scale=scale, dropout=dropout, backend=backend)
+        return _chosen(_on_heads(post, out), wanted)
+    obstacles = {
+        "eager": lambda: None, "triton": lambda: _kernel_obstacle(q, v, pre, post, view, dropout),
+        "sdpa": lambda: _MIXED, "flash": lambda: _MIXED,
+    }  # fmt: skip
+    if choose(backend, "composed_attention", obstacles) == "triton":
+        from attnzoo_kernels.composed_attention import composed_attention as kernel
+
+        options = view.for_kernel((B, softmax_heads, T, S), q.device)
+        del options["sink_tokens"]
+        (residual_pre, q_pre, k_pre), (residual_post, q_post, k_post) = (_matrices(c, v.dtype) for c in (pre, post))
+        out = kernel(
+            q.to(v.dtype), k.to(v.dtype), v, scale=scale, groups=max(_groups(pre, post), default=1), q_pre=q_pre,
+            k_pre=k_pre, q_post=q_post, k_post=k_post, residual_pre=residual_pre, residual_post=residual_post,
+            split_keys=T <= MAX_DECODED < S, **options,
+        )  # fmt: skip
+        return _chosen(out, wanted)
+    arguments = (q, k, v, pre, post, view, rules, wanted)
+    # A program that is recorded for other lengths must not count chunks.
+    if backend == "eager" or chunk_size is None or is_exported() or chunk_size >= T:
+        return composed_attention_reference(*arguments)
+    chunks = []
     for first in range(0, T, chunk_size):
         rows = slice(first, min(T, first + chunk_size))
-        keys = sight.keys_of(rows, S)
-        arguments = (q, k, v, pre, post, sight, rows, keys, T, scale, dropout, value_heads, value_groups)
-        outputs.append(checkpoint(_tile, *arguments, use_reentrant=False) if needs_grad else _tile(*arguments))
-    return torch.cat(outputs, dim=1)
+        if _recomputes():
+            chunk = checkpoint(composed_attention_reference, *arguments, rows, use_reentrant=False)
+        else:
+            chunk = composed_attention_reference(*arguments, rows)
+        chunks.append(chunk)
+    return torch.cat(chunks, dim=1)
 
 
-def _tile(
+def composed_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pre: Composition | None,
     post: Composition | None,
-    sight: Sight,
-    rows: slice,
-    keys: slice,
-    T: int,
-    scale: float,
-    dropout: float,
-    value_heads: Tensor | None,
-    value_groups: tuple[int, ...] | None,
+    view: Visibility,
+    rules: ScoreRules,
+    wanted: Tensor | None = None,
+    rows: slice | None = None,
 ) -> Tensor:
-    """Outputs of the queries `rows` over the keys `keys`."""
-    B, _, H, _ = q.shape
-    S, G = k.shape[1], k.shape[2]
-    high = torch.promote_types(q.dtype, torch.float32)
-    device = q.device
+    """The definition, float64 capable: outputs of the target heads `wanted` for the queries `rows` (default: all)."""
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    keys = None
+    if rows is not None:
+        keys = view.keys_of(rows, T, S)
+        q, k, v = q[:, rows], k[:, keys], v[:, keys]
+        pre, post = (None if c is None else c.at(rows, keys) for c in (pre, post))
     with without_autocast(q):
-        tile_q, tile_k, tile_v = q[:, rows].to(high), k[:, keys].to(high), v[:, keys]
-        tile_k = tile_k.repeat_interleave(H // max(G, 1), dim=2) if H != G else tile_k
-        a = torch.einsum("bthd,bshd->bhts", tile_q, tile_k) * scale
-        if pre is not None:
-            a = pre.at(rows, keys)(a)
-        visible = sight.visible((B, a.shape[1], T, S), rows, keys, device)
-        blind = None
-        if visible is not None:
-            blind = ~visible.any(-1, keepdim=True)
-            a = a.masked_fill(~(visible | blind), -math.inf)
-        p = torch.softmax(a, dim=-1)
-        if visible is not None and blind is not None:
-            p = p.masked_fill(blind, 0.0)
-        if post is not None:
-            p = post.at(rows, keys)(p)
-        if value_heads is not None:
-            p = p.index_select(1, value_heads)
-        p = F.dropout(p, dropout)
-        heads = p.shape[1]
-        if value_groups is not None:
-            tile_v = tile_v.index_select(2, torch.tensor(value_groups, dtype=torch.long, device=device))
-        elif heads != tile_v.shape[2]:
-            tile_v = tile_v.repeat_interleave(heads // max(tile_v.shape[2], 1), dim=2)
-        return torch.einsum("bhts,bshd->bthd", p.to(tile_v.dtype), tile_v)
+        k = k.repeat_interleave(H // max(G, 1), dim=2) if H != G else k
+        a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype)) * rules.scale
+        a = a if pre is None else pre(a)
+        p = masked_softmax(a, view.dense((B, a.shape[1], T, S), q.device, rows, keys))
+        p = p if post is None else post(p)
+        repeats = p.shape[1] // max(v.shape[2], 1)
+        if wanted is not None:
+            p, v = p.index_select(1, wanted), v.index_select(2, wanted // repeats)
+        elif repeats > 1:
+            v = v.repeat_interleave(repeats, dim=2)
+        p = F.dropout(p, rules.dropout) if rules.dropout else p
+        return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
+
+
+_MIXED = "heads are mixed between its score and its softmax; only auto, eager and triton can"
+
+
+def _recomputes() -> bool:
+    """Whether a chunk's scores are to be recomputed in the backward pass; torch.func allows no checkpoint."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _heads_after(composition: Composition | None, heads: int) -> int:
+    """How many target heads so many source heads become."""
+    if composition is None or composition.matrix is None:
+        return heads
+    return composition.matrix.shape[0] * composition.matrix.shape[2]
+
+
+def _chosen(out: Tensor, heads: Tensor | None) -> Tensor:
+    return out if heads is None else out.index_select(2, heads)
+
+
+# As softmax attention
+
+
+def _folds(k: Tensor, v: Tensor, pre: Composition | None, post: Composition | None) -> bool:
+    """Whether each group's heads read one key and one value, and nothing depends on the key's token."""
+    keys = k.shape[2]
+    used = [c for c in (pre, post) if c is not None]
+    return keys == v.shape[2] > 0 and all(c.key is None and c.groups % keys == 0 for c in used)
+
+
+def _on_heads(composition: Composition | None, x: Tensor) -> Tensor:
+    """A composition without key part on the heads' vectors x (B, T, H, D), in their dtype."""
+    if composition is None:
+        return x
+    with without_autocast(x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return composition(wide.transpose(1, 2)).transpose(1, 2).to(x.dtype)
+
+
+# On the kernels
+
+
+def _kernel_obstacle(
+    q: Tensor, v: Tensor, pre: Composition | None, post: Composition | None, view: Visibility, dropout: float
+) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    obstacle = kernel_obstacle(q.device, q.dtype)
+    if obstacle is not None:
+        return obstacle
+    if dropout:
+        return f"the kernels have no dropout, got {dropout}"
+    if view.window is not None and (not view.causal or view.sink_tokens):
+        return "the kernels have windows of causal attention without sink tokens only"
+    groups = _groups(pre, post)
+    if len(set(groups)) > 1:
+        return f"both compositions must have the same number of head groups, got {groups[0]} and {groups[1]}"
+    from attnzoo_kernels.composed_attention import capacity, sizes
+
+    softmax_heads = _heads_after(pre, q.shape[2])
+    heads = max(q.shape[2], softmax_heads, _heads_after(post, softmax_heads))
+    M, state = sizes(heads // max(groups, default=1), max(q.shape[3], v.shape[3]))
+    most, largest = capacity(q.dtype, q.device)
+    advice = "(padded): more head_groups make groups smaller"
+    if most < M:
+        return f"groups may have at most {most} heads of {q.dtype} here, got {M} {advice}"
+    if state > largest:
+        return f"heads of a group times width may be at most {largest} for {q.dtype} here, got {state} {advice}"
+    return None
+
+
+def _groups(*compositions: Composition | None) -> list[int]:
+    """Head groups of each composition that mixes anything."""
+    used = [c for c in compositions if c is not None]
+    return [c.groups for c in used if any(part is not None for part in (c.matrix, c.query, c.key))]
+
+
+def _matrices(composition: Composition | None, dtype: torch.dtype) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether there is a residual, and the matrices of queries and of keys from source to target heads, in dtype.
+
+    (B, T, N, M, J) and (B, S, N, M, J), or None; what has no part of the queries is (N, M, J). Their sum, and the
+    identity where there is a residual, maps the heads at a pair. Computed in float32.
+    """
+    if composition is None:
+        return True, None, None
+    of_queries, of_keys = composition.matrix, None
+    if composition.query is not None:
+        dynamic = _matrix_of(*composition.query)
+        of_queries = dynamic if of_queries is None else dynamic + of_queries.float()
+    if composition.key is not None:
+        of_keys = _matrix_of(*composition.key).to(dtype)
+    return composition.residual, None if of_queries is None else of_queries.to(dtype), of_keys
+
+
+def _matrix_of(u: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """sum_r u_r v_r^T + diag(g) of every token: (B, L, N, R, M) twice and (B, L, N, M) -> (B, L, N, M, M)."""
+    with without_autocast(u):
+        return u.float().transpose(-1, -2) @ v.float() + torch.diag_embed(g.float())

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.backends import choose
-from attnzoo.ops.fused_routing import expert_obstacle, fused_expert_linear
+from attnzoo.backends import choose, kernel_obstacle
+from attnzoo.tracing import has_values
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,18 @@ def expert_linear(rows: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     """The same with each row multiplied by its own expert's matrix only.
 
     Rows are sorted by expert; torch's grouped product does the rest where it takes the dtype and the strides, and
-    one product for each expert elsewhere, which waits for the counts. A compiled graph and the meta device cannot
-    wait: there the definition runs unless the grouped product can.
+    one product for each expert elsewhere, which waits for the counts. Where counts have no values to wait for, as in
+    a compiled graph, on the meta device and under transforms of torch.func, the definition runs unless the grouped
+    product can.
     """
-    grouped = _grouped_product_runs(rows, weight)
-    if not grouped and (torch.compiler.is_compiling() or rows.device.type == "meta"):
+    grouped = _grouped_product_takes(rows.dtype, rows.device, weight) and (rows.is_cuda or rows.shape[0] > 0)
+    if not grouped and not has_values(routes.counts):
         return expert_linear_reference(rows, weight, routes)
     in_order = rows[routes.order]
     if grouped:
         ends = routes.counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(in_order, weight.transpose(1, 2), offs=ends)[routes.inverse]
-    parts = in_order.split(routes.counts.tolist())  # type: ignore[no-untyped-call]
+    parts = in_order.split(routes.counts.tolist())
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])[routes.inverse]
 
 
@@ -72,7 +73,7 @@ def expert_linear_pieces(
     """The same for k slots of every token, read and written where attention wants them.
 
     Args:
-        x: (n, g, k, C): the g C features of token n, slot k lie in g pieces. Expand along k what all slots share.
+        x: (n, g, k, C): the g C features of token n, slot k, in g pieces. Expand along k what all slots share.
         weight: (N, out, g C).
         routes: of the rows token * k + slot.
         out_groups: pieces of an output row; divides out.
@@ -87,35 +88,37 @@ def expert_linear_pieces(
         BackendUnavailable: if backend is "triton" and the kernels cannot serve the call.
     """
     if _kernels_run(x, weight, backend):
-        return fused_expert_linear(x, weight, routes, out_groups=out_groups, gates=gates)
-    n, slots = x.shape[0], x.shape[2]
+        from attnzoo_kernels.expert_projection import expert_linear as kernel
+
+        ends = routes.counts.cumsum(0).to(torch.int32)
+        out: Tensor = kernel(x, weight, routes.order, ends, out_groups=out_groups, gates=gates)
+        return out
+    n, pieces, slots, width = x.shape
     rows = x.transpose(1, 2)
     if gates is not None:
         rows = rows * gates.to(x.dtype)[:, :, None, None]
-    rows = rows.reshape(n * slots, x.shape[1] * x.shape[3])
+    rows = rows.reshape(n * slots, pieces * width)
     y = (expert_linear_reference if backend == "eager" else expert_linear)(rows, weight, routes)
     return y.view(n, slots, out_groups, weight.shape[1] // out_groups).transpose(1, 2)
 
 
 def _kernels_run(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether `expert_linear_pieces` takes the kernels; raises if they are named and cannot run."""
+    obstacle = kernel_obstacle(x.device, x.dtype)
+    if obstacle is None and weight.dtype != x.dtype:
+        obstacle = f"the kernels take rows and matrices of one dtype, got {x.dtype} and {weight.dtype}"
     if backend == "triton":
-        choose(backend, "expert_linear", {"triton": lambda: expert_obstacle(x, weight)})
-        return True
+        return choose(backend, "expert_linear", {"triton": lambda: obstacle}) == "triton"
     # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
     automatic = backend == "auto" and x.is_cuda and not _grouped_product_takes(x.dtype, x.device, weight)
-    return automatic and expert_obstacle(x, weight) is None
-
-
-def _grouped_product_runs(rows: Tensor, weight: Tensor) -> bool:
-    """Whether torch.nn.functional.grouped_mm takes these: bfloat16, on a CPU also float32, rows of 16 bytes."""
-    return _grouped_product_takes(rows.dtype, rows.device, weight) and (rows.is_cuda or rows.shape[0] > 0)
+    return automatic and obstacle is None
 
 
 def _grouped_product_takes(dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
+    """Whether torch.nn.functional.grouped_mm takes these: bfloat16, on a CPU float32, rows of 16 bytes."""
     if not hasattr(F, "grouped_mm") or dtype != weight.dtype or device.type not in ("cpu", "cuda"):
         return False
     aligned = all(width * dtype.itemsize % 16 == 0 for width in weight.shape[1:])
     if device.type == "cuda":
         return aligned and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
-    return aligned and dtype == torch.float32 and not torch.compiler.is_compiling()
+    return aligned and dtype == torch.float32 and has_values(weight)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.ops.submodules import precise_linear
+
 NON_NEGATIVE = ("elu", "relu", "hedgehog", "t2r", "dpfp")
 """Maps whose features cannot be negative, so that they can be normalised."""
 
@@ -28,16 +30,17 @@ class FeatureMap(nn.Module):
 
     ROLLS = 4
 
-    def __init__(self, name: str, width: int, **made: Any) -> None:
+    def __init__(self, name: str, width: int, **factory_kwargs: Any) -> None:
         super().__init__()
         if name not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {name!r}")
         self.name = name
         self.width = width
         if name in ("hedgehog", "t2r"):
-            self.layer = nn.Linear(width, width, name == "hedgehog", **made)
+            self.layer = nn.Linear(width, width, name == "hedgehog", **factory_kwargs)
         elif name == "elementwise_product":
-            self.layer1, self.layer2 = nn.Linear(width, width, **made), nn.Linear(width, width, **made)
+            self.layer1 = nn.Linear(width, width, **factory_kwargs)
+            self.layer2 = nn.Linear(width, width, **factory_kwargs)
 
     @property
     def out_width(self) -> int:
@@ -60,18 +63,13 @@ class FeatureMap(nn.Module):
         if self.name == "relu":
             return F.relu(x)
         if self.name == "hedgehog":
-            y = 2 * self._linear(self.layer, x)
+            y = 2 * precise_linear(self.layer, x)
             return torch.softmax(torch.cat([y, -y], dim=-1), dim=-1)
         if self.name == "t2r":
-            return F.relu(self._linear(self.layer, x))
+            return F.relu(precise_linear(self.layer, x))
         if self.name == "elementwise_product":
-            return self._linear(self.layer1, x) * self._linear(self.layer2, x)
+            return precise_linear(self.layer1, x) * precise_linear(self.layer2, x)
         if self.name == "dpfp":
             u = F.relu(torch.cat([x, -x], dim=-1))
             return torch.cat([u * u.roll(j, -1) for j in range(1, self.ROLLS + 1)], dim=-1)
         return x
-
-    @staticmethod
-    def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-        """In the precision of x: features are float32 even where the weights are half precision."""
-        return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

@@ -1,6 +1,6 @@
 """The `flash` backend of softmax attention: the flash-attn packages 4, 3 and 2, where one is installed.
 
-What each package covers stands in `_PACKAGES`, newest first; the first that covers a call runs it. Layout
+`_PACKAGES` lists what each package covers, newest first; the first that covers a call runs it. Layout
 (B, T, H, D), as everywhere here, and theirs too. Their causal rule and their window are aligned to the bottom
 right, so that a cached prefix needs no special case, and a window of W keys is (W - 1, 0) in their words.
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.backends import BackendUnavailable
-from attnzoo.masks import AttentionMask
+from attnzoo.masks import AttentionMask, Visibility
+from attnzoo.ops.score_rules import ScoreRules
 
 ROCM = 0
 """Stands for an AMD device where a number would be the major part of a CUDA compute capability."""
@@ -101,67 +102,60 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
 class _Case:
-    """What of a call decides who can run it."""
+    """What of a call decides who can run it: its arguments, and what follows from them."""
 
-    device: str
-    major: int | None
-    dtype: torch.dtype
-    empty: bool
-    d: int
-    dv: int
-    rows: int
-    square: bool
-    mask: AttentionMask | None
-    mask_elsewhere: bool
-    padded: bool
-    packed: bool
-    softcap: float | None
-    alibi: bool
-    window: int | None
-    sink_tokens: int
-    sinks: str | None
-    dropout: float
-    head_scale: bool
-    reordered: bool
-    needs_grad: bool
-    compiling: bool
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> None:
+        self.q, self.k, self.v, self.view, self.rules = q, k, v, view, rules
+        mask, sinks = view.mask or AttentionMask(), rules.sinks
+        parts = (mask.lengths, mask.cu_seqlens, mask.dense_mask)
+        self.lengths, self.packed, self.dense = mask.lengths, mask.cu_seqlens is not None, mask.dense_mask is not None
+        self.padded = mask.lengths is not None
+        self.mask_elsewhere = any(part is not None and part.device != q.device for part in parts)
+        self.major, self.d, self.dv = device_major(q.device), q.shape[3], v.shape[3]
+        self.sinks = None if sinks is None else str(sinks.dtype if isinstance(sinks, Tensor) else float(sinks))
+        trained = any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks))
+        self.needs_grad = torch.is_grad_enabled() and trained
 
 
 # (when it applies, what is said then)
 _GENERAL_RULES: tuple[tuple[Callable[[_Case], bool], str], ...] = (
-    (lambda c: c.major is None, "needs CUDA tensors, got {c.device}"),
-    (lambda c: c.dtype not in (torch.float16, torch.bfloat16), "needs float16 or bfloat16, got {c.dtype}"),
-    (lambda c: c.empty, "flash-attn takes no empty tensors"),
+    (lambda c: c.major is None, "needs CUDA tensors, got {c.q.device.type}"),
+    (lambda c: c.q.dtype not in (torch.float16, torch.bfloat16), "needs float16 or bfloat16, got {c.q.dtype}"),
+    (lambda c: 0 in (*c.q.shape, *c.k.shape, *c.v.shape), "flash-attn takes no empty tensors"),
     (
         lambda c: bool(c.d % 8 or c.dv % 8),
         "flash-attn needs head widths that are multiples of 8, got {c.d} and {c.dv}",
     ),
-    (lambda c: c.head_scale, "flash-attn has no factor for each head's output"),
-    (lambda c: c.reordered, "flash-attn needs keys in the order of their positions, not a ring buffer"),
-    (lambda c: c.sink_tokens > 0, "flash-attn has no sink tokens outside a window, got {c.sink_tokens}"),
-    (lambda c: c.mask is not None and c.mask.dense_mask is not None, "flash-attn takes no dense mask"),
+    (
+        lambda c: c.view.key_positions is not None,
+        "flash-attn needs keys in the order of their positions, not a ring buffer",
+    ),
+    (lambda c: c.view.sink_tokens > 0, "flash-attn has no sink tokens outside a window, got {c.view.sink_tokens}"),
+    (lambda c: c.dense, "flash-attn takes no dense mask"),
     (lambda c: c.mask_elsewhere, "mask must be on the device of the input"),
     (lambda c: c.padded and c.packed, "flash-attn takes padding or packing, not both in one mask"),
-    (lambda c: c.packed and not c.square, "a packed mask is for self-attention without a cache"),
+    (lambda c: c.packed and c.q.shape[1] != c.k.shape[1], "a packed mask is for self-attention without a cache"),
     (
-        lambda c: c.mask is not None and c.mask.lengths is not None and c.mask.lengths.shape[0] != c.rows,
-        "lengths must have one entry a row, got {c.mask.lengths.shape[0]} for {c.rows}",
+        lambda c: c.lengths is not None and c.lengths.shape[0] != c.q.shape[0],
+        "lengths must have one entry a row, got {c.lengths.shape[0]} for {c.q.shape[0]}",
     ),
-    (lambda c: c.padded and c.window is not None, "flash-attn would align a window to the padded row's end"),
-    (lambda c: c.padded and c.alibi, "flash-attn would measure ALiBi from the padded row's end"),
+    (lambda c: c.padded and c.view.window is not None, "flash-attn would align a window to the padded row's end"),
+    (
+        lambda c: c.padded and c.rules.alibi_slopes is not None,
+        "flash-attn would measure ALiBi from the padded row's end",
+    ),
     (lambda c: c.padded and c.sinks is not None, "flash-attn with sinks may give NaN for a row of length 0"),
     (
-        lambda c: c.padded and c.compiling,
+        lambda c: c.padded and torch.compiler.is_compiling(),
         "padding lengths need shapes that depend on data, which torch.compile does not take",
     ),
-    (lambda c: c.softcap is not None and c.dropout > 0, "flash-attn has no soft-cap together with dropout"),
+    (lambda c: c.rules.softcap is not None and c.rules.dropout > 0, "flash-attn has no soft-cap together with dropout"),
 )
 
 _PACKAGE_RULES: tuple[tuple[Callable[[_Case, _Package], bool], str], ...] = (
-    (lambda c, p: c.alibi and not p.alibi, "{p.name} has no ALiBi"),
-    (lambda c, p: c.dropout > 0 and not p.dropout, "{p.name} has no dropout, got {c.dropout}"),
+    (lambda c, p: c.rules.alibi_slopes is not None and not p.alibi, "{p.name} has no ALiBi"),
+    (lambda c, p: c.rules.dropout > 0 and not p.dropout, "{p.name} has no dropout, got {c.rules.dropout}"),
     (lambda c, p: c.sinks is not None and not p.sinks, "{p.name} has no sinks"),
     (
         lambda c, _: c.sinks not in (None, "torch.bfloat16", "0.0"),
@@ -174,7 +168,7 @@ _PACKAGE_RULES: tuple[tuple[Callable[[_Case, _Package], bool], str], ...] = (
     ),
     (
         lambda c, p: (
-            c.needs_grad and c.softcap is not None and (c.padded or c.packed) and not p.softcap_in_varlen_backward
+            c.needs_grad and c.rules.softcap is not None and (c.padded or c.packed) and not p.softcap_in_varlen_backward
         ),
         "{p.name} has no backward pass for a soft-cap with sequences of varying length",
     ),
@@ -206,51 +200,16 @@ def device_major(device: torch.device) -> int | None:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def flash_obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,  # noqa: ARG001  (every package has both forms)
-    mask: AttentionMask | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    sink_tokens: int,
-    sinks: Tensor | float | None,
-    dropout: float,
-    head_scale: Tensor | None,
-    key_positions: Tensor | None,
-    needs_grad: bool,
-) -> str | None:
+def flash_obstacle(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> str | None:
     """Why no installed flash-attn can run this call, as one sentence, or None if one can.
 
-    q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv); the first query is assumed to stand at index S - T.
-    The options are those of `softmax_attention`; needs_grad says whether a backward pass will follow.
+    q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), the shared part of the keys joined to both.
     """
-    case = _case(
-        q, k, v, mask, softcap=softcap, alibi_slopes=alibi_slopes, window=window, sinks=sinks,
-        dropout=dropout, sink_tokens=sink_tokens, head_scale=head_scale, key_positions=key_positions,
-        needs_grad=needs_grad,
-    )  # fmt: skip
-    chosen = _choose(case)
+    chosen = _choose(_Case(q, k, v, view, rules))
     return chosen if isinstance(chosen, str) else None
 
 
-def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    mask: AttentionMask | None,
-    scale: float,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    sinks: Tensor | float | None,
-    dropout: float,
-) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
     """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); options as in `softmax_attention`.
 
     Padding lengths cost a synchronisation with the device, since the real tokens are gathered.
@@ -258,24 +217,20 @@ def flash_attention(
     Raises:
         BackendUnavailable: where `flash_obstacle` would name an obstacle.
     """
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    case = _case(
-        q, k, v, mask, softcap=softcap, alibi_slopes=alibi_slopes, window=window, sinks=sinks,
-        dropout=dropout, needs_grad=needs_grad,
-    )  # fmt: skip
-    chosen = _choose(case)
+    chosen = _choose(_Case(q, k, v, view, rules))
     if isinstance(chosen, str):
         raise BackendUnavailable(f"backend 'flash' cannot run softmax_attention: {chosen}")
+    causal, mask, window, sinks = view.causal, view.mask, view.window, rules.sinks
     # Only what the call uses is passed: the packages differ in the rest.
-    options: dict[str, Any] = {"softmax_scale": scale}
-    if softcap is not None:
-        options["softcap"] = softcap
+    options: dict[str, Any] = {"softmax_scale": rules.scale}
+    if rules.softcap is not None:
+        options["softcap"] = rules.softcap
     if window is not None:
         options["window_size"] = (window - 1, 0 if causal else window - 1)
-    if alibi_slopes is not None:
-        options["alibi_slopes"] = alibi_slopes.to(torch.float32)
-    if dropout > 0:
-        options["dropout_p"] = dropout
+    if rules.alibi_slopes is not None:
+        options["alibi_slopes"] = rules.alibi_slopes.to(torch.float32)
+    if rules.dropout > 0:
+        options["dropout_p"] = rules.dropout
     if isinstance(sinks, Tensor):
         options["learnable_sink"] = sinks
     elif sinks is not None:
@@ -356,50 +311,6 @@ def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def _cumulated(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _case(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: AttentionMask | None,
-    *,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    sinks: Tensor | float | None,
-    dropout: float,
-    needs_grad: bool,
-    sink_tokens: int = 0,
-    head_scale: Tensor | None = None,
-    key_positions: Tensor | None = None,
-) -> _Case:
-    sink_grad = isinstance(sinks, Tensor) and sinks.requires_grad and torch.is_grad_enabled()
-    parts = () if mask is None else (mask.lengths, mask.cu_seqlens, mask.dense_mask)
-    return _Case(
-        device=q.device.type,
-        major=device_major(q.device),
-        dtype=q.dtype,
-        empty=0 in q.shape or 0 in k.shape or 0 in v.shape,
-        d=q.shape[3],
-        dv=v.shape[3],
-        rows=q.shape[0],
-        square=q.shape[1] == k.shape[1],
-        mask=mask,
-        mask_elsewhere=any(part is not None and part.device != q.device for part in parts),
-        padded=mask is not None and mask.lengths is not None,
-        packed=mask is not None and mask.cu_seqlens is not None,
-        softcap=softcap,
-        alibi=alibi_slopes is not None,
-        window=window,
-        sink_tokens=sink_tokens,
-        sinks=None if sinks is None else str(sinks.dtype if isinstance(sinks, Tensor) else float(sinks)),
-        dropout=dropout,
-        head_scale=head_scale is not None,
-        reordered=key_positions is not None,
-        needs_grad=needs_grad or sink_grad,
-        compiling=torch.compiler.is_compiling(),
-    )
 
 
 def _choose(case: _Case) -> Any:

@@ -1,28 +1,24 @@
-"""Routing of tokens to heads: gates, their losses, and attention of the chosen heads alone."""
+"""Routing of tokens to heads: gates, losses of routers, and attention of the chosen heads alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.backends import choose
-from attnzoo.masks import AttentionMask
-from attnzoo.ops.fused_routing import fused_routed_attention, routed_obstacle
+from attnzoo.masks import Visibility
+from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.score_rules import ScoreRules
+from attnzoo.ops.softmax_attention import softmax_attention, softmax_kernel_obstacle
 
 
 def two_stage_gates(
-    routed: Tensor | None,
-    shared: Tensor | None,
-    kinds: Tensor | None,
-    *,
-    active: int,
-    num_shared: int,
-    form: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    routed: Tensor, shared: Tensor | None, kinds: Tensor | None, *, active: int, num_shared: int, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gates of shared heads first, then of routed ones (arXiv:2410.11842, equations 5 to 8).
 
     "scaled", as the authors' code runs it: alpha_0 Hs softmax(shared) and alpha_1 K softmax(selected routed), with
@@ -30,7 +26,7 @@ def two_stage_gates(
     the shared heads, and over all routed heads, of which the selected count.
 
     Args:
-        routed: logits of the routed heads (B, T, R), or None if no head is routed.
+        routed: logits of the routed heads (B, T, R); R = 0 if no head is routed.
         shared: logits of the shared heads (B, T, Hs), or None for at most one.
         kinds: logits (B, T, 2) of shared and routed, or None if there is only one kind.
         active: K routed heads for a token.
@@ -40,23 +36,16 @@ def two_stage_gates(
     Returns:
         Gates (B, T, Hs + R), the selected routed heads (B, T, R) boolean, and their probabilities (B, T, R).
     """
-    scaled = form == "scaled"
-    weights = None if kinds is None else (2.0 if scaled else 1.0) * kinds.softmax(-1)
-    parts = []
-    if num_shared:
-        like = shared if shared is not None else routed
-        assert like is not None
-        s = like.new_ones(*like.shape[:-1], 1) if shared is None else shared.softmax(-1)
-        s = s * (num_shared if scaled else 1)
-        parts.append(s if weights is None else s * weights[..., :1])
-    selected, probability = None, None
-    if routed is not None:
-        probability = routed.softmax(-1)
-        selected = top_heads(routed, active)
-        chosen = routed.masked_fill(~selected, -math.inf)
-        u = chosen.softmax(-1) * active if scaled else probability * selected
-        parts.append(u if weights is None else u * weights[..., 1:])
-    return torch.cat(parts, dim=-1), selected, probability
+    probability, selected = routed.softmax(-1), top_heads(routed, active)
+    s = routed.new_ones(*routed.shape[:-1], num_shared) if shared is None else shared.softmax(-1)
+    if form == "scaled":
+        s, u = num_shared * s, active * routed.masked_fill(~selected, -math.inf).softmax(-1)
+    else:
+        u = probability * selected
+    if kinds is not None:
+        alpha = kinds.softmax(-1) * (2 if form == "scaled" else 1)
+        s, u = s * alpha[..., :1], u * alpha[..., 1:]
+    return torch.cat([s, u], dim=-1), selected, probability
 
 
 def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +66,7 @@ def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -
     centred = norms - norms.mean(-1, keepdim=True)
     # Unbiased; torch's own std warns about an empty batch, and its root has no gradient at 0.
     spread = (centred.square().sum(-1, keepdim=True) / (norms.shape[-1] - 1)).clamp(min=1e-24).sqrt()
-    probability = (norms / spread).softmax(-1)
-    selected = top_heads(norms, active)
+    probability, selected = (norms / spread).softmax(-1), top_heads(norms, active)
     gate = selected.to(norms.dtype)
     if ste != "none":
         through = probability - probability.detach()
@@ -89,30 +77,77 @@ def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -
 def top_heads(scores: Tensor, count: int) -> Tensor:
     """Boolean of the `count` largest along the last axis."""
     chosen = scores.topk(count, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+    # From a tensor: TorchScript has no scatter of a boolean number.
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, torch.ones_like(chosen, dtype=torch.bool))
+
+
+def token_mean(x: Tensor, real: Tensor | None) -> Tensor:
+    """Mean (N,) of x (B, T, N) over the real tokens (B, T), or over all; 0 if there is none."""
+    valid = torch.ones_like(x[..., :1]) if real is None else real[..., None].to(x.dtype)
+    return (x * valid).sum((0, 1)) / valid.sum().clamp(min=1)
 
 
 def load_balance_loss(selected: Tensor, probability: Tensor, real: Tensor | None) -> Tensor:
     """R sum_i P_i f_i over real tokens: mean probability times how often head i is selected; K when balanced."""
-    valid = torch.ones_like(probability[..., 0]) if real is None else real.to(probability.dtype)
-    total = valid.sum().clamp(min=1)
-    mean = (probability * valid[..., None]).sum((0, 1)) / total
-    frequency = (selected * valid[..., None]).sum((0, 1)) / total
-    return probability.shape[-1] * (mean * frequency).sum()
+    frequency = token_mean(selected.to(probability.dtype), real)
+    return probability.shape[-1] * (token_mean(probability, real) * frequency).sum()
+
+
+def router_losses(logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None) -> dict[str, Tensor]:
+    """Losses of a router of experts without coefficients, over the real tokens of the batch.
+
+        switch = N sum_e (P_e / sum P) (f_e / sum f)               1 when balanced
+        z      = mean logsumexp(l)^2
+        cv     = Var(I / sum I) / (mean^2 + 1e-10), I_e the sum of gates
+        mi     = mean_t H(p_t) - H(mean_t p_t)                     -log N .. 0
+
+    Args:
+        logits: (B, T, N).
+        chosen: (B, T, k) experts, all different.
+        gates: (B, T, k).
+        real: (B, T) boolean, or None if all tokens are.
+    """
+    N, p, nothing = logits.shape[-1], logits.softmax(-1), torch.zeros_like(logits)
+    mean = token_mean(p, real)
+    frequency = token_mean(nothing.scatter(-1, chosen, torch.ones_like(gates)), real)
+    importance = token_mean(nothing.scatter(-1, chosen, gates), real)
+    share = importance / importance.sum().clamp(min=1e-30)
+    spread = share.var() if N > 1 else share.new_zeros(())
+    entropy = -(p * logits.log_softmax(-1)).sum(-1, keepdim=True)
+    return {
+        "switch": N * (mean / mean.sum().clamp(min=1e-30) * frequency / frequency.sum().clamp(min=1)).sum(),
+        "z": token_mean(logits.logsumexp(-1, keepdim=True).square(), real)[0],
+        "cv": spread / (share.mean().square() + 1e-10),
+        "mi": token_mean(entropy, real)[0] + (mean * (mean + 1e-8).log()).sum(),
+    }
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router did in a training forward, detached, for diagnostics; N counts routed heads or experts.
+
+    Attributes:
+        load: (N,) how often each was selected by a real token; of experts, its share of all choices.
+        probability: (N,) mean probability of each.
+        entropy: mean entropy of a token's probabilities, in nats.
+    """
+
+    load: Tensor
+    probability: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, selected: Tensor, probability: Tensor, real: Tensor | None) -> Routing:
+        """Means over the real tokens (B, T) of what was selected and of the probabilities, both (B, T, N)."""
+        p = probability.detach()
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1, keepdim=True)
+        return cls(token_mean(selected.to(p.dtype), real), token_mean(p, real), token_mean(entropy, real)[0])
 
 
 def routed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    active: Tensor,
-    *,
-    scale: float,
-    mask: AttentionMask | None = None,
-    gates: Tensor | None = None,
-    rows_at_once: int = 256,
-    backend: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, view: Visibility = Visibility(), *, scale: float,  # noqa: B008
+    gates: Tensor | None = None, rows_at_once: int = 256, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Causal self-attention of the active (token, head) pairs alone, times their gates; zeros for the others.
 
     For each key/value head the active rows of its query heads are packed by token, and every tile of them sees the
@@ -122,66 +157,92 @@ def routed_attention(
         q: queries (B, T, H, D).
         k: keys (B, T, G, D).
         v: values (B, T, G, Dv).
-        active: (B, T, H) boolean.
+        active: (B, T, R) boolean, of the last R heads; those before them are active at every token.
+        view: causality, and padding or packed documents.
         scale: of the scores.
-        mask: None, padding or packed documents.
         gates: (B, T, H) factors of the pairs, or None for 1. Those of inactive pairs get no gradient.
         rows_at_once: rows of a tile, where torch's attention runs the tiles.
-        backend: "sdpa" (torch's attention, tile after tile, which waits for the routing), "triton" (one kernel for all
-            tiles, which does not) or "auto": the kernel on GPUs.
+        backend: "sdpa" (torch's attention, tile after tile, which waits for the routing; plain attention for the first
+            H - R heads), "triton" (one kernel for all tiles, which does not) or "auto": the kernel on GPUs.
 
     Returns:
         (B, T, H, Dv).
 
     Raises:
+        ValueError: for a view with anything else in it, or one that does not fit.
         BackendUnavailable: if a named backend cannot serve the call.
     """
-    if runs_packed_kernels(q, v, mask, backend):
-        return fused_routed_attention(q, k, v, active, gates, scale=scale, mask=mask)
-    B, T, H, D = q.shape
-    G, Dv = k.shape[2], v.shape[3]
-    size = H // G
-    document = None if mask is None or mask.cu_seqlens is None else mask._documents(B, T)[1]
-    key = torch.arange(T, device=q.device)
-    outputs = []
-    for b in range(B):
-        for g in range(G):
-            heads = slice(g * size, (g + 1) * size)
-            place = active[b, :, heads].flatten().nonzero()[:, 0]
-            # One gather and one scatter for a group; what a tile costs in the backward pass stays small.
-            rows = q[b, :, heads].reshape(T * size, D).index_select(0, place)
-            keys, values = k[b, :, g], v[b, :, g]
-            tiles = []
-            for row, at in zip(torch.split(rows, rows_at_once), torch.split(place, rows_at_once), strict=True):
-                if at.numel() == 0:
-                    continue
-                token = at // size
-                first, last = int(token[0]), int(token[-1]) + 1
-                # Additive, since the CPU kernel converts a boolean mask anew; the first rows see all keys before them.
-                bias = rows.new_zeros(at.numel(), last)
-                bias[:, first:].masked_fill_(key[first:last] > token[:, None], -math.inf)
-                if mask is not None and mask.lengths is not None:
-                    bias.masked_fill_(key[:last] >= mask.lengths[b], -math.inf)
-                if document is not None:
-                    bias.masked_fill_(document[b, :last] != document[b, token][:, None], -math.inf)
-                tiles.append(
-                    F.scaled_dot_product_attention(
-                        row[None, None], keys[None, None, :last], values[None, None, :last],
-                        attn_mask=bias[None, None], scale=scale,
-                    )[0, 0]
-                )  # fmt: skip
-            room = v.new_zeros(T * size, Dv)
-            outputs.append(room.index_copy(0, place, torch.cat(tiles)) if tiles else room)
-    out = torch.stack(outputs).view(B, G, T, size, Dv).transpose(1, 2).reshape(B, T, H, Dv)
+    B, T, H, _ = q.shape
+    if not view.causal or view.window is not None or view.start(T, k.shape[1]) or k.shape[1] != T:
+        raise ValueError("view must be causal, without a window, of as many queries as keys, to be routed")
+    observer = current_observer()
+    if observer is not None:
+        observer(Observation("routed_attention", q, k, v, view, ScoreRules(scale)))
+    shared = H - active.shape[2]
+    packs = runs_packed_kernels(q, v, view, backend)
+    known = view.for_kernel((B, H, T, T), q.device)
+    lengths, documents = known["lengths"], known["documents"]
+    if packs:
+        from attnzoo_kernels.head_routing import routed_attention as kernel
+
+        active = F.pad(active, (shared, 0), value=True)
+        out: Tensor = kernel(q, k, v, active, scale=scale, gates=gates, lengths=lengths, documents=documents)
+        return out
+    last = torch.arange(1, T + 1, device=q.device).expand(B, T)
+    last = last if lengths is None else torch.minimum(last, lengths[:, None])
+    first = torch.zeros_like(last) if documents is None else documents[0]
+    out = _packed_attention(q, k, v, F.pad(active, (shared, 0)), first, last, scale, rows_at_once)
+    if shared:
+        group = torch.arange(shared, device=q.device) // (H // k.shape[2])
+        own_k, own_v = (x[:, :, :shared] if x.shape[2] == H else x.index_select(2, group) for x in (k, v))
+        always = softmax_attention(q[:, :, :shared], own_k, own_v, view, scale=scale, backend=backend)
+        out = torch.cat([always, out[:, :, shared:]], dim=2)
     return out if gates is None else out * gates.to(out.dtype)[..., None]
 
 
-def runs_packed_kernels(q: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> bool:
+def runs_packed_kernels(q: Tensor, v: Tensor, view: Visibility, backend: str) -> bool:
     """Whether `routed_attention` takes the kernels; raises BackendUnavailable if a named backend cannot run."""
-    ways: dict[str, Callable[[], str | None]] = {
-        "triton": lambda: routed_obstacle(q, v, mask),
-        "sdpa": lambda: None,
-    }
+    dense = view.mask is not None and view.mask.dense_mask is not None
+    obstacle = "the kernels of packed rows take no dense mask" if dense else None
+    ways = {"triton": lambda: softmax_kernel_obstacle(q, v) or obstacle, "sdpa": lambda: obstacle}
     # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
-    order = ways if q.is_cuda else dict(reversed(ways.items()))
-    return choose(backend, "routed_attention", order) == "triton"
+    return choose(backend, "routed_attention", ways if q.is_cuda else dict(reversed(ways.items()))) == "triton"
+
+
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, first: Tensor, last: Tensor, scale: float, rows_at_once: int
+) -> Tensor:
+    """The tiles of `routed_attention` by torch's attention, without gates.
+
+    Token t of row b sees the keys first[b, t] <= j < last[b, t], which never decrease with t.
+    """
+    (B, T, H, _), G, Dv = q.shape, k.shape[2], v.shape[3]
+    size, key = H // G, torch.arange(T, device=q.device)
+    # A token that sees nothing is active nowhere: its output is 0.
+    active = active & (first < last)[..., None]
+    rows, active = (
+        x.reshape(B, T, G, size, *x.shape[3:]).transpose(1, 2).flatten(2, 3).flatten(0, 1) for x in (q, active)
+    )
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    outputs = [v.new_zeros(0, Dv)]
+    for n in range(B * G):
+        place = active[n].nonzero()[:, 0]
+        # One gather and one scatter for a group; what a tile costs in the backward pass stays small.
+        own, tiles = rows[n].index_select(0, place), [values[n, :0]]
+        for row, token in zip(torch.split(own, rows_at_once), torch.split(place // size, rows_at_once), strict=True):
+            if not token.numel():
+                continue
+            lo, hi = first[n // G, token], last[n // G, token]
+            at = slice(int(lo[0]), int(hi[-1]))
+            # Additive, since the CPU kernel converts every boolean mask; compared only where tokens differ.
+            bias = row.new_zeros(token.numel(), at.stop)
+            bias[:, int(hi[0]) :].masked_fill_(key[int(hi[0]) : at.stop] >= hi[:, None], -math.inf)
+            bias[:, : int(lo[-1])].masked_fill_(key[: int(lo[-1])] < lo[:, None], -math.inf)
+            tiles.append(
+                F.scaled_dot_product_attention(
+                    row[None, None], keys[None, None, n, at], values[None, None, n, at],
+                    attn_mask=bias[None, None, :, at], scale=scale,
+                )[0, 0]
+            )  # fmt: skip
+        outputs.append(v.new_zeros(T * size, Dv).index_copy(0, place, torch.cat(tiles)))
+    return torch.cat(outputs).view(B, G, T, size, Dv).transpose(1, 2).reshape(B, T, H, Dv)

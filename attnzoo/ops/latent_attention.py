@@ -6,22 +6,24 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends import choose
-from attnzoo.masks import AttentionMask
-from attnzoo.ops.fused import MAX_LATENT, decodes, fused_obstacle, latent_decoded
-from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.masks import Visibility
+from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.score_rules import ScoreRules
+from attnzoo.ops.softmax_attention import decodes, softmax_attention, softmax_kernel_obstacle
+
+MAX_LATENT = 512
+"""Widest latent that the decoding kernel takes."""
 
 
 def latent_attention(
     q: Tensor,
     q_rope: Tensor | None,
     latent: Tensor,
+    view: Visibility,
     *,
     latent_width: int,
     scale: float,
-    causal: bool = True,
-    mask: AttentionMask | None = None,
     dropout: float = 0.0,
-    query_start: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Absorbed latent attention (DeepSeek-AI 2024, arXiv:2405.04434): returns the weighted latents (B, T, H, R).
@@ -35,30 +37,35 @@ def latent_attention(
         q: queries multiplied by each head's key projection, (B, T, H, R).
         q_rope: rotary queries (B, T, H, dr), or None.
         latent: latents c and rotary keys r side by side, (B, S, 1, R + dr).
+        view: which key each query may attend to.
         latent_width: R.
         scale: factor of the products.
-        causal: as in `softmax_attention`, like what follows.
-        mask: see there.
-        dropout: see there.
-        query_start: see there.
-        backend: see there.
+        dropout: probability of dropping a weight.
+        backend: as in `softmax_attention`.
 
     Raises:
         ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
     R = latent_width
-    if decodes(q, latent, mask, (q, q_rope, latent)) and (backend == "triton" or (backend == "auto" and q.is_cuda)):
+    query = q if q_rope is None else torch.cat([q, q_rope], dim=-1)
+    if decodes(q, latent, view, q, q_rope, latent) and (backend == "triton" or (backend == "auto" and q.is_cuda)):
         # No other kernel takes a head as wide as a latent, so "auto" asks ours first.
-        obstacle = fused_obstacle(q, q, q_rope, dropout, MAX_LATENT)
+        obstacle = softmax_kernel_obstacle(q, q, q_rope, dropout, MAX_LATENT)
         if obstacle is None:
-            start = latent.shape[1] - q.shape[1] if query_start is None else query_start
-            return latent_decoded(q, q_rope, latent, scale=scale, causal=causal, mask=mask, query_start=start)
+            observer = current_observer()
+            if observer is not None:
+                observer(Observation("latent_attention", query, latent, latent, view, ScoreRules(scale)))
+            from attnzoo_kernels.decode import latent_decode
+
+            options = view.for_kernel((q.shape[0], q.shape[2], q.shape[1], latent.shape[1]), q.device)
+            shared = None if q_rope is None else latent[:, :, 0, R:]
+            u: Tensor = latent_decode(
+                q, q_rope, latent[:, :, 0, :R], shared, scale=scale, query_start=options["query_start"],
+                causal=options["causal"], lengths=options["lengths"], mask=options["mask"],
+            )  # fmt: skip
+            return u
         if backend == "triton":
             choose(backend, "latent_attention", {"triton": lambda: obstacle})
-    query = q if q_rope is None else torch.cat([q, q_rope], dim=-1)
-    # The latent stands in for the value as a whole: a slice of it would be copied by the fused kernels.
-    return softmax_attention(
-        query, latent, latent, causal=causal, mask=mask, scale=scale, dropout=dropout, query_start=query_start,
-        backend=backend,
-    )[..., :R]  # fmt: skip
+    # The whole latent is passed as the value: a slice of it would be copied by the fused kernels.
+    return softmax_attention(query, latent, latent, view, scale=scale, dropout=dropout, backend=backend)[..., :R]

@@ -29,7 +29,7 @@ def initial_mixing(
     axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64, device="cpu") for n in grid], indexing="ij")
     at = torch.stack([axis.flatten() for axis in axes], dim=-1)
     distance = torch.cdist(at, at)
-    longest = max(float(distance.max()), 1.0)
+    longest = max(math.sqrt(sum((n - 1) ** 2 for n in grid)), 1.0)
     if kind == "uniform":
         weights = torch.ones_like(distance)
     elif kind == "linear":
@@ -52,22 +52,51 @@ def initial_mixing(
     return weights / weights.sum(1 if norm == "row" else 0, keepdim=norm == "row")
 
 
+def check_mixing(
+    norm: str, bounds: tuple[float, float] | None, rule: str, *, causal: bool
+) -> tuple[float, float] | None:
+    """Refuse options of a mixing matrix that `initial_mixing`, `clipped` and `extended` do not take; the bounds."""
+    if norm not in ("row", "col"):
+        raise ValueError(f"mixing_norm must be one of 'row', 'col', got {norm!r}")
+    if rule not in ("error", "clamp", "window"):
+        raise ValueError(f"extrapolation must be one of 'error', 'clamp', 'window', got {rule!r}")
+    if rule != "error" and not causal:
+        raise ValueError(f"extrapolation must be 'error' with causal=False, got {rule!r}")
+    if bounds is not None and not 0 <= bounds[0] < bounds[1]:
+        raise ValueError(f"mixing_clip must be two bounds with 0 <= low < high, or None, got {bounds}")
+    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
+
+
 def clipped(mixing: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     """mixing between its bounds, with a straight-through gradient."""
     if bounds is None:
         return mixing
-    low, high = bounds
+    value = mixing.detach().clamp(*bounds)
     # The value of the clamp exactly, the gradient of the identity.
-    return mixing.detach().clamp(low, high) + (mixing - mixing.detach())
+    return value + (mixing - mixing.detach()) if torch.is_grad_enabled() else value
+
+
+def leading(mixing: Tensor, blocks: int) -> Tensor:
+    """The first rows and columns of a mixing (..., M, M); blocks beyond it, which are padding, repeat the last."""
+    if not torch.compiler.is_exporting():
+        return mixing[..., :blocks, :blocks]
+    # A slice of an exported program would ask whether it is the whole.
+    at = torch.arange(blocks, device=mixing.device).clamp(max=mixing.shape[-1] - 1)
+    return mixing.index_select(-2, at).index_select(-1, at)
 
 
 def extended(mixing: Tensor, blocks: int, rule: str) -> Tensor:
     """A causal mixing (..., M, M) continued to `blocks` rows and columns by distance to the last trained row.
 
-    rule: "clamp" gives blocks farther back than the row reaches its first entry, "window" gives them 0.
+    Entries above the diagonal have no meaning.
+
+    Args:
+        mixing: the trained matrix.
+        blocks: rows and columns that are wanted.
+        rule: "clamp" gives blocks farther back than the row reaches its first entry, "window" gives them 0.
     """
     trained = mixing.shape[-1]
-    if blocks <= trained:
+    if not torch.compiler.is_exporting() and blocks <= trained:
         return mixing[..., :blocks, :blocks]
     i, j = torch.arange(blocks, device=mixing.device)[:, None], torch.arange(blocks, device=mixing.device)
     column = j - (i - (trained - 1)).clamp(min=0)

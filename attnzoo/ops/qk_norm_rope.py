@@ -6,59 +6,62 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.backends import choose
-from attnzoo.ops.fused import fused_obstacle
-from attnzoo.ops.head_mixing import knock_linear, knock_mlp
-from attnzoo.rotary import rotate
+from attnzoo.ops.head_mixing import GatedHeadMap, HeadMap
+from attnzoo.ops.softmax_attention import softmax_kernel_obstacle
+from attnzoo.ops.submodules import is_plain, normed
+from attnzoo.rotary import RotaryTable, rotate
 
 
-def head_prologue(
+def qk_norm_rope(
     z: Tensor,
+    table: RotaryTable | None = None,
     *,
-    linear: Tensor | None = None,
-    mlp: tuple[Tensor, Tensor, Tensor] | None = None,
-    norm: nn.RMSNorm | None = None,
-    table: tuple[Tensor, Tensor] | None = None,
-    style: str = "half",
+    norm: nn.Module | None = None,
+    head_map: HeadMap | GatedHeadMap | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Heads z (B, T, N, D) -> map, then norm, then rotation, (B, T, N, D) in z's dtype.
 
     Args:
         z: projected heads.
-        linear: matrix (D, D) of the map z -> z linear^T.
-        mlp: matrices (up, gate, down), each (D, D), of the gated map; see `attnzoo.ops.head_mixing.knock_mlp`.
-        norm: root-mean-square norm over D.
-        table: cos and sin from `attnzoo.rotary`; they may be narrower than D.
-        style: layout of the rotated pairs.
-        backend: "triton" does all in one pass; every other name is the plain form.
+        table: rotation; it may be narrower than D. None: no rotation.
+        norm: root-mean-square norm over D, or None.
+        head_map: map of each head's vector, or None.
+        backend: "triton" does everything in one pass; every other name is the plain form. A map or norm that is not
+            plain (hooks, parametrisations, replacements) is called before the kernel does the rest.
 
     Raises:
         BackendUnavailable: if "triton" cannot serve the call.
     """
-    if backend == "triton":
-        choose(backend, "head_prologue", {"triton": lambda: fused_obstacle(z, z, None, 0.0)})
-        if linear is None and mlp is None and norm is None and table is None:
-            return z
-        from attnzoo_kernels.head_prologue import head_prologue as fused
+    fused = backend == "triton"
+    if fused:
+        choose(backend, "qk_norm_rope", {"triton": lambda: softmax_kernel_obstacle(z, z)})
+    if head_map is not None and not (fused and is_plain(head_map, HeadMap, GatedHeadMap) and _plain_parts(head_map)):
+        z, head_map = head_map(z), None
+    if norm is not None and not (fused and is_plain(norm, nn.RMSNorm)):
+        z = normed(norm, z if head_map is None else head_map(z))
+        head_map = norm = None
+    if not fused:
+        return z if table is None else rotate(z, *table)
+    if head_map is None and norm is None and table is None:
+        return z
+    from attnzoo_kernels.qk_norm_rope import qk_norm_rope as kernel
 
-        cos, sin = (None, None) if table is None else table
-        out: Tensor = fused(
-            z, linear=linear, mlp=mlp, norm_weight=None if norm is None else norm.weight,
-            norm_eps=_eps(norm, z.dtype), cos=cos, sin=sin, style=style,
-        )  # fmt: skip
-        return out
-    if linear is not None:
-        z = knock_linear(z, linear)
-    if mlp is not None:
-        z = knock_mlp(z, *mlp)
-    if norm is not None:
-        # In the weights' dtype: under autocast z is half precision and the norm is float32.
-        z = norm(z.to(norm.weight.dtype)).to(z.dtype)
-    return z if table is None else rotate(z, *table, style)
+    matrices = () if head_map is None else head_map.matrices()
+    assert norm is None or isinstance(norm, nn.RMSNorm)
+    cos, sin, style = (None, None, "half") if table is None else table[:3]
+    out: Tensor = kernel(
+        z, linear=matrices[0] if len(matrices) == 1 else None, mlp=matrices if len(matrices) == 3 else None,
+        norm_weight=None if norm is None else norm.weight, norm_eps=_eps(norm, z.dtype), cos=cos, sin=sin, style=style,
+    )  # fmt: skip
+    return out
 
 
-def _eps(norm: nn.RMSNorm | None, dtype: torch.dtype) -> float:
-    """The norm's epsilon, which torch takes from the dtype where it is None."""
-    if norm is None or norm.eps is None:
-        return torch.finfo(dtype).eps
-    return float(norm.eps)
+def _plain_parts(head_map: HeadMap | GatedHeadMap) -> bool:
+    return all(is_plain(part, HeadMap) for part in head_map.children())
+
+
+def _eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
+    """The norm's epsilon, which PyTorch takes from the dtype where it is None."""
+    eps = getattr(norm, "eps", None)
+    return torch.finfo(dtype).eps if eps is None else float(eps)

@@ -8,50 +8,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.backends import choose
-from attnzoo.masks import AttentionMask, as_mask, visibility
+from attnzoo.backends import choose, kernel_obstacle
+from attnzoo.masks import Visibility, broadcasts
 from attnzoo.ops.flash import flash_attention, flash_obstacle
-from attnzoo.ops.fused import decoded_attention, decodes, fused_attention, fused_obstacle
+from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.tracing import is_traced
+
+MAX_HEAD_DIM = 256
+"""Widest head that the kernels take."""
+MAX_DECODED = 16
+"""New tokens up to which a call over a longer cache goes to the decoding kernels."""
 
 
 def softmax_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    view: Visibility = Visibility(),  # noqa: B008  (frozen)
     *,
-    causal: bool = True,
-    mask: Tensor | AttentionMask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
-    window: int | None = None,
-    sink_tokens: int = 0,
     sinks: Tensor | float | None = None,
-    q_extra: Tensor | None = None,
-    k_extra: Tensor | None = None,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
     head_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    key_positions: Tensor | None = None,
-    query_start: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of q (B, T, H, D) over k (B, S, G, D), v (B, S, G, Dv); returns (B, T, H, Dv).
 
     With i, j the indices of query and key, in this order (FlashAttention's):
 
-        s = scale * (q_i . k_j + q_extra_i . k_extra_j)
+        s = scale * (q_i . k_j + q_rope_i . k_rope_j)
         s = softcap * tanh(s / softcap)
         s = s - alibi_slopes[h] * |i - j| + bias
-        s = -inf where causality, window or mask forbid
+        s = -inf where `view` forbids
         o_i = head_scale[h] * sum_j exp(s_ij) v_j / (exp(sink_h) + sum_j exp(s_ij))
 
     A query that sees no key gives zeros. Scores and softmax are computed in float32, or float64 for float64.
@@ -60,158 +62,104 @@ def softmax_attention(
         q: queries (B, T, H, D).
         k: keys (B, S, G, D); G divides H.
         v: values (B, S, G, Dv).
-        causal: key j is visible to query i if j <= i.
-        mask: boolean tensor broadcastable to (B, H, T, S) or AttentionMask; True = may attend.
-        scale: default (D + width of q_extra) ** -0.5.
+        view: which key each query may attend to. Default: causality.
+        scale: default (D + R) ** -0.5.
         softcap: positive bound of the logits (Gemma 2, arXiv:2408.00118).
         alibi_slopes: (H,) float32 (Press et al. 2022, arXiv:2108.12409).
-        window: keys with i - j < window are visible (|i - j| < window if not causal).
-        sink_tokens: keys j < sink_tokens stay visible outside the window (arXiv:2309.17453).
         sinks: one more logit in the softmax's denominator, (H,) or one number for all heads.
-        q_extra: (B, T, H, R); with k_extra a part of the score whose keys all heads share.
-        k_extra: (B, S, 1, R).
-        head_scale: factor of each head's output, (H,) or (B, H).
+        q_rope: (B, T, H, R); with k_rope a part of the score whose keys all heads share.
+        k_rope: (B, S, 1, R).
+        head_scale: factor of each head's output, (H,), (B, H) or (B, T, H).
         bias: floating tensor broadcastable to (B, H, T, S), added to the scores.
         dropout: probability of dropping a weight.
-        key_positions: (S,) indices of the keys, for a ring buffer. Default: 0 .. S - 1.
-        query_start: index of the first query. Default: S - T, so a cached prefix needs no special case.
         backend: "auto", "eager", "sdpa", "flash" or "triton".
 
     Raises:
         ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
-    mask = as_mask(mask)
-    _check(q, k, v, q_extra, k_extra, causal and query_start is None)
-    B, T, H, D = q.shape
-    S = k.shape[1]
-    _check_factors(head_scale, bias, (B, H, T, S))
-    if query_start is None:
-        query_start = S - T
     if scale is None:
-        scale = (D + (0 if q_extra is None else q_extra.shape[-1])) ** -0.5
-    features: dict[str, Any] = {
-        "causal": causal, "mask": mask, "softcap": softcap, "alibi_slopes": alibi_slopes, "window": window,
-        "sink_tokens": sink_tokens, "sinks": sinks, "dropout": dropout, "key_positions": key_positions,
-    }  # fmt: skip
-    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, q_extra, bias, features))
+        # Sizes are tensors while a program is traced, and a power of those is float32.
+        scale = float(int(q.shape[-1]) + (0 if q_rope is None else int(q_rope.shape[-1]))) ** -0.5
+    rules = ScoreRules(scale, softcap, alibi_slopes, sinks, bias, q_rope, k_rope, head_scale, dropout)
+    _check(q, k, v, view, rules)
+    observer = current_observer()
+    if observer is not None:
+        observer(Observation("softmax_attention", q, k, v, view, rules))
+    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules))
     if chosen == "triton":
-        del features["dropout"]
-        fused = {**features, "q_extra": q_extra, "k_extra": k_extra, "head_scale": head_scale}
-        if bias is None and decodes(q, k, mask, (q, k, v, q_extra, k_extra, sinks, head_scale)):
-            return decoded_attention(q, k, v, scale=scale, query_start=query_start, **fused)
-        return fused_attention(q, k, v, scale=scale, query_start=query_start, bias=bias, **fused)[0]
+        per_token = head_scale is not None and head_scale.ndim == 3
+        options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
+        del options["dropout"]
+        if per_token:
+            options["head_scale"] = None
+        if bias is None and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale):
+            from attnzoo_kernels.decode import decode_attention
+
+            del options["bias"], options["documents"]
+            out: Tensor = decode_attention(q, k, v, **options)
+        else:
+            from attnzoo_kernels.softmax_attention import softmax_attention as kernel
+
+            out = kernel(q, k, v, **options)[0]
+        return _scaled(out, head_scale) if per_token else out
     if scale <= 0 and chosen in ("flash", "sdpa"):
         # These kernels scale after masking, and -inf times such a scale is inf or nan.
-        q, q_extra, scale = q * scale, None if q_extra is None else q_extra * scale, 1.0
+        q, rules = q * scale, replace(rules, scale=1.0, q_rope=None if q_rope is None else q_rope * scale)
     if chosen == "flash":
-        q, k = _join(q, k, q_extra, k_extra)
-        out = flash_attention(
-            q, k, v, causal=causal, mask=mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-            window=window, sinks=sinks, dropout=dropout,
-        )  # fmt: skip
+        out = flash_attention(*_join(q, k, rules), v, view, rules)
+    elif chosen == "sdpa":
+        out = _sdpa(q, k, v, view, rules)
     else:
-        device = q.device
-        # torch's own causal rule is aligned to the top left, so it serves only square calls.
-        square = chosen == "sdpa" and causal and T == S and query_start == 0 and key_positions is None
-        plain = mask is None and window is None and alibi_slopes is None and sinks is None and bias is None
-        is_causal = square and plain
-        visible = None
-        if not is_causal:
-            visible = visibility(
-                mask, (B, H, T, S), causal=causal, window=window, sink_tokens=sink_tokens,
-                query_start=query_start, key_positions=key_positions, device=device,
-            )  # fmt: skip
-        if alibi_slopes is not None:
-            i = torch.arange(query_start, query_start + T, device=device)[:, None]
-            j = torch.arange(S, device=device) if key_positions is None else key_positions
-            distance = -alibi_slopes[:, None, None] * (i - j).abs()
-            bias = distance if bias is None else distance + bias
-        if chosen == "sdpa":
-            q, k = _join(q, k, q_extra, k_extra)
-            out = _sdpa(q, k, v, scale, is_causal, visible, bias, sinks, dropout)
-        else:
-            out = softmax_attention_reference(
-                q, k, v, scale=scale, softcap=softcap, bias=bias, visible=visible, sinks=sinks,
-                q_extra=q_extra, k_extra=k_extra, dropout=dropout,
-            )  # fmt: skip
-    if head_scale is not None:
-        out = out * head_scale.to(out.dtype)[..., None, :, None]
-    return out
+        out = softmax_attention_reference(q, k, v, view, rules)
+    return _scaled(out, head_scale)
 
 
-def softmax_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    visible: Tensor | None = None,
-    sinks: Tensor | float | None = None,
-    q_extra: Tensor | None = None,
-    k_extra: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The definition: plain PyTorch, float64 capable, differentiable twice.
+def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
+    """The definition: plain PyTorch, float64 capable, differentiable twice; stores (B, H, T, S) for the backward pass.
 
-    bias, broadcastable to (B, H, T, S), is added to the scores and visible, boolean and as broadcastable, selects
-    them; the rest is as in `softmax_attention`. Stores (B, H, T, S) for the backward pass.
+    `head_scale` is left to `softmax_attention`; everything else is as there.
     """
-    high = torch.promote_types(q.dtype, torch.float32)
-    repeats = q.shape[2] // max(k.shape[2], 1)
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    B, T, H, _ = q.shape
+    S, repeats = k.shape[1], H // max(k.shape[2], 1)
     with without_autocast(q):
         k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
         v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
-        s = torch.einsum("bthd,bshd->bhts", q.to(high), k.to(high))
-        if q_extra is not None and k_extra is not None:
-            s = s + torch.einsum("bthr,bsr->bhts", q_extra.to(high), k_extra[:, :, 0].to(high))
-        s = s * scale
-        if softcap is not None:
-            s = softcap * torch.tanh(s / softcap)
+        s = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype))
+        if rules.q_rope is not None and rules.k_rope is not None:
+            rotary = rules.q_rope.to(compute_dtype), rules.k_rope[:, :, 0].to(compute_dtype)
+            s = s + torch.einsum("bthr,bsr->bhts", *rotary)
+        s = s * rules.scale
+        if rules.softcap is not None:
+            s = rules.softcap * torch.tanh(s / rules.softcap)
+        bias = _bias(T, S, q.device, view, rules)
         if bias is not None:
-            s = s + bias.to(high)
-        blind = None
-        if visible is not None:
-            # A row without a visible key gets finite scores here and zero weights below: no NaN either way.
-            blind = ~visible.any(-1, keepdim=True)
-            s = s.masked_fill(~(visible | blind), -math.inf)
-        if sinks is None:
-            p = torch.softmax(s, dim=-1)
-        else:
-            sink = torch.as_tensor(sinks, dtype=high, device=s.device)
-            p = torch.softmax(torch.cat([s, sink.reshape(1, -1, 1, 1).expand(*s.shape[:-1], 1)], -1), -1)
-            p = p[..., :-1]
-        if blind is not None:
-            p = p.masked_fill(blind, 0.0)
-        p = F.dropout(p, dropout)
+            s = s + bias.to(compute_dtype)
+        sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
+        p = masked_softmax(s, view.dense((B, H, T, S), q.device), sinks)
+        p = F.dropout(p, rules.dropout)
         return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool,
-    visible: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | float | None,
-    dropout: float,
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
     """The same through torch.nn.functional.scaled_dot_product_attention."""
     B, T, H, _ = q.shape
-    G, value_width = k.shape[2], v.shape[3]
-    if sinks is not None:
-        k, v, visible, bias = _append_sink(k, v, visible, bias, sinks, (B, H, T))
+    S, G, value_width = k.shape[1], k.shape[2], v.shape[3]
+    bias = _bias(T, S, q.device, view, rules)
+    q, k = _join(q, k, rules)
+    # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
+    is_causal = view.is_plain_causal(T, S) and bias is None and rules.sinks is None
+    visible = None if is_causal else view.dense((B, H, T, S), q.device)
+    if rules.sinks is not None:
+        k, v, visible, bias = _append_sink(k, v, visible, bias, rules.sinks, (B, H, T))
     attn_mask = visible
-    blind = None
+    fully_masked = None
     if visible is not None and q.device.type != "cpu":
-        # The CPU kernel returns zeros for a row without keys; elsewhere let it see all and clear it after.
-        blind = ~visible.any(-1, keepdim=True)
-        attn_mask = visible | blind
-        blind = blind[None] if blind.ndim == 2 else blind
+        # The CPU kernel returns zeros for a fully masked row; elsewhere let it see all and clear it after.
+        fully_masked = ~visible.any(-1, keepdim=True)
+        attn_mask = visible | fully_masked
+        fully_masked = fully_masked[None] if fully_masked.ndim == 2 else fully_masked
     if bias is not None:
         # float32 next to half-precision queries: a distance of hundreds would be rounded in bfloat16.
         bias = bias.to(torch.promote_types(q.dtype, torch.float32))
@@ -221,16 +169,25 @@ def _sdpa(
         # The fused CPU kernel wants equal widths; without it (B, H, T, S) would be stored.
         q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
     folded = T == 1 and G != H and (attn_mask is None or attn_mask.shape[-3:-2] in ((), (1,)))
-    # One new token: the heads of a group stand in as its queries, and each key is read once.
+    # One new token: the heads of a group are passed as its queries, and each key is read once.
     q = q.view(B, G, H // G, q.shape[3]) if folded else q.transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal,
-        scale=scale, enable_gqa=G != H and not folded,
+        q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask, dropout_p=rules.dropout, is_causal=is_causal,
+        scale=rules.scale, enable_gqa=bool(G != H and not folded),
     )  # fmt: skip
     out = out.reshape(B, 1, H, -1) if folded else out.transpose(1, 2)
     if out.shape[3] != value_width:
         out = out[..., :value_width]
-    return out if blind is None else out.masked_fill(blind.transpose(-3, -2), 0.0)
+    return out if fully_masked is None else out.masked_fill(fully_masked.transpose(-3, -2), 0.0)
+
+
+def _bias(queries: int, keys: int, device: torch.device, view: Visibility, rules: ScoreRules) -> Tensor | None:
+    """ALiBi's distances and the bias, broadcastable to (B, H, T, S), or None."""
+    if rules.alibi_slopes is None:
+        return rules.bias
+    i, j = view.indices(queries, keys, device)
+    distance = -rules.alibi_slopes[:, None, None] * (i[:, None] - j).abs()
+    return distance if rules.bias is None else distance + rules.bias
 
 
 def _append_sink(
@@ -258,41 +215,41 @@ def _append_sink(
     return k, v, visible, bias
 
 
-def _join(q: Tensor, k: Tensor, q_extra: Tensor | None, k_extra: Tensor | None) -> tuple[Tensor, Tensor]:
+def _join(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
     """Queries and keys with the shared part as further features, for backends that know one key only."""
-    if q_extra is None or k_extra is None:
+    if rules.q_rope is None or rules.k_rope is None:
         return q, k
-    shared = k_extra.expand(-1, -1, k.shape[2], -1)
-    return torch.cat([q, q_extra], dim=-1), torch.cat([k, shared], dim=-1)
+    shared = rules.k_rope.expand(-1, -1, k.shape[2], -1)
+    return torch.cat([q, rules.q_rope], dim=-1), torch.cat([k, shared], dim=-1)
+
+
+def _scaled(out: Tensor, head_scale: Tensor | None) -> Tensor:
+    """Each head's output (B, T, H, Dv) times its factor, (H,), (B, H) or (B, T, H)."""
+    if head_scale is None:
+        return out
+    factor = head_scale if head_scale.ndim == 3 else head_scale[..., None, :]
+    return out * factor.to(out.dtype)[..., None]
 
 
 def _obstacles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_extra: Tensor | None,
-    bias: Tensor | None,
-    features: dict[str, Any],
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules
 ) -> dict[str, Callable[[], str | None]]:
     """The backends in the order in which "auto" asks them, each with why it cannot serve this call."""
 
     def flash() -> str | None:
         if not q.is_cuda:
             return f"needs CUDA tensors, got {q.device.type}"
-        if bias is not None:
+        if rules.bias is not None:
             return "flash-attn adds no bias tensor"
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        joined = q if q_extra is None else torch.cat([q, q_extra], dim=-1)
-        return flash_obstacle(joined, k, v, head_scale=None, needs_grad=needs_grad, **features)
+        return flash_obstacle(*_join(q, k, rules), v, view, rules)
 
     def triton() -> str | None:
-        return fused_obstacle(q, v, q_extra, features["dropout"])
+        return softmax_kernel_obstacle(q, v, rules.q_rope, rules.dropout)
 
     def sdpa() -> str | None:
-        sinks = features["sinks"]
-        if features["softcap"] is not None:
+        if rules.softcap is not None:
             return "scaled_dot_product_attention has no soft-cap"
-        if isinstance(sinks, Tensor) and sinks.requires_grad and torch.is_grad_enabled():
+        if isinstance(rules.sinks, Tensor) and rules.sinks.requires_grad and torch.is_grad_enabled():
             return "scaled_dot_product_attention gives no gradient to learned sinks without storing all scores"
         if 0 in q.shape or 0 in k.shape:
             return f"an empty call is left to eager, got q {tuple(q.shape)} and k {tuple(k.shape)}"
@@ -304,47 +261,67 @@ def _obstacles(
     return {"flash": flash, "sdpa": sdpa, "triton": triton, "eager": lambda: None}
 
 
-def _check_factors(head_scale: Tensor | None, bias: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-    """Refuse a head scale or a bias that does not fit (B, H, T, S)."""
-    B, H = shape[:2]
-    if head_scale is not None and tuple(head_scale.shape) not in ((H,), (B, H)):
-        raise ValueError(f"head_scale must be ({H},) or ({B}, {H}), got shape {tuple(head_scale.shape)}")
-    if bias is None:
-        return
-    if not bias.is_floating_point():
-        raise ValueError(f"bias must be a floating tensor, got {bias.dtype}")
-    fits = bias.ndim <= 4 and all(size in (1, full) for size, full in zip(bias.shape[::-1], shape[::-1], strict=False))
-    if not fits:
-        raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
+def softmax_kernel_obstacle(
+    q: Tensor, v: Tensor, q_rope: Tensor | None = None, dropout: float = 0.0, max_width: int = MAX_HEAD_DIM
+) -> str | None:
+    """Why the kernels of the softmax family cannot serve this call, or None."""
+    obstacle = kernel_obstacle(q.device, q.dtype)
+    if obstacle is not None:
+        return obstacle
+    widest = max(q.shape[3], v.shape[3], 0 if q_rope is None else q_rope.shape[3])
+    if widest > max_width:
+        return f"the kernels take heads up to {max_width} wide, got {widest}"
+    return f"the kernels have no dropout, got {dropout}" if dropout else None
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor | None, k_extra: Tensor | None, aligned_causal: bool
-) -> None:
+def decodes(q: Tensor, k: Tensor, view: Visibility, *tensors: Tensor | float | None) -> bool:
+    """Whether a call is one for the decoding kernels: few queries, more keys, and nobody wants a gradient."""
+    T, S = q.shape[1], k.shape[1]
+    packed = view.mask is not None and view.mask.cu_seqlens is not None
+    if not 0 < T <= MAX_DECODED or S <= T or packed:
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> None:
+    """Refuse arguments that do not fit each other."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim} and {v.ndim}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in (B, S, G), got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must agree in batch and width, got {tuple(q.shape)} and {tuple(k.shape)}")
-    heads, groups = q.shape[2], k.shape[2]
+    (B, T, heads, _), S, groups = q.shape, k.shape[1], k.shape[2]
     if heads and (not groups or heads % groups):
         raise ValueError(f"num_kv_heads must divide num_heads, got {groups} and {heads}")
     if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if aligned_causal and q.shape[1] > k.shape[1]:
-        raise ValueError(f"causal attention needs T <= S, got {q.shape[1]} queries and {k.shape[1]} keys")
-    if (q_extra is None) != (k_extra is None):
-        raise ValueError("q_extra and k_extra must be given together")
-    if q_extra is not None and k_extra is not None:
-        queries, keys = (*q.shape[:3], q_extra.shape[-1]), (*k.shape[:2], 1, q_extra.shape[-1])
-        if q_extra.shape != queries or k_extra.shape != keys:
+    if view.causal and view.query_start is None and T > S:
+        raise ValueError(f"causal attention needs T <= S, got {T} queries and {S} keys")
+    q_rope, k_rope, head_scale, bias = rules.q_rope, rules.k_rope, rules.head_scale, rules.bias
+    if (q_rope is None) != (k_rope is None):
+        raise ValueError("q_rope and k_rope must be given together")
+    if q_rope is not None and k_rope is not None:
+        queries, keys = (*q.shape[:3], q_rope.shape[-1]), (*k.shape[:2], 1, q_rope.shape[-1])
+        if q_rope.shape != queries or k_rope.shape != keys:
             raise ValueError(
-                f"q_extra must be (B, T, H, R) and k_extra (B, S, 1, R), got {tuple(q_extra.shape)} "
-                f"and {tuple(k_extra.shape)}"
+                f"q_rope must be (B, T, H, R) and k_rope (B, S, 1, R), got {tuple(q_rope.shape)} "
+                f"and {tuple(k_rope.shape)}"
             )
+    by_rank = {1: (heads,), 2: (B, heads), 3: (B, T, heads)}
+    if head_scale is not None and tuple(head_scale.shape) != by_rank.get(head_scale.ndim):
+        raise ValueError(
+            f"head_scale must be ({heads},), ({B}, {heads}) or ({B}, {T}, {heads}), got shape {tuple(head_scale.shape)}"
+        )
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise ValueError(f"bias must be a floating tensor, got {bias.dtype}")
+    shape = (B, heads, T, S)
+    if not broadcasts(bias, shape):
+        raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
@@ -361,6 +338,6 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float64 tensor that stays on its device between calls and that `module.to(dtype)` cannot round."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.tensor(values, dtype=torch.float64, device=device)
     return _constant(values, device)

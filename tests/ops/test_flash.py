@@ -17,6 +17,8 @@ import attnzoo.ops.flash as flash
 from attnzoo.backends import BackendUnavailable
 from attnzoo.masks import AttentionMask
 from attnzoo.ops.flash import flash_attention, flash_obstacle, installed
+from attnzoo.ops.score_rules import ScoreRules
+from tests.views import view_of
 
 B, H, G, D = 2, 6, 3, 8
 
@@ -161,18 +163,10 @@ def reference(q, k, v, visible, *, scale=0.3, softcap=None, slopes=None, sinks=N
     return torch.stack(rows).view(B, T, H, -1)
 
 
-def options(**changes):
-    defaults = {
-        "causal": True, "mask": None, "softcap": None, "alibi_slopes": None, "window": None, "sinks": None,
-        "dropout": 0.0,
-    }  # fmt: skip
-    return defaults | changes
-
-
 def asked(**changes):
-    """Options of `flash_obstacle`, which knows a few more."""
-    more = {"sink_tokens": 0, "head_scale": None, "key_positions": None, "needs_grad": False}
-    return options() | more | changes
+    """Who sees whom and the rules of a call; `scale` is 0.3."""
+    view, rules = view_of({"scale": 0.3, **changes})
+    return view, ScoreRules(**rules)
 
 
 def assert_rounded(out, exact, ulps=1.0):
@@ -191,8 +185,8 @@ def is_causal(b, i, j):
 def test_each_package_with_aligned_queries(install, version, T, S, causal):
     (stand_in,) = install(version, returns_lse=version != "2")
     q, k, v = inputs(T, S, torch.bfloat16)
-    assert flash_obstacle(q, k, v, **asked(causal=causal)) is None
-    out = flash_attention(q, k, v, **options(causal=causal), scale=0.3)
+    assert flash_obstacle(q, k, v, *asked(causal=causal)) is None
+    out = flash_attention(q, k, v, *asked(causal=causal))
     assert_rounded(out, reference(q, k, v, is_causal if causal else lambda b, i, j: True))
     name, passed = stand_in.calls[0]
     assert (name, passed["causal"], passed["softmax_scale"]) == ("flash_attn_func", causal, 0.3)
@@ -205,7 +199,7 @@ def test_window_counts_the_current_token(install, version, T):
     (stand_in,) = install(version)
     q, k, v = inputs(T, 11)
     for causal, passed in ((True, (2, 0)), (False, (2, 2))):
-        out = flash_attention(q, k, v, **options(causal=causal, window=3), scale=0.3)
+        out = flash_attention(q, k, v, *asked(causal=causal, window=3))
         inside = (lambda b, i, j: 0 <= i - j < 3) if causal else (lambda b, i, j: abs(i - j) < 3)
         assert_rounded(out, reference(q, k, v, inside))
         assert stand_in.calls[-1][1]["window_size"] == passed
@@ -215,7 +209,7 @@ def test_window_counts_the_current_token(install, version, T):
 def test_softcap(install, version):
     (stand_in,) = install(version)
     q, k, v = inputs()
-    out = flash_attention(q, k, v, **options(softcap=0.7), scale=1.1)
+    out = flash_attention(q, k, v, *asked(softcap=0.7, scale=1.1))
     assert_rounded(out, reference(q, k, v, is_causal, scale=1.1, softcap=0.7))
     assert stand_in.calls[0][1]["softcap"] == 0.7
 
@@ -225,7 +219,7 @@ def test_alibi_goes_to_version_2_in_float32(install):
     slopes = torch.tensor([2.0**-i for i in range(H)], dtype=torch.float64)
     for T, causal in ((7, True), (3, True), (3, False)):
         q, k, v = inputs(T, 7)
-        out = flash_attention(q, k, v, **options(alibi_slopes=slopes, causal=causal), scale=0.3)
+        out = flash_attention(q, k, v, *asked(alibi_slopes=slopes, causal=causal))
         visible = is_causal if causal else lambda b, i, j: True
         assert_rounded(out, reference(q, k, v, visible, slopes=slopes))
     assert len(two.calls) == 3
@@ -236,7 +230,7 @@ def test_alibi_goes_to_version_2_in_float32(install):
 def test_sinks_go_to_version_4(install, sinks):
     two, four = install("2", "4")
     q, k, v = inputs(5, 8)
-    out = flash_attention(q, k, v, **options(sinks=sinks), scale=0.3)
+    out = flash_attention(q, k, v, *asked(sinks=sinks))
     logits = sinks.double().tolist() if isinstance(sinks, torch.Tensor) else [sinks] * H
     assert_rounded(out, reference(q, k, v, is_causal, sinks=logits))
     assert len(four.calls) == 1
@@ -245,7 +239,7 @@ def test_sinks_go_to_version_4(install, sinks):
 
 def test_dropout_goes_to_version_2(install):
     three, two = install("3", "2")
-    flash_attention(*inputs(), **options(dropout=0.25), scale=0.3)
+    flash_attention(*inputs(), *asked(dropout=0.25))
     assert two.calls[0][1]["dropout_p"] == 0.25
     assert not three.calls
 
@@ -254,7 +248,7 @@ def test_dropout_goes_to_version_2(install):
 def test_value_width_of_its_own(install, version):
     install(version)
     q, k, v = inputs(width=16, value_width=24)
-    out = flash_attention(q, k, v, **options(), scale=0.3)
+    out = flash_attention(q, k, v, *asked())
     assert out.shape == (B, 7, H, 24)
     assert_rounded(out, reference(q, k, v, is_causal))
 
@@ -266,7 +260,7 @@ def test_packed_documents(install, version, causal, boundaries):
     (stand_in,) = install(version, returns_lse=True)
     q, k, v = inputs(7, grad=True)
     mask = AttentionMask.packed(boundaries)
-    out = flash_attention(q, k, v, **options(causal=causal, mask=mask), scale=0.3)
+    out = flash_attention(q, k, v, *asked(causal=causal, mask=mask))
 
     def same_document(b, i, j):
         ends = {*boundaries, 7}
@@ -283,7 +277,7 @@ def test_packed_documents_with_window_and_alibi(install):
     q, k, v = inputs(7)
     slopes = torch.tensor([2.0**-i for i in range(H)])
     mask = AttentionMask.packed([0, 4, 7, 12, 14])
-    out = flash_attention(q, k, v, **options(mask=mask, window=2, alibi_slopes=slopes), scale=0.3)
+    out = flash_attention(q, k, v, *asked(mask=mask, window=2, alibi_slopes=slopes))
 
     def visible(b, i, j):
         document = [sum(t + 7 * b >= e for e in (4, 7, 12)) for t in (i, j)]
@@ -302,8 +296,8 @@ def test_padding_is_exact_for_padding_queries_too(install, version, causal, T, S
         T = S
     q, k, v = inputs(T, S, grad=True)
     mask = AttentionMask.padding(lengths)
-    assert flash_obstacle(q, k, v, **asked(causal=causal, mask=mask, needs_grad=True)) is None
-    out = flash_attention(q, k, v, **options(causal=causal, mask=mask), scale=0.3)
+    assert flash_obstacle(q, k, v, *asked(causal=causal, mask=mask)) is None
+    out = flash_attention(q, k, v, *asked(causal=causal, mask=mask))
     exact = reference(q, k, v, lambda b, i, j: (j <= i or not causal) and j < lengths[b])
     assert_rounded(out, exact)
     assert_gradients(out, exact, (q, k, v))
@@ -321,22 +315,22 @@ def assert_gradients(out, exact, tensors):
 def test_the_newest_package_that_covers_the_call_runs_it(install):
     four, three, forward_only, two = install("4", "3", "fa3-fwd", "2")
     q, k, v = inputs()
-    flash_attention(q, k, v, **options(), scale=0.3)
+    flash_attention(q, k, v, *asked())
     assert [len(s.calls) for s in (four, three, forward_only, two)] == [1, 0, 0, 0]
     mask = AttentionMask.packed([0, 14])
     q.requires_grad_()
-    flash_attention(q, k, v, **options(mask=mask, softcap=2.0), scale=0.3)
+    flash_attention(q, k, v, *asked(mask=mask, softcap=2.0))
     assert [len(s.calls) for s in (four, three, forward_only, two)] == [1, 1, 0, 0]
 
 
 def test_forward_only_wheel_serves_no_training(install):
     (stand_in,) = install("fa3-fwd")
     q, k, v = inputs(grad=True)
-    assert flash_obstacle(q, k, v, **asked(needs_grad=True)) == "fa3-fwd has no backward pass"
+    assert flash_obstacle(q, k, v, *asked()) == "fa3-fwd has no backward pass"
     with pytest.raises(BackendUnavailable, match="fa3-fwd has no backward pass"):
-        flash_attention(q, k, v, **options(), scale=0.3)
+        flash_attention(q, k, v, *asked())
     with torch.no_grad():
-        flash_attention(q, k, v, **options(), scale=0.3)
+        flash_attention(q, k, v, *asked())
     assert len(stand_in.calls) == 1
 
 
@@ -352,7 +346,6 @@ SLOPES = torch.ones(H)
         ("432", {"width": 20}, {}, "flash-attn needs head widths that are multiples of 8, got 20 and 8"),
         ("432", {"T": 0}, {}, "flash-attn takes no empty tensors"),
         ("432", {}, {"window": 4, "sink_tokens": 2}, "flash-attn has no sink tokens outside a window, got 2"),
-        ("432", {}, {"head_scale": torch.ones(H)}, "flash-attn has no factor for each head's output"),
         ("432", {}, {"key_positions": torch.arange(7)}, "keys in the order of their positions"),
         ("432", {}, {"mask": AttentionMask.dense(torch.ones(7, 7).bool())}, "flash-attn takes no dense mask"),
         ("432", {}, {"mask": LENGTHS & PACKED}, "padding or packing, not both"),
@@ -367,8 +360,8 @@ SLOPES = torch.ones(H)
         ("32", {}, {"sinks": 0.0}, "flash-attn 3 has no sinks; flash-attn 2 has no sinks"),
         ("4", {}, {"sinks": 1.5}, "takes sinks in bfloat16 or the number 0, got 1.5"),
         ("4", {}, {"sinks": torch.zeros(H)}, "in bfloat16 or the number 0, got torch.float32"),
-        ("4", {}, {"sinks": 0.0, "needs_grad": True}, "does not give sinks a gradient in every release"),
-        ("4", {}, {"mask": PACKED, "softcap": 3.0, "needs_grad": True}, "no backward pass for a soft-cap"),
+        ("4", {"grad": True}, {"sinks": 0.0}, "does not give sinks a gradient in every release"),
+        ("4", {"grad": True}, {"mask": PACKED, "softcap": 3.0}, "no backward pass for a soft-cap"),
         ("2", {"value_width": 16}, {}, "head widths of 8 for keys and 16 for values"),
         ("3", {"width": 96, "value_width": 128}, {}, "head widths of 96 for keys and 128 for values"),
         ("432", {"width": 264, "value_width": 264}, {}, "head widths of 264 for keys and 264 for values"),
@@ -378,13 +371,11 @@ SLOPES = torch.ones(H)
 def test_obstacles(install, versions, tensors, changes, sentence):
     stand_ins = install(*versions)
     q, k, v = inputs(**tensors)
-    obstacle = flash_obstacle(q, k, v, **asked(**changes))
+    obstacle = flash_obstacle(q, k, v, *asked(**changes))
     assert obstacle is not None
     assert sentence in obstacle
-    common = {name: value for name, value in changes.items() if name in options()}
-    if common == changes:
-        with pytest.raises(BackendUnavailable, match="backend 'flash' cannot run softmax_attention"):
-            flash_attention(q, k, v, **options(**common), scale=0.3)
+    with pytest.raises(BackendUnavailable, match="backend 'flash' cannot run softmax_attention"):
+        flash_attention(q, k, v, *asked(**changes))
     assert not any(stand_in.calls for stand_in in stand_ins)
 
 
@@ -409,7 +400,7 @@ def test_devices_and_widths(install, monkeypatch, version, major, widths, covere
     install(version)
     monkeypatch.setattr(flash, "device_major", lambda device: major)
     q, k, v = inputs(width=widths[0], value_width=widths[1])
-    obstacle = flash_obstacle(q, k, v, **asked())
+    obstacle = flash_obstacle(q, k, v, *asked())
     assert (obstacle is None) is covered
     if not covered:
         assert "this device" in obstacle
@@ -418,7 +409,7 @@ def test_devices_and_widths(install, monkeypatch, version, major, widths, covere
 def test_cpu_tensors_are_refused(install, monkeypatch):
     install("2")
     monkeypatch.setattr(flash, "device_major", lambda device: None)
-    assert flash_obstacle(*inputs(), **asked()) == "needs CUDA tensors, got cpu"
+    assert flash_obstacle(*inputs(), *asked()) == "needs CUDA tensors, got cpu"
 
 
 def test_cpu_is_no_cuda_device():
@@ -433,7 +424,7 @@ def test_a_package_that_does_not_import_is_named(install, monkeypatch):
 
     monkeypatch.setitem(flash._present_memo, "flash_attn_interface", True)
     monkeypatch.setattr(flash.importlib, "import_module", broken)
-    sentence = flash_obstacle(*inputs(), **asked())
+    sentence = flash_obstacle(*inputs(), *asked())
     assert sentence == (
         "flash-attn 3 is installed but does not import: ImportError: undefined symbol in flash_attn_interface"
     )
@@ -465,7 +456,7 @@ def test_compiles_to_one_graph(install):
     mask = AttentionMask.packed(torch.tensor([0, 4, 14], dtype=torch.int32))
 
     def attend(q, k, v):
-        return flash_attention(q, k, v, **options(window=3, mask=mask), scale=0.3)
+        return flash_attention(q, k, v, *asked(window=3, mask=mask))
 
     seen = []
 

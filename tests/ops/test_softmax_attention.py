@@ -10,7 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.ops.softmax_attention import alibi_slopes, softmax_attention
+from attnzoo.ops.softmax_attention import alibi_slopes
+from tests.views import attend
 
 B, T, H, G, D, DV = 2, 7, 6, 3, 5, 4
 
@@ -30,6 +31,7 @@ CALLS: dict[str, dict[str, object]] = {
     "learned sinks": {"sinks": torch.linspace(-2, 2, H).double()},
     "head scale": {"head_scale": torch.linspace(-1, 2, H).double()},
     "head scale of each row": {"head_scale": torch.linspace(0, 2, B * H).double().view(B, H)},
+    "head scale of each token": {"head_scale": torch.linspace(0, 2, B * T * H).double().view(B, T, H)},
     "shared part": {"extra": 3},
     "padding": {"mask": AttentionMask.padding([7, 4])},
     "packed": {"mask": AttentionMask.packed([0, 2, 9, 14])},
@@ -51,7 +53,7 @@ CALLS: dict[str, dict[str, object]] = {
 
 
 def call_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, object]]:
-    """The tensors q, k, v, perhaps q_extra and k_extra, and the remaining options."""
+    """The tensors q, k, v, perhaps q_rope and k_rope, and the remaining options."""
     options = dict(CALLS[name])
     S, R = options.pop("S", T), options.pop("extra", None)
     g = torch.Generator().manual_seed(3)
@@ -60,8 +62,8 @@ def call_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor]
 
 
 def run(tensors: list[Tensor], options: dict[str, object], backend: str = "eager") -> Tensor:
-    extra = dict(zip(("q_extra", "k_extra"), tensors[3:], strict=False))
-    return softmax_attention(*tensors[:3], **extra, **options, backend=backend)
+    extra = dict(zip(("q_rope", "k_rope"), tensors[3:], strict=False))
+    return attend(*tensors[:3], **extra, **options, backend=backend)
 
 
 def spelled_out(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
@@ -101,8 +103,13 @@ def spelled_out(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
                     total += math.exp(sink[h] if isinstance(sink, Tensor) else sink)
                 out[b, t, h] = sum(w * v[b, n, g] for n, w in weights.items()) / total
                 if "head_scale" in options:
-                    out[b, t, h] *= options["head_scale"][..., h].expand(rows)[b]
+                    out[b, t, h] *= factor_of(options["head_scale"], b, t, h)
     return out
+
+
+def factor_of(head_scale: Tensor, b: int, t: int, h: int) -> float:
+    """Of (H,), (B, H) or (B, T, H)."""
+    return float(head_scale[(b, t, h)[3 - head_scale.ndim :] if head_scale.ndim != 2 else (b, h)])
 
 
 def may_see(options: dict[str, object], b: int, h: int, i: int, j: int, queries: int) -> bool:
@@ -158,6 +165,8 @@ def test_first_and_second_derivatives(name: str) -> None:
 
 
 def _cut(name: str, option: object) -> object:
+    if name == "head_scale" and isinstance(option, Tensor) and option.ndim == 3:
+        return option[:1, :, :2].clone().requires_grad_()
     if name in ("sinks", "alibi_slopes", "head_scale") and isinstance(option, Tensor):
         cut = option.reshape(-1, H)[0, :2].clone()
         return cut.requires_grad_() if name != "alibi_slopes" else cut
@@ -202,11 +211,9 @@ def test_alibi_distances_are_not_rounded_to_half_precision() -> None:
     q, k = torch.zeros(1, S, 1, 8, dtype=torch.bfloat16), torch.zeros(1, S, 1, 8, dtype=torch.bfloat16)
     v = torch.randn(1, S, 1, 8).bfloat16()
     slopes = torch.tensor([1.0])
-    exact = softmax_attention(
-        q.double(), k.double(), v.double(), alibi_slopes=slopes.double(), mask=far, backend="eager"
-    )
+    exact = attend(q.double(), k.double(), v.double(), alibi_slopes=slopes.double(), mask=far, backend="eager")
     for backend in ("eager", "sdpa"):
-        out = softmax_attention(q, k, v, alibi_slopes=slopes, mask=far, backend=backend)
+        out = attend(q, k, v, alibi_slopes=slopes, mask=far, backend=backend)
         assert (out.double() - exact).abs().max() <= 2**-7 * v.abs().max()
 
 
@@ -215,7 +222,7 @@ def test_alibi_distances_are_not_rounded_to_half_precision() -> None:
 def test_huge_scores_stay_finite(size: float, backend: str) -> None:
     tensors, options = call_of("plain", torch.float32)
     q, k, v = (x.requires_grad_() for x in tensors)
-    out = softmax_attention(q * size, k, v, **options, backend=backend)
+    out = attend(q * size, k, v, **options, backend=backend)
     assert out.isfinite().all()
     assert out.abs().max() <= v.abs().max() * 1.001
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
@@ -227,7 +234,7 @@ def test_any_width(width: int, value_width: int, backend: str) -> None:
     q, k = torch.randn(2, 5, 4, width).double(), torch.randn(2, 5, 2, width).double()
     v = torch.randn(2, 5, 2, value_width).double()
     expected = spelled_out([q, k, v], {})
-    torch.testing.assert_close(softmax_attention(q, k, v, backend=backend), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attend(q, k, v, backend=backend), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_empty_and_single(shape: tuple[int, ...], keys: int) -> None:
     q = torch.randn(shape, requires_grad=True)
     k = torch.randn(shape[0], keys, shape[2] // 2, 8, requires_grad=True)
     v = torch.randn(shape[0], keys, shape[2] // 2, 6, requires_grad=True)
-    out = softmax_attention(q, k, v)
+    out = attend(q, k, v)
     assert out.shape == (*shape[:3], 6)
     out.sum().backward()
     assert q.grad is not None
@@ -247,20 +254,20 @@ def test_empty_and_single(shape: tuple[int, ...], keys: int) -> None:
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_one_query_before_later_keys_does_not_see_them(backend: str) -> None:
     q, k, v = torch.randn(1, 1, 2, 4), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2, 4)
-    out = softmax_attention(q, k, v, query_start=2, backend=backend)
-    torch.testing.assert_close(out, softmax_attention(q, k[:, :3], v[:, :3], backend="eager"))
+    out = attend(q, k, v, query_start=2, backend=backend)
+    torch.testing.assert_close(out, attend(q, k[:, :3], v[:, :3], backend="eager"))
 
 
 def test_no_keys_gives_zeros() -> None:
     q = torch.randn(2, 3, 4, 8)
     none = torch.randn(2, 0, 2, 8)
-    assert torch.equal(softmax_attention(q, none, none, causal=False), torch.zeros(2, 3, 4, 8))
+    assert torch.equal(attend(q, none, none, causal=False), torch.zeros(2, 3, 4, 8))
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_dropout_keeps_the_mean(backend: str) -> None:
     q, k, v = (torch.ones(1, 2000, 2, 4) for _ in range(3))
-    out = softmax_attention(q, k, v, dropout=0.25, backend=backend)
+    out = attend(q, k, v, dropout=0.25, backend=backend)
     assert out[:, 500:].mean().item() == pytest.approx(1.0, abs=0.02)
     assert out[:, 500:].std() > 0.005
 
@@ -269,12 +276,12 @@ def test_a_learned_sink_in_training_is_left_to_eager() -> None:
     tensors, _ = call_of("plain")
     sinks = torch.zeros(H).double().requires_grad_()
     with pytest.raises(attnzoo.BackendUnavailable, match="learned sinks"):
-        softmax_attention(*tensors, sinks=sinks, backend="sdpa")
-    out = softmax_attention(*tensors, sinks=sinks)
+        attend(*tensors, sinks=sinks, backend="sdpa")
+    out = attend(*tensors, sinks=sinks)
     (grad,) = torch.autograd.grad(out.sum(), sinks)
     assert (grad != 0).all()
     with torch.no_grad():
-        expected = softmax_attention(*tensors, sinks=sinks, backend="sdpa")
+        expected = attend(*tensors, sinks=sinks, backend="sdpa")
     torch.testing.assert_close(out.detach(), expected)
 
 
@@ -305,15 +312,15 @@ def _wrong(**changes: object) -> dict[str, object]:
         (_wrong(q=torch.zeros(2, 3, 3, 8)), "num_kv_heads must divide num_heads, got 2 and 3"),
         (_wrong(q=torch.zeros(2, 3, 4, 8).double()), "one floating dtype"),
         (_wrong(q=torch.zeros(2, 4, 4, 8)), "causal attention needs T <= S, got 4 queries and 3 keys"),
-        (_wrong(q_extra=torch.zeros(2, 3, 4, 2)), "q_extra and k_extra must be given together"),
+        (_wrong(q_rope=torch.zeros(2, 3, 4, 2)), "q_rope and k_rope must be given together"),
         (
-            _wrong(q_extra=torch.zeros(2, 3, 4, 2), k_extra=torch.zeros(2, 3, 2, 2)),
-            r"k_extra \(B, S, 1, R\), got .*\(2, 3, 2, 2\)",
+            _wrong(q_rope=torch.zeros(2, 3, 4, 2), k_rope=torch.zeros(2, 3, 2, 2)),
+            r"k_rope \(B, S, 1, R\), got .*\(2, 3, 2, 2\)",
         ),
         (_wrong(mask=torch.zeros(3, 3)), "mask must be boolean"),
         (_wrong(bias=torch.zeros(5, 3)), r"bias must broadcast to \(B, H, T, S\)"),
         (_wrong(bias=torch.ones(3, 3, dtype=torch.bool)), "bias must be a floating tensor, got torch.bool"),
-        (_wrong(head_scale=torch.ones(2)), r"head_scale must be \(4,\) or \(2, 4\), got shape \(2,\)"),
+        (_wrong(head_scale=torch.ones(2)), r"head_scale must be \(4,\), \(2, 4\) or \(2, 3, 4\), got shape \(2,\)"),
         (_wrong(mask=torch.ones(5, 3, dtype=torch.bool)), "mask must broadcast"),
         (_wrong(mask=[[True]]), "mask must be a boolean tensor or an AttentionMask, got list"),
         (_wrong(backend="cudnn"), "backend must be one of .*, got 'cudnn'"),
@@ -321,7 +328,7 @@ def _wrong(**changes: object) -> dict[str, object]:
 )
 def test_refusals(call: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        softmax_attention(**call)
+        attend(**call)
 
 
 @pytest.mark.parametrize("backend", ["flash", "triton"])
@@ -329,13 +336,13 @@ def test_a_backend_that_cannot_run_here_says_why(backend: str, monkeypatch: pyte
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tensors, _ = call_of("plain", torch.float32)
     with pytest.raises(attnzoo.BackendUnavailable, match=f"backend '{backend}' cannot run softmax_attention: .+"):
-        softmax_attention(*tensors, backend=backend)
+        attend(*tensors, backend=backend)
 
 
 def test_the_sum_over_heads_reads_the_right_group() -> None:
     """A group's value reaches its own query heads and no other: callables keep the layout honest."""
     q, k = torch.zeros(1, 1, H, D), torch.zeros(1, 1, G, D)
     v = torch.arange(G).view(1, 1, G, 1).float().expand(1, 1, G, DV)
-    take: Callable[[str], Tensor] = lambda backend: softmax_attention(q, k, v, backend=backend)[0, 0, :, 0]  # noqa: E731
+    take: Callable[[str], Tensor] = lambda backend: attend(q, k, v, backend=backend)[0, 0, :, 0]  # noqa: E731
     for backend in ("eager", "sdpa"):
         assert take(backend).tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]

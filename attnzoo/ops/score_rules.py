@@ -1,0 +1,57 @@
+"""How scores become attention weights: the options of softmax attention as one object, and the one softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)  # Not frozen: one is made in every decoding step, and frozen fields are slow to set.
+class ScoreRules:
+    """The options of one call of `attnzoo.ops.softmax_attention` beside q, k, v and who sees whom; never changed.
+
+    Attributes:
+        scale: factor of the products.
+        softcap: positive bound of the logits, or None.
+        alibi_slopes: (H,) slopes of the distance, or None.
+        sinks: one more logit in the denominator, (H,) or a number, or None.
+        bias: (B, H, T, S) by broadcasting, added to the scores, or None.
+        q_rope: (B, T, H, R) rotary part of the queries, or None.
+        k_rope: (B, S, 1, R) rotary part of the keys, which all heads share, or None.
+        head_scale: factor of the outputs, (H,), (B, H) or (B, T, H), or None.
+        dropout: probability of dropping a weight.
+    """
+
+    scale: float
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | float | None = None
+    bias: Tensor | None = None
+    q_rope: Tensor | None = None
+    k_rope: Tensor | None = None
+    head_scale: Tensor | None = None
+    dropout: float = 0.0
+
+
+def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float | None = None) -> Tensor:
+    """Softmax over the last axis of scores (..., T, S); a fully masked row gets zero weights and zero gradients.
+
+    Args:
+        scores: in the dtype to compute in.
+        visible: boolean, broadcastable to the scores, True = may attend; None: everything.
+        sinks: one more logit in the denominator, a number or broadcastable to (..., T, 1).
+    """
+    seen = None
+    if visible is not None:
+        # Fully masked rows keep finite scores here and get zero weights below, so that neither way gives NaN.
+        seen = visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(visible | ~seen), -math.inf)
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        sink = torch.as_tensor(sinks, dtype=scores.dtype, device=scores.device).expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, sink], -1), dim=-1)[..., :-1]
+    return weights if seen is None else weights.masked_fill(~seen, 0.0)
