@@ -9,10 +9,13 @@ from attnzoo import adapters, conversion
 from attnzoo.backends import BackendUnavailable
 from attnzoo.costs import cost
 from attnzoo.masks import AttentionMask
+from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
+from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
+from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.linear import LinearAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhla import MultiHeadLinearAttention
@@ -36,8 +39,11 @@ __all__ = [
     "DynamicallyComposableAttention",
     "TalkingHeadsAttention",
     "KnockingHeadsAttention",
+    "KnockingHeadsTiedAttention",
+    "KnockingHeadsLatentAttention",
     "LinearAttention",
     "MultiHeadLinearAttention",
+    "ClusteredHeadAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

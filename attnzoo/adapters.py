@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class TorchMultiheadAttention(nn.Module):
     """Any self- or cross-attention module of the zoo with the call of torch.nn.MultiheadAttention.
 
-    It stands where torch builds that class in, for instance as `self_attn` of an nn.TransformerEncoderLayer
+    It can be used wherever torch uses that class, for instance as `self_attn` of an nn.TransformerEncoderLayer
     or as `self_attn` and `multihead_attn` of an nn.TransformerDecoderLayer:
 
         layer = nn.TransformerEncoderLayer(512, 8, batch_first=True)
@@ -35,7 +35,7 @@ class TorchMultiheadAttention(nn.Module):
         batch_first: inputs and outputs are (B, T, E); otherwise (T, B, E).
 
     Raises:
-        ValueError: if attn is no attention module with `num_heads` and `embed_dim`.
+        ValueError: if attn is not an attention module with `num_heads` and `embed_dim`.
     """
 
     # What nn.TransformerEncoder and its layers read to see that their fused path does not fit.
@@ -85,7 +85,7 @@ class TorchMultiheadAttention(nn.Module):
             key_padding_mask: (B, S), or (S,) without a batch axis; boolean with True = blocked, or floats
                 0 and -inf.
             need_weights: must be False.
-            attn_mask: (T, S) or (B H, T, S), likewise; (H, T, S) without a batch axis.
+            attn_mask: (T, S) or (B H, T, S), in the same convention; (H, T, S) without a batch axis.
             average_attn_weights: without effect.
             is_causal: promise that attn_mask is the causal mask. A module built with causal=True then needs
                 no mask at all.

@@ -122,8 +122,4 @@ def cost(
 
 def cache_bytes(module: Any, tokens: int, dtype: torch.dtype) -> int:
     """What the cache of one sequence holds after so many tokens: no more than a window and its sink tokens."""
-    if hasattr(module, "state_bytes"):
-        return int(module.state_bytes(tokens, dtype))
-    window = getattr(module, "sliding_window", None)
-    kept = tokens if window is None else min(tokens, window + module.sink_tokens)
-    return int(kept * module.cache_bytes_per_token(dtype))
+    return int(module.state_bytes(tokens, dtype))

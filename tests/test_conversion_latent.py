@@ -11,7 +11,7 @@ from safetensors import safe_open
 import attnzoo
 from attnzoo import Rotary
 from attnzoo.conversion import fold, mha2mla, to_kha
-from attnzoo.modules.structure import head_rows
+from attnzoo.modules.heads import head_rows
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parent / "golden" / "mha2mla.safetensors"
@@ -226,7 +226,8 @@ SOURCES = {
 def test_knocking_heads_start_as_the_source(name):
     source = SOURCES[name]()
     kha, weight = to_kha(source), sample()
-    assert isinstance(kha, attnzoo.KnockingHeadsAttention)
+    classes = {"gta": attnzoo.KnockingHeadsTiedAttention, "mla": attnzoo.KnockingHeadsLatentAttention}
+    assert type(kha) is classes.get(name, attnzoo.KnockingHeadsAttention)
     found, expected = gradients(kha, sample(), weight), gradients(source, sample(), weight)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-12, rtol=0)

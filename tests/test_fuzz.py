@@ -20,6 +20,7 @@ CLASSES = {
     "gqa": attnzoo.GroupedQueryAttention,
     "gta": attnzoo.GroupedTiedAttention,
     "kha": attnzoo.KnockingHeadsAttention,
+    "kha_gta": attnzoo.KnockingHeadsTiedAttention,
 }
 VARIANTS = ("linear", "linear_v", "mlp", "mlp_qkv")
 
@@ -31,7 +32,7 @@ def modules(draw, name):
     heads = groups * per_group
     embed_dim = draw(st.integers(1, 23))
     head_dim = draw(st.integers(1, 6)) * 2
-    sizes = {"head_dim": head_dim} | ({"num_kv_heads": groups} if name in ("gqa", "gta", "kha") else {})
+    sizes = {"head_dim": head_dim} | ({"num_kv_heads": groups} if name in ("gqa", "gta", "kha", "kha_gta") else {})
     causal = draw(st.booleans())
     options = {
         "causal": causal,
@@ -42,18 +43,14 @@ def modules(draw, name):
     }
     if draw(st.booleans()):
         options |= {"sliding_window": draw(st.integers(1, 9)), "sink_tokens": draw(st.integers(0, 3))}
-    base = draw(st.sampled_from(["gqa", "gta"])) if name == "kha" else name
-    tied = base == "gta"
+    tied = name in ("gta", "kha_gta")
     if name == "kha":
-        options |= {"base": base}
-        options |= (
-            {
-                "variant": draw(st.sampled_from(["mlp", "linear_v"])),
-                "knock_scope": draw(st.sampled_from(["tied", "value"])),
-            }
-            if tied
-            else {"variant": draw(st.sampled_from(VARIANTS))}
-        )
+        options |= {"variant": draw(st.sampled_from(VARIANTS))}
+    elif name == "kha_gta":
+        options |= {
+            "variant": draw(st.sampled_from(["mlp", "linear_v"])),
+            "knock_scope": draw(st.sampled_from(["tied", "value"])),
+        }
     style = draw(st.sampled_from(["half", "interleaved"]))
     rope = draw(st.sampled_from([None, "whole", "partial"]))
     if tied:

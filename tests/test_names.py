@@ -8,7 +8,8 @@ import attnzoo
 NAMES = (
     "MultiHeadAttention", "MultiQueryAttention", "GroupedQueryAttention", "GroupedTiedAttention",
     "MultiHeadLatentAttention", "MixtureOfHeadAttention", "MixtureOfAttentionHeads", "DynamicallyComposableAttention",
-    "TalkingHeadsAttention", "KnockingHeadsAttention", "LinearAttention", "MultiHeadLinearAttention",
+    "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
+    "LinearAttention", "MultiHeadLinearAttention",
 )  # fmt: skip
 
 

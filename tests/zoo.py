@@ -23,9 +23,9 @@ MECHANISMS: dict[str, Make] = {
     "kha-linear": lambda embed_dim=E, **options: attnzoo.KnockingHeadsAttention(
         embed_dim, H, G, variant="linear", **options
     ),
-    "kha-gta": lambda embed_dim=E, **options: attnzoo.KnockingHeadsAttention(embed_dim, H, G, base="gta", **options),
-    "kha-mla": lambda embed_dim=E, **options: attnzoo.KnockingHeadsAttention(
-        embed_dim, H, base="mla", kv_lora_rank=20, **options
+    "kha-gta": lambda embed_dim=E, **options: attnzoo.KnockingHeadsTiedAttention(embed_dim, H, G, **options),
+    "kha-mla": lambda embed_dim=E, **options: attnzoo.KnockingHeadsLatentAttention(
+        embed_dim, H, kv_lora_rank=20, **options
     ),
     "mla": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(embed_dim, H, kv_lora_rank=20, **options),
     "mla-pre": lambda embed_dim=E, **options: attnzoo.MultiHeadLatentAttention(

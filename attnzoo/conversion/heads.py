@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
+from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
+from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moh import MixtureOfHeadAttention
@@ -101,41 +103,42 @@ def to_kha(
     module: GroupedQueryAttention | GroupedTiedAttention | MultiHeadLatentAttention,
     variant: str | None = "auto",
     **kinds: Any,
-) -> KnockingHeadsAttention:
+) -> KnockingHeadsAttention | KnockingHeadsTiedAttention | KnockingHeadsLatentAttention:
     """The same layer with shared head maps that start as the identity: equal in output and in base gradients.
 
     Args:
         module: multi-head, multi-query, grouped-query, grouped-tied or (decoupled) latent attention without pruned
             heads.
-        variant: as in `KnockingHeadsAttention`.
-        kinds: knock_q, knock_k, knock_v and knock_scope, likewise.
+        variant: as in the knocking-heads class over that base.
+        kinds: its knock_q, knock_k, knock_v and knock_scope.
     """
-    kind = type(module)
+    cls = type(module)
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
-    options: dict[str, Any]
-    if kind in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
-        options = {"base": "gqa", "head_dim": module.head_dim, **_grouped_options(module)}
-    elif kind is GroupedTiedAttention:
-        options = {"base": "gta", "head_dim": module.head_dim, **_tied_options(module)}
-    elif kind is MultiHeadLatentAttention:
-        options = {"base": "mla", **_latent_options(module)}
+    converted: KnockingHeadsAttention | KnockingHeadsTiedAttention | KnockingHeadsLatentAttention
+    options: dict[str, Any] = {"num_kv_heads": module.num_kv_heads, "variant": variant, **kinds}
+    if cls in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        options |= {"head_dim": module.head_dim, **_grouped_options(module)}
+        converted = KnockingHeadsAttention(module.embed_dim, module.num_heads, **options)
+    elif cls is GroupedTiedAttention:
+        options |= {"head_dim": module.head_dim, **_tied_options(module)}
+        converted = KnockingHeadsTiedAttention(module.embed_dim, module.num_heads, **options)
+    elif cls is MultiHeadLatentAttention:
+        options |= _latent_options(module)
+        converted = KnockingHeadsLatentAttention(module.embed_dim, module.num_heads, **options)
     else:
         raise ValueError(
-            f"module must be of the grouped-query family, grouped-tied or latent attention, got {kind.__name__}"
+            f"module must be of the grouped-query family, grouped-tied or latent attention, got {cls.__name__}"
         )
-    options |= {"num_kv_heads": module.num_kv_heads, "variant": variant, **kinds}
-    converted = KnockingHeadsAttention(module.embed_dim, module.num_heads, **options)
-    state = converted.state_dict() | module.state_dict()
-    converted.load_state_dict(state)
+    converted.load_state_dict(converted.state_dict() | module.state_dict())
     return converted.train(module.training)
 
 
 def fold(
-    module: KnockingHeadsAttention,
+    module: KnockingHeadsAttention | KnockingHeadsTiedAttention | KnockingHeadsLatentAttention,
 ) -> GroupedQueryAttention | GroupedTiedAttention | MultiHeadLatentAttention:
-    """Knocking heads with linear maps as their plain base: `KnockingHeadsAttention.fold`, the inverse of `to_kha`."""
-    if not isinstance(module, KnockingHeadsAttention):
+    """Knocking heads with linear maps as their plain base: the module's own `fold`, the inverse of `to_kha`."""
+    if not isinstance(module, KnockingHeadsAttention | KnockingHeadsTiedAttention | KnockingHeadsLatentAttention):
         raise ValueError(f"module must be knocking-heads attention, got {type(module).__name__}")
     return module.fold()
 
@@ -214,18 +217,9 @@ def _tied_options(module: Any) -> dict[str, Any]:
 
 
 def _latent_options(module: Any) -> dict[str, Any]:
-    """Constructor options of a latent module; refuses those that knocking heads do not pass on."""
-    foreign = {
-        "rope_mode 'pre'": module.rope_mode == "pre",
-        "rope_kv_heads": module.rope_kv_heads != 1,
-        "rope_inv_freq": module.rope_inv_freq is not None,
-        "kv_norm=False": module.kv_a_layernorm is None,
-        "kv_b_bias": module.kv_b_proj.bias is not None,
-        "q_bias": module.q_lora_rank is None and module.q_proj.bias is not None,
-    }
-    for name, present in foreign.items():
-        if present:
-            raise ValueError(f"module must not have {name}: knocking heads over latent attention do not take it")
+    """Constructor options of a (decoupled or position-free) latent module."""
+    if module.rope_mode == "pre":
+        raise ValueError("module must not have rope_mode 'pre': knocking heads map expanded keys")
     return {
         **_common_options(module),
         "kv_lora_rank": module.kv_lora_rank,
@@ -233,6 +227,12 @@ def _latent_options(module: Any) -> dict[str, Any]:
         "qk_nope_head_dim": module.qk_nope_head_dim,
         "qk_rope_head_dim": module.qk_rope_head_dim or None,
         "v_head_dim": module.v_head_dim,
+        "rope_kv_heads": module.rope_kv_heads,
+        "rope_inv_freq": module.rope_inv_freq,
+        "kv_norm": module.kv_a_layernorm is not None,
+        "norm_eps": 1e-6 if module.kv_a_layernorm is None else module.kv_a_layernorm.eps,
+        "kv_b_bias": module.kv_b_proj.bias is not None,
+        "q_bias": module.q_lora_rank is None and module.q_proj.bias is not None,
         "bias": module.o_proj.bias is not None,
     }
 

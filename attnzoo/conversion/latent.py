@@ -32,7 +32,7 @@ class LatentReport:
         params_before: weights and biases of the source.
         params_after: those of the result.
         output_rel_error: on the calibration states, relative to the source; None without calibration.
-        output_rel_error_of_svd: likewise relative to the layer after the first step, partial rotation alone.
+        output_rel_error_of_svd: the same relative to the layer after the first step, partial rotation alone.
     """
 
     rope_pairs: tuple[tuple[int, ...], ...]

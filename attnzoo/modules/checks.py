@@ -36,12 +36,12 @@ def check_groups(num_heads: int, num_kv_heads: int) -> None:
 
 def check_options(
     *,
-    dropout: float,
-    logit_softcap: float | None,
-    sliding_window: int | None,
-    sink_tokens: int,
-    sink: str | None,
-    scale: float | None,
+    dropout: float = 0.0,
+    logit_softcap: float | None = None,
+    sliding_window: int | None = None,
+    sink_tokens: int = 0,
+    sink: str | None = None,
+    scale: float | None = None,
 ) -> None:
     """Refuse values that the softmax-attention options do not take."""
     if not 0 <= dropout < 1:
@@ -88,37 +88,44 @@ def split_context(
     return key, value
 
 
-def one_source(module: Any, x: Tensor, context: object, why: str = "keys and values are made from it") -> Tensor:
-    """What a module with one input for keys and values makes them from, (B, S, kdim): x, or the context.
+def key_value_sources(module: Any, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+    """What keys (B, S, kdim) and values (B, S, vdim) are made from: x, or the context.
 
-    Refuses a context that does not fit, and a missing one where kdim is not embed_dim.
+    A module with an attribute `vdim` takes a pair of contexts too. Refuses a context that does not fit, and a missing
+    one where its widths are not embed_dim.
     """
+    vdim = getattr(module, "vdim", None)
     if context is None:
-        if module.kdim != module.embed_dim:
+        if vdim is None and module.kdim != module.embed_dim:
             raise ValueError(
                 f"context must be given, since kdim is not embed_dim: {module.kdim} and {module.embed_dim}"
             )
-        return x
+        if vdim is not None and (module.kdim != module.embed_dim or vdim != module.embed_dim):
+            raise ValueError(
+                f"context must be given, since kdim and vdim are not embed_dim: {module.kdim}, {vdim} "
+                f"and {module.embed_dim}"
+            )
+        return x, x
     if module.causal:
         raise ValueError("context needs a module with causal=False, got causal=True")
-    if not isinstance(context, Tensor):
-        raise ValueError(f"context must be one tensor: {why}")
-    return split_context(context, x, module.kdim, module.kdim)[0]
+    if vdim is None and not isinstance(context, Tensor):
+        raise ValueError(f"context must be one tensor: {module.one_source_reason}")
+    return split_context(context, x, module.kdim, module.kdim if vdim is None else vdim)
 
 
-def check_cache(
-    cache: object,
-    kind: type | tuple[type, ...],
-    causal: bool,
-    context: object,
-    mask: AttentionMask | None,
-) -> None:
-    """Refuse a cache of another mechanism, and one where a cache has no meaning."""
-    if not isinstance(cache, kind):
+def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | None) -> None:
+    """Refuse a cache of another mechanism or of other sizes, and one where a cache has no meaning."""
+    if not isinstance(cache, module.cache_type):
         raise ValueError(f"cache must come from this module's init_cache, got a {type(cache).__name__}")
-    if not causal:
+    if not module.causal:
         raise ValueError("cache needs a module with causal=True, got causal=False")
     if mask is not None and mask.cu_seqlens is not None:
         raise ValueError("mask must not be packed when cache is given: a cache continues one document a row")
     if context is not None:
         raise ValueError("cache holds keys of x and cannot be combined with context")
+    layout = module.cache_layout()
+    if cache.layout != layout:
+        raise ValueError(
+            f"cache must come from this module's init_cache: it was made for {cache.layout}, and the module needs "
+            f"{layout}"
+        )

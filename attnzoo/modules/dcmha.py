@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.backends import check_name
-from attnzoo.cache import TokenCache
-from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import (
-    check_cache,
-    check_groups,
-    check_input,
-    check_options,
-    check_sizes,
-    derive_head_dim,
-    one_source,
-)
-from attnzoo.modules.positions import rotary_tables
-from attnzoo.modules.structure import attention_pairs, head_rows, keep_columns, keep_rows, surviving_heads
-from attnzoo.modules.talking_heads import composed_chunk
-from attnzoo.ops.composed_attention import Composition, Side, Sight, composed_attention
+from attnzoo.cache import ComposedCache
+from attnzoo.modules.base import Factors, Mechanism
+from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.checks import check_sizes
+from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
+from attnzoo.ops.composed_attention import Composition, DynamicProjection, composed_attention
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.ops.qk_norm_rope import qk_norm_rope
+from attnzoo.rotary import Rotary
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
-
-
-class ComposedCache(TokenCache):
-    """Keys, values, and what belongs to each key in the compositions: G (D + Dv) + P (2 R + 1) H numbers a token."""
-
-    def append(
-        self, k: Tensor, v: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Store k (B, T, G, D), v (B, T, G, Dv) and weights (B, T, 1, P (2 R + 1) H); return those of all tokens."""
-        if weights is None:
-            (k, v), positions = self._append(k, v)
-            return k, v, None, positions
-        (k, v, weights), positions = self._append(k, v, weights)
-        return k, v, weights, positions
 
 
 class DynamicWeights(nn.Module):
@@ -52,55 +27,53 @@ class DynamicWeights(nn.Module):
 
         d = act(X W1^T) W2;   u = d[:R] / sqrt(mean(d[:R]^2) + eps),  v = d[R:],  g = tanh(X Wg^T)
 
-    for each of P places and N groups of M heads; the mean is over the M heads.
+    for each of P stages and N groups of M heads; the mean is over the M heads.
     """
 
     def __init__(
         self,
         width: int,
-        places: int,
+        stages: int,
         groups: int,
         heads: int,
         rank: int,
         hidden: int,
         act: str,
         eps: float,
-        **made: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.sizes = (groups, places, hidden, rank, heads)
+        self.sizes = (groups, stages, hidden, rank, heads)
         self.act = act
         self.eps = eps
-        self.w1 = nn.Linear(width, groups * places * hidden, False, **made)
-        self.w2 = nn.Parameter(torch.empty(groups, places, hidden, 2 * rank, heads, **made))
-        self.gate = nn.Linear(width, groups * places * heads, False, **made)
+        self.w1 = nn.Linear(width, groups * stages * hidden, False, **factory_kwargs)
+        self.w2 = nn.Parameter(torch.empty(groups, stages, hidden, 2 * rank, heads, **factory_kwargs))
+        self.gate = nn.Linear(width, groups * stages * heads, False, **factory_kwargs)
 
     def reset_parameters(self) -> None:
-        """The official start, close to no composition: u of size 0.7, small v and gates."""
+        """The official start, close to the identity: u of size 0.7, small v and gates."""
         _, _, hidden, rank, heads = self.sizes
         width = self.w1.in_features
         nn.init.normal_(self.w1.weight, std=math.sqrt(2 / (width + hidden)))
         nn.init.normal_(self.w2, std=0.02 / (math.sqrt(hidden) * (heads + rank)))
         nn.init.normal_(self.gate.weight, std=0.005 * math.sqrt(2 / (width + heads)))
 
-    def forward(self, x: Tensor) -> list[Side]:
-        """x (B, L, E) -> for each place u (B, L, N, R, M), v (B, L, N, R, M), g (B, L, N, M), in x's dtype."""
-        groups, places, hidden, rank, heads = self.sizes
-        high = torch.promote_types(x.dtype, torch.float32)
+    def forward(self, x: Tensor) -> list[DynamicProjection]:
+        """x (B, L, E) -> for each stage u (B, L, N, R, M), v (B, L, N, R, M), g (B, L, N, M), in x's dtype."""
+        groups, stages, hidden, rank, heads = self.sizes
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
         raw, gate = self.w1(x), self.gate(x)
         with without_autocast(x):
-            raw = raw.to(high).view(*x.shape[:2], groups, places, hidden)
+            raw = raw.to(compute_dtype).view(*x.shape[:2], groups, stages, hidden)
             inner = F.gelu(raw, approximate="tanh" if self.act == "gelu_tanh" else "none")
-            d = torch.einsum("blnpk,npkrm->blnprm", inner, self.w2.to(high))
+            d = torch.einsum("blnpk,npkrm->blnprm", inner, self.w2.to(compute_dtype))
             u, v = d[..., :rank, :], d[..., rank:, :]
             u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
-            g = torch.tanh(gate.to(high)).view(*x.shape[:2], groups, places, heads)
-        return [
-            (u[:, :, :, p].to(x.dtype), v[:, :, :, p].to(x.dtype), g[:, :, :, p].to(x.dtype)) for p in range(places)
-        ]
+            g = torch.tanh(gate.to(compute_dtype)).view(*x.shape[:2], groups, stages, heads)
+        return list(zip(*(z.to(x.dtype).unbind(3) for z in (u, v, g)), strict=True))
 
 
-class DynamicallyComposableAttention(nn.Module):
+class DynamicallyComposableAttention(Mechanism):
     """Dynamically composable multi-head attention (Xiao et al. 2024, arXiv:2405.08553).
 
     The vector of all heads' scores at a pair (t, s) passes through a composition before the softmax, and that of
@@ -130,7 +103,7 @@ class DynamicallyComposableAttention(nn.Module):
         post_compose: whether weights are composed.
         query_wise: whether what belongs to queries takes part.
         key_wise: whether what belongs to keys takes part.
-        static_base: whether there is a learned Base of each place.
+        static_base: whether each stage has a learned Base.
         dyn_act: "gelu" or "gelu_tanh".
         dyn_norm_eps: added to the mean square of u.
         qk_norm: RMS-normalise each head's query and key before the rotation.
@@ -139,7 +112,7 @@ class DynamicallyComposableAttention(nn.Module):
         sliding_window: a query sees this many keys at most, itself included.
         causal: no query sees a later key.
         dropout: probability of dropping a composed weight in training.
-        chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are made anew in the
+        chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (folded where that is possible, chunked for more than chunk_size queries), "eager" (all
@@ -149,7 +122,8 @@ class DynamicallyComposableAttention(nn.Module):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    aux_loss: Tensor | None = None
+    cache_type = ComposedCache
+    shown = ("rank", "stages", "rope", "sliding_window", "pruned_heads")
     q_dyn: DynamicWeights | None
     k_dyn: DynamicWeights | None
     pre_base: nn.Parameter | None
@@ -186,18 +160,11 @@ class DynamicallyComposableAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        head_dim = derive_head_dim(embed_dim, num_heads, head_dim)
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kdim = embed_dim if kdim is None else kdim
-        check_sizes(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, kdim=self.kdim,
-            head_groups=head_groups, rank=rank, chunk_size=chunk_size,
+        super().__init__(
+            embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
+            causal=causal, dropout=dropout, init_std=init_std, backend=backend,
         )  # fmt: skip
-        check_groups(num_heads, num_kv_heads)
-        check_options(
-            dropout=dropout, logit_softcap=None, sliding_window=sliding_window, sink_tokens=0, sink=None, scale=None
-        )  # fmt: skip
+        check_sizes(head_groups=head_groups, rank=rank, chunk_size=chunk_size)
         if num_heads % head_groups:
             raise ValueError(f"head_groups must divide num_heads, got {head_groups} and {num_heads}")
         heads = num_heads // head_groups
@@ -207,8 +174,6 @@ class DynamicallyComposableAttention(nn.Module):
         check_sizes(dyn_hidden_dim=hidden)
         if sliding_window is not None and not causal:
             raise ValueError(f"sliding_window needs causal=True, got {sliding_window} and causal=False")
-        if causal and kdim is not None:
-            raise ValueError(f"kdim needs causal=False, got kdim={kdim}")
         if not (pre_compose or post_compose):
             raise ValueError("pre_compose or post_compose must be True, got neither: that is multi-head attention")
         if not (query_wise or key_wise or static_base):
@@ -217,83 +182,38 @@ class DynamicallyComposableAttention(nn.Module):
             )
         if dyn_act not in ACTIVATIONS:
             raise ValueError(f"dyn_act must be one of {', '.join(map(repr, ACTIVATIONS))}, got {dyn_act!r}")
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = self.v_head_dim = head_dim
         self.head_groups = head_groups
         self.rank = rank
-        self.places = tuple(name for name, used in (("pre", pre_compose), ("post", post_compose)) if used)
-        self.static_base = static_base
-        self.rope = rope
-        self.rope_dim = 0 if rope is None else rope.width(head_dim)
-        self.scale = head_dim**-0.5
-        self.sliding_window = sliding_window
-        self.sink_tokens = 0
-        self.causal = causal
-        self.dropout = dropout
+        self.stages = tuple(name for name, used in (("pre", pre_compose), ("post", post_compose)) if used)
         self.chunk_size = chunk_size
-        self.init_std = init_std
-        self.backend = check_name(backend)
-        self.score_heads = num_heads
-        self._total_heads, self._kept_heads = num_heads, tuple(range(num_heads))
-        self._kept_groups = tuple(range(num_kv_heads))
-
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **made)
-        self.k_proj = nn.Linear(self.kdim, num_kv_heads * head_dim, bias, **made)
-        self.v_proj = nn.Linear(self.kdim, num_kv_heads * head_dim, bias, **made)
-        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **made)
-        self.q_norm = nn.RMSNorm(head_dim, qk_norm_eps, **made) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, qk_norm_eps, **made) if qk_norm else None
-        sizes = (len(self.places), head_groups, heads, rank, hidden, dyn_act, dyn_norm_eps)
-        self.q_dyn = DynamicWeights(embed_dim, *sizes, **made) if query_wise else None
-        self.k_dyn = DynamicWeights(self.kdim, *sizes, **made) if key_wise else None
-        bases = [
-            nn.Parameter(torch.empty(head_groups, heads, heads, **made)) if static_base and used else None
-            for used in (pre_compose, post_compose)
-        ]
-        self.pre_base, self.post_base = bases
+        G, D = self.num_kv_heads, self.head_dim
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * D, bias, **factory_kwargs)
+        self.k_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
+        self.v_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
+        self.o_proj = nn.Linear(num_heads * D, embed_dim, bias, **factory_kwargs)
+        self.q_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
+        self.k_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
+        sizes = (len(self.stages), head_groups, heads, rank, hidden, dyn_act, dyn_norm_eps)
+        self.q_dyn = DynamicWeights(embed_dim, *sizes, **factory_kwargs) if query_wise else None
+        self.k_dyn = DynamicWeights(self.kdim, *sizes, **factory_kwargs) if key_wise else None
+        for stage in ("pre", "post"):
+            learned = static_base and stage in self.stages
+            base = nn.Parameter(torch.empty(head_groups, heads, heads, **factory_kwargs)) if learned else None
+            self.register_parameter(f"{stage}_base", base)
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
-        """Initialise: projections normal with `std` (output projection `out_std`); compositions near to none."""
-        std = self.init_std if std is None else std
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=std)
-        nn.init.normal_(self.o_proj.weight, std=std if out_std is None else out_std)
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                nn.init.ones_(norm.weight)
-        for dynamic in (self.q_dyn, self.k_dyn):
-            if dynamic is not None:
-                dynamic.reset_parameters()
+        """Initialise: projections normal with `std` (output projection `out_std`), mixes close to the identity."""
+        super().reset_parameters(std, out_std)
         for base in (self.pre_base, self.post_base):
             if base is not None:
                 nn.init.normal_(base, std=0.1 / math.sqrt(base.shape[1]))
 
-    @property
-    def folds(self) -> bool:
-        """Whether the compositions move into queries and outputs of plain attention."""
-        heads = self.score_heads // self.head_groups
-        return self.k_dyn is None and (self.score_heads // self._all_groups) % heads == 0
-
-    @property
-    def _all_groups(self) -> int:
-        return self.k_proj.out_features // self.head_dim
-
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        mask: Tensor | AttentionMask | None = None,
-        positions: Tensor | tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: ComposedCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """x (B, T, E) -> (B, T, E).
 
         Args:
@@ -305,218 +225,111 @@ class DynamicallyComposableAttention(nn.Module):
                 restarting in each packed document. A pair (queries, keys) in cross-attention.
             cache: from `init_cache`; filled in place.
         """
-        check_input("x", x, self.embed_dim)
-        mask = as_mask(mask)
-        past = 0 if cache is None else cache.length
-        source = one_source(self, x, context)
-        B, T, S = x.shape[0], x.shape[1], source.shape[1]
-        if cache is not None:
-            check_cache(cache, ComposedCache, self.causal, context, mask)
-        q = self.q_proj(x).view(B, T, self.score_heads, self.head_dim)
-        k = self.k_proj(source).view(B, S, self._all_groups, self.head_dim)
-        v = self.v_proj(source).view(B, S, self.num_kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            own = self.q_norm.weight.dtype
-            q, k = self.q_norm(q.to(own)).to(q.dtype), self.k_norm(k.to(own)).to(k.dtype)
-        if self.rope is not None:
-            q_table, k_table = rotary_tables(
-                self.rope, self.rope_dim, q, k, positions, mask, cross=context is not None, past=past,
-                limit=None if cache is None else cache.max_length,
-            )  # fmt: skip
-            q, k = rotate(q, *q_table, self.rope.style), rotate(k, *k_table, self.rope.style)
+        call = begin(self, x, context, mask, positions, cache)
+        q, k, v = self.project(x, call.source)
+        q = qk_norm_rope(q, call.q_table, norm=self.q_norm, backend=self.backend)
+        k = qk_norm_rope(k, call.k_table, norm=self.k_norm, backend=self.backend)
         of_queries = None if self.q_dyn is None else self.q_dyn(x)
-        of_keys = None if self.k_dyn is None else self.k_dyn(source)
-        key_positions = None
-        if cache is not None:
-            packed = None if of_keys is None else _packed(of_keys).to(v.dtype)
-            k, v, packed, key_positions = cache.append(k, v, packed)
-            of_keys = None if packed is None else self._unpacked(packed)
-        pre, post = (self._composition(place, of_queries, of_keys) for place in ("pre", "post"))
-        start = past if cache is not None else k.shape[1] - T
-        if not self._kept_heads:
-            out = x.new_zeros(B, T, 0, self.head_dim)
-        elif self.folds and self.backend != "eager":
-            out = self._folded(q, k, v, pre, post, mask, start if cache is not None else None, key_positions)
-        else:
+        of_keys = None if self.k_dyn is None else self.k_dyn(call.source)
+        states = [k, v]
+        if of_keys is not None and cache is not None:
+            states.append(_packed(of_keys).to(v.dtype))
+        with call.remember(*states) as (k, v, *packed):
+            of_keys = self.unpacked(packed[0]) if packed else of_keys
+            pre, post = (self.composition(stage, of_queries, of_keys) for stage in ("pre", "post"))
             out = composed_attention(
-                q, k, v, pre, post, Sight(self.causal, self.sliding_window, mask, start, key_positions),
-                scale=self.scale, dropout=self.dropout if self.training else 0.0,
-                chunk_size=composed_chunk(self.backend, self.chunk_size), value_heads=self._value_heads(q.device),
-                value_groups=self._value_groups(), backend=self.backend,
+                q, k, self.values_of_all(v), pre, post, call.view, scale=self.scale, dropout=self.weight_dropout,
+                chunk_size=self.chunk_size, value_heads=self.heads.kept if self.num_heads < self.score_heads else None,
+                backend=self.backend,
             )  # fmt: skip
-        y: Tensor = self.o_proj(out.flatten(2))
-        return y
+            y: Tensor = self.o_proj(out.flatten(2))
+            return y
 
-    def _composition(self, place: str, of_queries: list[Side] | None, of_keys: list[Side] | None) -> Composition | None:
-        if place not in self.places:
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys (B, S, G, D) and the values that are left, before norm and rotation."""
+        (B, T, _), S, D = x.shape, source.shape[1], self.head_dim
+        q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        q = q.view(B, T, self.score_heads, D)
+        return q, k.view(B, S, self.num_key_heads, D), v.view(B, S, self.num_kv_heads, D)
+
+    def composition(
+        self, stage: str, of_queries: list[DynamicProjection] | None, of_keys: list[DynamicProjection] | None
+    ) -> Composition | None:
+        """What is composed at a stage, "pre" or "post"; None: nothing."""
+        if stage not in self.stages:
             return None
-        at = self.places.index(place)
-        return Composition(
-            self.pre_base if place == "pre" else self.post_base,
-            True,
-            None if of_queries is None else of_queries[at],
-            None if of_keys is None else of_keys[at],
-        )
+        at = self.stages.index(stage)
+        base = self.pre_base if stage == "pre" else self.post_base
+        query, key = (None if side is None else side[at] for side in (of_queries, of_keys))
+        return Composition(base, query=query, key=key)
 
-    def _folded(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pre: Composition | None,
-        post: Composition | None,
-        mask: AttentionMask | None,
-        start: int | None,
-        key_positions: Tensor | None,
-    ) -> Tensor:
-        """Plain attention of composed queries, its outputs composed: heads of a group share key and value."""
-        dtype = q.dtype
-        if pre is not None:
-            with without_autocast(q):
-                q = _heads_composed(pre, q).to(dtype)
-        if self._kept_groups != tuple(range(self._all_groups)):
-            # Values of groups that are pruned: their outputs are not wanted, any value does.
-            room = v.new_zeros(*v.shape[:2], self._all_groups, v.shape[3])
-            v = room.index_copy(2, torch.tensor(self._kept_groups, device=v.device), v)
-        out = softmax_attention(
-            q, k, v, causal=self.causal, mask=mask, scale=self.scale, window=self.sliding_window,
-            dropout=self.dropout if self.training else 0.0, key_positions=key_positions, query_start=start,
-            backend=self.backend,
-        )  # fmt: skip
-        if post is not None:
-            with without_autocast(q):
-                out = _heads_composed(post, out).to(dtype)
-        wanted = self._value_heads(out.device)
-        return out if wanted is None else out.index_select(2, wanted)
-
-    def _value_heads(self, device: torch.device) -> Tensor | None:
-        if len(self._kept_heads) == self._total_heads:
-            return None
-        return torch.tensor(self._kept_heads, dtype=torch.long, device=device)
-
-    def _value_groups(self) -> tuple[int, ...] | None:
-        """Which value head every kept head reads, where that is no longer regular."""
-        if len(self._kept_heads) == self._total_heads:
-            return None
-        size = self._total_heads // self._all_groups
-        return tuple(self._kept_groups.index(h // size) for h in self._kept_heads)
-
-    def _unpacked(self, packed: Tensor) -> list[Side]:
+    def unpacked(self, packed: Tensor) -> list[DynamicProjection]:
         """The inverse of `_packed`."""
-        B, S = packed.shape[:2]
-        N, R, M = self.head_groups, self.rank, self.score_heads // self.head_groups
-        sides = packed.view(B, S, len(self.places), N, (2 * R + 1) * M)
-        found = []
-        for place in range(len(self.places)):
-            side = sides[:, :, place]
-            u, v = (side[..., i * R * M : (i + 1) * R * M].reshape(B, S, N, R, M) for i in range(2))
-            found.append((u, v, side[..., 2 * R * M :]))
-        return found
+        R, M = self.rank, self.score_heads // self.head_groups
+        stages = packed.view(*packed.shape[:2], len(self.stages), self.head_groups, 2 * R + 1, M)
+        return [(stage[..., :R, :], stage[..., R:-1, :], stage[..., -1, :]) for stage in stages.unbind(2)]
 
-    def init_cache(
-        self,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ComposedCache:
-        """A cache for max_length tokens, or for the window; device and dtype default to those of the weights."""
-        weight = self.q_proj.weight
-        widths: tuple[tuple[int, int], ...] = ((self._all_groups, self.head_dim), (self.num_kv_heads, self.head_dim))
-        if self.k_dyn is not None:
-            widths = (*widths, (1, self._numbers_of_a_key()))
-        return ComposedCache(
-            batch_size,
-            max_length,
-            widths,
-            window=self.sliding_window,
-            device=weight.device if device is None else device,
-            dtype=weight.dtype if dtype is None else dtype,
-        )
-
-    def _numbers_of_a_key(self) -> int:
-        return 0 if self.k_dyn is None else len(self.places) * (2 * self.rank + 1) * self.score_heads
-
-    def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """G 2 D numbers of that dtype, and P (2 R + 1) H with key_wise."""
-        heads = (self._all_groups + self.num_kv_heads) * self.head_dim
-        return (heads + self._numbers_of_a_key()) * dtype.itemsize
-
-    def flops(self, T: int, S: int | None = None) -> int:
-        """Forward FLOPs of one sequence: T new tokens that look at S keys, T of them new (default S = T)."""
-        return sum(self.flops_by_part(T, S).values())
-
-    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """As `flops`: "projections", "attention", "dynamic weights" and "composition" (of pairs, or folded)."""
-        S = T if S is None else S
-        keys = T if self.causal else S
-        H, V, D, E = self.score_heads, self.num_heads, self.head_dim, self.embed_dim
-        projections = 2 * T * E * (H + V) * D + 2 * keys * self.kdim * (self._all_groups + self.num_kv_heads) * D
-        pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window)
-        dynamic, per_pair = 0, 0
-        for side, tokens in ((self.q_dyn, T), (self.k_dyn, keys)):
-            if side is None:
-                continue
-            groups, places, hidden, rank, heads = side.sizes
-            made = side.w1.in_features * groups * places * (hidden + heads) + side.w2.numel()
-            dynamic += 2 * tokens * made
-            per_pair += places * 4 * rank * H
-        if self.static_base:
-            per_pair += len(self.places) * 2 * H * H // self.head_groups
-        folded = self.folds and self.backend != "eager"
-        composition = per_pair * (T * D if folded else pairs)
-        core = 2 * D * (H + (H if folded else V)) * pairs
-        return {
-            "projections": projections, "attention": core, "dynamic weights": dynamic, "composition": composition
-        }  # fmt: skip
-
-    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
-        """Per query head the factors (WQ_h, WK_h), each (d, E), before the composition; norm gains folded in.
-
-        part: "full", or of a module with rope the "rope" features or the rest, "nope".
-        """
-        if part not in ("full", "rope", "nope") or (part != "full" and self.rope is None):
-            raise ValueError(f"part must be 'full', or with rope 'rope' or 'nope', got {part!r}")
-        rows = {"full": slice(None), "rope": slice(self.rope_dim), "nope": slice(self.rope_dim, None)}[part]
-        wq = self.q_proj.weight.detach().view(self.score_heads, self.head_dim, -1)
-        wk = self.k_proj.weight.detach().view(self._all_groups, self.head_dim, -1)
-        if self.q_norm is not None and self.k_norm is not None:
-            wq, wk = wq * self.q_norm.weight.detach()[:, None], wk * self.k_norm.weight.detach()[:, None]
-        size = self.score_heads // self._all_groups
-        return [(wq[h, rows], wk[h // size, rows]) for h in range(self.score_heads)]
+    def values_of_all(self, v: Tensor) -> Tensor:
+        """Values of all heads, (B, S, G, D), with zeros where only pruned heads read."""
+        if self.num_kv_heads == self.num_key_heads:
+            return v
+        groups = torch.tensor(self.heads.groups, dtype=torch.long, device=v.device)
+        return v.new_zeros(*v.shape[:2], self.num_key_heads, self.head_dim).index_copy(2, groups, v)
 
     @property
-    def pruned_heads(self) -> tuple[int, ...]:
-        """Original numbers of the heads whose value half is gone, ascending."""
-        return tuple(h for h in range(self._total_heads) if h not in self._kept_heads)
+    def score_heads(self) -> int:
+        """Heads H of the scores, all that the module was made with."""
+        return self.heads.total
 
-    def prune_heads(self, indices: Iterable[int]) -> None:
-        """Remove the value half of heads; the rest computes what it did with these heads' outputs set to 0.
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of the keys, all that the module was made with."""
+        return self.heads.total // self.heads.group_size
 
-        Numbers are original ones. A value head goes when no head reads it any more; keys stay.
-        """
-        old_heads, old_groups = self._kept_heads, self._kept_groups
-        heads = surviving_heads(self._total_heads, self.pruned_heads, indices)
-        size = self._total_heads // self._all_groups
-        groups = tuple(sorted({h // size for h in heads}))
-        keep_rows(self.v_proj, head_rows([old_groups.index(g) for g in groups], self.head_dim))
-        keep_columns(self.o_proj, head_rows([old_heads.index(h) for h in heads], self.head_dim))
-        self._kept_heads, self._kept_groups = heads, groups
-        self.num_heads, self.num_kv_heads = len(heads), len(groups)
+    @property
+    def folds(self) -> bool:
+        """Whether the compositions move into queries and outputs of plain attention."""
+        return self.k_dyn is None and self.head_groups % self.num_key_heads == 0
 
-    def extra_repr(self) -> str:
-        """The sizes and the options."""
-        sizes = f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{sizes}, rank={self.rank}, places={self.places}, rope={self.rope}, causal={self.causal}"
+    @property
+    def key_state_size(self) -> int:
+        """Numbers that belong to a key in the compositions, P (2 R + 1) H with key_wise."""
+        return 0 if self.k_dyn is None else len(self.stages) * (2 * self.rank + 1) * self.score_heads
+
+    def cache_widths(self) -> tuple[tuple[int, ...], ...]:
+        """(heads, width) of keys, of values and, with key_wise, of what belongs to keys in the compositions."""
+        widths = (self.num_key_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+        return widths if self.k_dyn is None else (*widths, (1, self.key_state_size))
+
+    def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
+        """Forward FLOPs of "projections", "attention", "dynamic weights" and "composition" (of pairs, or folded)."""
+        S = T if S is None else S
+        keys = T if self.causal else S
+        H, V, D, G = self.score_heads, self.num_heads, self.head_dim, self.num_key_heads
+        pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window)
+        projections = 2 * T * self.embed_dim * (H + V) * D + 2 * keys * self.kdim * (G + self.num_kv_heads) * D
+        sides = [(side, tokens) for side, tokens in ((self.q_dyn, T), (self.k_dyn, keys)) if side is not None]
+        dynamic = sum(2 * tokens * sum(p.numel() for p in side.parameters()) for side, tokens in sides)
+        per_pair = len(self.stages) * 4 * self.rank * H * len(sides)
+        per_pair += sum(2 * base.numel() for base in (self.pre_base, self.post_base) if base is not None)
+        folded = self.folds and self.backend != "eager"
+        return {
+            "projections": projections, "attention": 2 * D * (H + (H if folded else V)) * pairs,
+            "dynamic weights": dynamic, "composition": per_pair * (T * D if folded else pairs),
+        }  # fmt: skip
+
+    def qk_circuit(self, part: str = "full") -> Factors:
+        """As `Mechanism.qk_circuit`, of all heads of the scores, before the composition."""
+        rows = self._part_rows(part)
+        wq, wk = self.head_weights()
+        return [(wq[h, rows], wk[h // self.heads.group_size, rows]) for h in range(self.score_heads)]
+
+    def keep_heads(self, heads: list[int], groups: list[int]) -> None:
+        """Cut the value halves down to these places of heads and of value heads; queries and keys stay."""
+        keep_rows(self.v_proj, groups, self.head_dim)
+        keep_columns(self.o_proj, heads, self.head_dim)
 
 
-def _packed(sides: list[Side]) -> Tensor:
+def _packed(stages: list[DynamicProjection]) -> Tensor:
     """What belongs to keys as one tensor (B, S, 1, P N (2 R + 1) M) for the cache."""
-    places = [torch.cat([u.flatten(-2), v.flatten(-2), g], dim=-1).flatten(2) for u, v, g in sides]
-    return torch.cat(places, dim=-1).unsqueeze(2)
-
-
-def _heads_composed(composition: Composition, heads: Tensor) -> Tensor:
-    """A composition without key part on vectors of heads (B, T, H, D)."""
-    high = torch.promote_types(heads.dtype, torch.float32)
-    return composition(heads.to(high).transpose(1, 2)).transpose(1, 2)
+    return torch.stack([torch.cat([u, v, g[..., None, :]], -2) for u, v, g in stages], 2).flatten(2)[:, :, None]

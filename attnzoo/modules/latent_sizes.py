@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from attnzoo.modules.checks import check_sizes
 from attnzoo.rotary import Rotary
@@ -55,3 +58,36 @@ class LatentSizes:
         if rope.dim not in (None, rotary):
             raise ValueError(f"rope.dim must equal qk_rope_head_dim, got {rope.dim} and {rotary}")
         return cls(rank, nope, rope.width(rotary), value, mode, rope)
+
+    def check_frequencies(self, frequencies: Tensor, rope_kv_heads: int) -> None:
+        """Refuse frequencies that are not one row for each rotary key."""
+        wanted = (rope_kv_heads, self.rotary // 2)
+        if self.mode != "decoupled" or tuple(frequencies.shape) != wanted:
+            raise ValueError(
+                f"rope_inv_freq must have shape (rope_kv_heads, qk_rope_head_dim / 2) = {wanted} with "
+                f"rope_mode 'decoupled', got {tuple(frequencies.shape)} with {self.mode!r}"
+            )
+
+
+def check_latent_options(
+    sizes: LatentSizes, H: int, G: int, rope_kv_heads: int, q_lora_rank: int | None, absorb: bool | str
+) -> None:
+    """Refuse what `MultiHeadLatentAttention` does not take."""
+    check_sizes(q_lora_rank=1 if q_lora_rank is None else q_lora_rank)
+    if rope_kv_heads not in (1, G):
+        raise ValueError(f"rope_kv_heads must be 1 or num_kv_heads {G}, got {rope_kv_heads}")
+    if sizes.mode == "pre" and (G < H or rope_kv_heads > 1):
+        raise ValueError(
+            f"num_kv_heads and rope_kv_heads must be left alone with rope_mode 'pre', got {G} and {rope_kv_heads}"
+        )
+    if absorb not in (True, False, "auto"):
+        raise ValueError(f"absorb must be True, False or 'auto', got {absorb!r}")
+
+
+def yarn_factor(rope: Rotary | None) -> float:
+    """m^2 with m = 0.1 mscale_all_dim ln(factor) + 1, the factor that DeepSeek's yarn puts on the scores."""
+    if rope is None or rope.scaling is None or rope.kind != "yarn":
+        return 1.0
+    factor, weight = rope.scaling_factor, rope.scaling.get("mscale_all_dim") or 0.0
+    m: float = 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+    return m * m

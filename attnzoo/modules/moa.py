@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.backends import check_name
 from attnzoo.cache import KeyValueCache
-from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, derive_head_dim, one_source
-from attnzoo.modules.positions import rotary_tables
-from attnzoo.modules.structure import attention_pairs, surviving_heads
+from attnzoo.modules.base import Factors, Mechanism, per_head
+from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.checks import check_sizes
+from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
-from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.head_routing import Routing, router_losses
+from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.ops.submodules import is_plain, precise_linear
+from attnzoo.rotary import Rotary
+from attnzoo.tracing import is_exported
 
 GATE_MODES = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
-AUX_LOSSES = ("switch_z", "mi", "cv", "none")
+AUX_LOSSES = {"switch_z": ("switch", "z"), "mi": ("mi",), "cv": ("cv",), "none": ()}
+"""Terms of `router_losses` that each auxiliary loss adds up."""
 
 
 class Experts(nn.Module):
     """N matrices, weight (N, out, in)."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int, **made: Any) -> None:
+    def __init__(self, experts: int, in_features: int, out_features: int, **factory_kwargs: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features, **made))
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features, **factory_kwargs))
+
+    def forward(self, x: Tensor, routes: Routes, **options: Any) -> Tensor:
+        """As `expert_linear_pieces` with these matrices."""
+        return expert_linear_pieces(x, self.weight.to(x.dtype), routes, **options)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What the router of the last training forward did, detached, for diagnostics.
-
-    Attributes:
-        load: (N,) share of the choices that fell on each expert.
-        probability: (N,) mean probability of each expert.
-        entropy: mean entropy of a token's probabilities, in nats.
-    """
-
-    load: Tensor
-    probability: Tensor
-    entropy: Tensor
-
-
-class MixtureOfAttentionHeads(nn.Module):
+class MixtureOfAttentionHeads(Mechanism):
     """Mixture of attention heads (Zhang et al. 2022, arXiv:2210.05144; causal as in JetMoE, arXiv:2404.07413).
 
     A router picks k of N experts for each token. An expert owns a query and an output projection of M heads; keys
@@ -98,7 +90,6 @@ class MixtureOfAttentionHeads(nn.Module):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    aux_loss: Tensor | None = None
     routing: Routing | None = None
     o_bias: nn.Parameter | None
 
@@ -132,73 +123,45 @@ class MixtureOfAttentionHeads(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        per_expert = num_kv_heads if heads_per_expert is None else heads_per_expert
-        check_sizes(embed_dim=embed_dim, num_kv_heads=num_kv_heads, heads_per_expert=per_expert)
-        if per_expert % num_kv_heads:
-            raise ValueError(
-                f"heads_per_expert must be a multiple of num_kv_heads, got {per_expert} and {num_kv_heads}"
-            )
+        M = num_kv_heads if heads_per_expert is None else heads_per_expert
+        check_sizes(embed_dim=embed_dim, num_kv_heads=num_kv_heads, heads_per_expert=M)
+        if M % num_kv_heads:
+            raise ValueError(f"heads_per_expert must be a multiple of num_kv_heads, got {M} and {num_kv_heads}")
         if num_heads is None:
-            num_heads = (2 if num_experts_per_tok is None else num_experts_per_tok) * per_expert
-        active = num_heads // per_expert if num_experts_per_tok is None else num_experts_per_tok
-        if active * per_expert != num_heads:
-            raise ValueError(
-                f"num_heads must be num_experts_per_tok * heads_per_expert, got {num_heads}, {active} and {per_expert}"
-            )
-        experts = 2 * active if num_experts is None else num_experts
-        head_dim = derive_head_dim(embed_dim, num_heads, head_dim)
-        self.kdim = embed_dim if kdim is None else kdim
-        v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        check_sizes(
-            num_heads=num_heads, num_experts=experts, num_experts_per_tok=active, head_dim=head_dim,
-            v_head_dim=v_head_dim, kdim=self.kdim,
+            num_heads = (2 if num_experts_per_tok is None else num_experts_per_tok) * M
+        k = num_heads // M if num_experts_per_tok is None else num_experts_per_tok
+        if k * M != num_heads:
+            raise ValueError(f"num_heads must be num_experts_per_tok * heads_per_expert, got {num_heads}, {k} and {M}")
+        super().__init__(
+            embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, rope=rope, causal=causal,
+            dropout=dropout, init_std=init_std, backend=backend,
         )  # fmt: skip
-        check_options(
-            dropout=dropout, logit_softcap=None, sliding_window=None, sink_tokens=0, sink=None, scale=None
-        )  # fmt: skip
-        if active > experts:
-            raise ValueError(f"num_experts_per_tok must be at most num_experts, got {active} and {experts}")
-        if not 0 <= sample_topk <= active:
-            raise ValueError(f"sample_topk must lie between 0 and num_experts_per_tok {active}, got {sample_topk}")
+        N = 2 * k if num_experts is None else num_experts
+        check_sizes(num_experts=N, num_experts_per_tok=k)
+        if k > N:
+            raise ValueError(f"num_experts_per_tok must be at most num_experts, got {k} and {N}")
+        if not 0 <= sample_topk <= k:
+            raise ValueError(f"sample_topk must lie between 0 and num_experts_per_tok {k}, got {sample_topk}")
         for name, value, allowed in (("gate_mode", gate_mode, GATE_MODES), ("aux_loss", aux_loss, AUX_LOSSES)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        coefficients = {"switch": switch_coef, "z": z_coef, "mi": mi_coef, "cv": cv_coef}
-        for name, coefficient in coefficients.items():
+        self.coefficients = {"switch": switch_coef, "z": z_coef, "mi": mi_coef, "cv": cv_coef}
+        for name, coefficient in self.coefficients.items():
             if coefficient < 0:
                 raise ValueError(f"{name}_coef must not be negative, got {coefficient}")
-        if causal and kdim is not None:
-            raise ValueError(f"kdim needs causal=False, got kdim={kdim}")
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.v_head_dim = v_head_dim
-        self.num_experts = experts
-        self.num_experts_per_tok = active
-        self.heads_per_expert = per_expert
-        self.gate_mode = gate_mode
-        self.sample_topk = sample_topk
-        self.aux_loss_kind = aux_loss
-        self.coefficients = coefficients
-        self.rope = rope
-        self.rope_dim = 0 if rope is None else rope.width(head_dim)
-        self.causal = causal
-        self.dropout = dropout
-        self.init_std = init_std
-        self.backend = check_name(backend)
-        self._total_experts, self._kept_experts = experts, tuple(range(experts))
-
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.router = nn.Linear(embed_dim, experts, False, **made)
-        self.noise = nn.Linear(embed_dim, experts, False, **made) if router_noise else None
-        self.q_experts = Experts(experts, embed_dim, per_expert * head_dim, **made)
-        self.k_proj = nn.Linear(self.kdim, num_kv_heads * head_dim, bias, **made)
-        self.v_proj = nn.Linear(self.kdim, num_kv_heads * v_head_dim, bias, **made)
-        self.o_experts = Experts(experts, per_expert * v_head_dim, embed_dim, **made)
-        self.o_bias = nn.Parameter(torch.empty(embed_dim, **made)) if out_bias else None
-        self.head_outputs = nn.Identity()
+        self.experts = HeadLayout.of(N)
+        self.num_experts, self.num_experts_per_tok, self.heads_per_expert = N, k, M
+        self.gate_mode, self.sample_topk, self.aux_loss_kind = gate_mode, sample_topk, aux_loss
+        D, Dv = self.head_dim, self.v_head_dim
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = nn.Linear(embed_dim, N, False, **factory_kwargs)
+        self.noise = nn.Linear(embed_dim, N, False, **factory_kwargs) if router_noise else None
+        self.q_experts = Experts(N, embed_dim, M * D, **factory_kwargs)
+        self.k_proj = nn.Linear(self.kdim, num_kv_heads * D, bias, **factory_kwargs)
+        self.v_proj = nn.Linear(self.kdim, num_kv_heads * Dv, bias, **factory_kwargs)
+        self.o_experts = Experts(N, M * Dv, embed_dim, **factory_kwargs)
+        self.o_bias = nn.Parameter(torch.empty(embed_dim, **factory_kwargs)) if out_bias else None
+        self._modules["head_outputs"] = nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
@@ -207,24 +170,18 @@ class MixtureOfAttentionHeads(nn.Module):
         The router too: with zeros every token would take the same experts.
         """
         std = self.init_std if std is None else std
-        for weight in (self.router.weight, self.q_experts.weight, self.k_proj.weight, self.v_proj.weight):
-            nn.init.normal_(weight, std=std)
+        for layer in (self.router, self.q_experts, self.k_proj, self.v_proj):
+            nn.init.normal_(layer.weight, std=std)
         nn.init.normal_(self.o_experts.weight, std=std if out_std is None else out_std)
-        for zero in (
-            self.k_proj.bias, self.v_proj.bias, self.o_bias, None if self.noise is None else self.noise.weight
-        ):  # fmt: skip
+        noise = None if self.noise is None else self.noise.weight
+        for zero in (self.k_proj.bias, self.v_proj.bias, self.o_bias, noise):
             if zero is not None:
                 nn.init.zeros_(zero)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        mask: Tensor | AttentionMask | None = None,
-        positions: Tensor | tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """x (B, T, E) -> (B, T, E).
 
         Args:
@@ -237,80 +194,59 @@ class MixtureOfAttentionHeads(nn.Module):
                 restarting in each packed document. A pair (queries, keys) in cross-attention.
             cache: from `init_cache`; filled in place.
         """
-        check_input("x", x, self.embed_dim)
-        mask = as_mask(mask)
-        past = 0 if cache is None else cache.length
-        source = one_source(self, x, context)
-        B, T, S = x.shape[0], x.shape[1], source.shape[1]
-        if cache is not None:
-            check_cache(cache, KeyValueCache, self.causal, context, mask)
-        real = None
-        if mask is not None and mask.lengths is not None and context is None:
-            if mask.lengths.shape[0] != B:
-                raise ValueError(f"lengths must have one entry a row, got {mask.lengths.shape[0]} for {B}")
-            real = torch.arange(past, past + T, device=x.device) < mask.lengths[:, None]
+        call = begin(self, x, context, mask, positions, cache)
+        (B, T, E), real = x.shape, call.real_tokens(x)
+        slots, M, G, Dv = self.num_experts_per_tok, self.heads_per_expert, self.num_kv_heads, self.v_head_dim
         logits = self.router_logits(x)
         chosen, gates = self._gates(logits)
-        if real is not None:
-            gates = gates * real[..., None].to(gates.dtype)
-        self._note(logits, chosen, gates, real)
-        k_slots, M, G = self.num_experts_per_tok, self.heads_per_expert, self.num_kv_heads
+        gates = gates if real is None else gates * real[..., None].to(gates.dtype)
+        self._keep_statistics(logits, chosen, gates, real)
         routes = Routes.of(chosen.flatten(), self.num_experts)
-        x_slots = _cast(x).reshape(B * T, 1, 1, self.embed_dim).expand(-1, -1, k_slots, -1)
         # Slots of a key/value head side by side, so that head h reads h // (k M / G).
-        q = expert_linear_pieces(
-            x_slots, _cast(self.q_experts.weight, x_slots), routes, out_groups=G, backend=self.backend
-        )
-        q = q.reshape(B, T, self.num_heads, self.head_dim)
-        k = self.k_proj(source).view(B, S, G, self.head_dim)
-        v = self.v_proj(source).view(B, S, G, self.v_head_dim)
-        if self.rope is not None:
-            q_table, k_table = rotary_tables(
-                self.rope, self.rope_dim, q, k, positions, mask, cross=context is not None, past=past,
-                limit=None if cache is None else cache.max_length,
+        rows = _cast(x).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
+        project = _product_with(self.q_experts, rows.dtype)
+        q = project(rows, routes=routes, out_groups=G, backend=self.backend)
+        q = qk_norm_rope(q.reshape(B, T, slots * M, self.head_dim), call.q_table, backend=self.backend)
+        k, v = (projection(call.source).unflatten(-1, (G, -1)) for projection in (self.k_proj, self.v_proj))
+        k = qk_norm_rope(k, call.k_table, backend=self.backend)
+        with call.remember(k, v) as (k, v):
+            out = softmax_attention(
+                q, k, v, call.view, scale=self.scale, dropout=self.weight_dropout, backend=self.backend
             )  # fmt: skip
-            q, k = rotate(q, *q_table, self.rope.style), rotate(k, *k_table, self.rope.style)
-        key_positions = None
-        if cache is not None:
-            k, v, key_positions = cache.append(k, v)
-        out = softmax_attention(
-            q, k, v, causal=self.causal, mask=mask, dropout=self.dropout if self.training else 0.0,
-            key_positions=key_positions, query_start=past if cache is not None else None, backend=self.backend,
-        )  # fmt: skip
-        out = out.reshape(B * T, G, k_slots, M // G * self.v_head_dim)
-        gates = gates.reshape(B * T, k_slots)
-        wo = _cast(self.o_experts.weight, out)
-        if self.backend == "triton" and not self._outputs_are_watched():
-            y = expert_linear_pieces(out, wo, routes, gates=gates, backend=self.backend)
-        else:
-            gated = out.transpose(1, 2) * gates.to(out.dtype)[..., None, None]
-            gated = self.head_outputs(gated.reshape(B, T, k_slots * M * self.v_head_dim))
-            gated = gated.reshape(B * T, 1, k_slots, M * self.v_head_dim)
-            y = expert_linear_pieces(gated, wo, routes, backend=self.backend)
-        y = y.reshape(B, T, k_slots, self.embed_dim).sum(2)
-        return y if self.o_bias is None else y + self.o_bias.to(y.dtype)
+            out, factors = out.reshape(B * T, G, slots, M // G * Dv), gates.reshape(B * T, slots)
+            project = _product_with(self.o_experts, out.dtype)
+            if self.backend == "triton" and is_plain(self.head_outputs, nn.Identity):
+                # Nobody looks at the heads' outputs, so the kernel takes the gates.
+                y = project(out, routes=routes, gates=factors, backend=self.backend)
+            else:
+                gated = out.transpose(1, 2) * factors.to(out.dtype)[..., None, None]
+                gated = self.head_outputs(gated.reshape(B, T, slots * M * Dv))
+                y = project(gated.reshape(B * T, 1, slots, M * Dv), routes=routes, backend=self.backend)
+            y = y.reshape(B, T, slots, E).sum(2)
+            return y if self.o_bias is None else y + self.o_bias.to(y.dtype)
 
-    def _outputs_are_watched(self) -> bool:
-        """Whether something may look at `head_outputs`; if not, the kernels take the gates themselves."""
-        place = self.head_outputs
-        hooks = (place._forward_hooks, place._forward_pre_hooks, place._backward_hooks, place._backward_pre_hooks)
-        return type(place) is not nn.Identity or any(hooks)
+    @property
+    def head_outputs(self) -> nn.Module:
+        """The identity whose input is the output of every active head times its gate, (B, T, k M Dv), slot-major."""
+        return self._modules["head_outputs"]  # type: ignore[return-value]
+
+    def observed_heads(self) -> tuple[int, ...]:
+        """Attention goes by key/value head, then slot; the outputs by slot."""
+        heads = torch.arange(self.num_heads).view(self.num_kv_heads, self.num_experts_per_tok, -1)
+        return tuple(heads.transpose(0, 1).flatten().tolist())
 
     def router_logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, N) in float32, or float64 for float64; with learned noise in training."""
-        high = torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x):
-            logits = F.linear(x.to(high), self.router.weight.to(high))
-            if self.noise is not None and self.training:
-                spread = F.softplus(F.linear(x.to(high), self.noise.weight.to(high))) + 0.01
-                logits = logits + torch.randn_like(logits) * spread
+        logits = precise_linear(self.router, x)
+        if self.noise is not None and self.training:
+            logits = logits + torch.randn_like(logits) * (F.softplus(precise_linear(self.noise, x)) + 0.01)
         return logits
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts and their gates, both (B, T, k)."""
         probabilities = logits.softmax(-1)
         taken = self.num_experts_per_tok - (self.sample_topk if self.training else 0)
-        chosen = logits.topk(taken, dim=-1).indices if taken else logits.new_empty(*logits.shape[:2], 0).long()
+        chosen = logits.topk(taken, dim=-1).indices
         if taken < self.num_experts_per_tok:
             rest = (probabilities.detach() + 1e-6).scatter(-1, chosen, 0.0).flatten(0, 1)
             drawn = torch.multinomial(rest, self.num_experts_per_tok - taken).view(*logits.shape[:2], -1)
@@ -322,85 +258,50 @@ class MixtureOfAttentionHeads(nn.Module):
             gates = gates / (gates.detach().sum(-1, keepdim=True) + 1e-6)
         return chosen, gates
 
-    def _note(self, logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None) -> None:
-        """Auxiliary loss and statistics of a training forward; nothing else keeps them."""
-        self.aux_loss, self.routing = None, None
-        if not self.training or logits.shape[0] * logits.shape[1] == 0:
+    def _keep_statistics(self, logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None) -> None:
+        """Set `aux_loss` and `routing`, to None outside training; an exported program keeps neither."""
+        if is_exported():
             return
-        terms = router_losses(logits, chosen, gates, real)
-        weights = {"switch_z": ("switch", "z"), "mi": ("mi",), "cv": ("cv",), "none": ()}[self.aux_loss_kind]
-        if weights:
-            self.aux_loss = sum((self.coefficients[name] * terms[name] for name in weights), logits.new_zeros(()))
-        with torch.no_grad():
-            valid = torch.ones_like(logits[..., 0]) if real is None else real.to(logits.dtype)
-            p = logits.softmax(-1)
-            entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
-            load = F.one_hot(chosen, self.num_experts).sum(2) * valid[..., None]
-            total = valid.sum().clamp(min=1)
-            self.routing = Routing(
-                load.sum((0, 1)) / (total * self.num_experts_per_tok),
-                (p * valid[..., None]).sum((0, 1)) / total,
-                (entropy * valid).sum() / total,
-            )
+        self.aux_loss, self.routing = None, None
+        if self.training and logits.numel():
+            terms = router_losses(logits, chosen, gates, real)
+            weighted = [self.coefficients[name] * terms[name] for name in AUX_LOSSES[self.aux_loss_kind]]
+            self.aux_loss = sum(weighted[1:], weighted[0]) if weighted else None
+            share = torch.zeros_like(logits).scatter(-1, chosen, torch.full_like(gates, 1 / self.num_experts_per_tok))
+            self.routing = Routing.of(share, logits.softmax(-1), real)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left, which belongs to its graph."""
         return {**self.__dict__, "aux_loss": None, "routing": None}
 
-    def init_cache(
-        self,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KeyValueCache:
-        """A cache for max_length tokens; device and dtype default to those of the module's weights."""
-        weight = self.router.weight
-        return KeyValueCache(
-            batch_size,
-            max_length,
-            ((self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.v_head_dim)),
-            device=weight.device if device is None else device,
-            dtype=weight.dtype if dtype is None else dtype,
-        )
-
-    def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """G (D + Dv) numbers of that dtype, whatever the number of experts."""
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * dtype.itemsize
-
-    def flops(self, T: int, S: int | None = None) -> int:
-        """Forward FLOPs of one sequence: T new tokens that look at S keys, T of them new (default S = T)."""
-        return sum(self.flops_by_part(T, S).values())
-
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """As `flops`, with grouped projections: "projections", "router" and "attention"."""
+        """Forward FLOPs, with grouped projections, of "projections", "router" and "attention"."""
         S = T if S is None else S
         keys = T if self.causal else S
         H, G, D, Dv, E = self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim, self.embed_dim
-        pairs = attention_pairs(T, S, causal=self.causal, window=None)
         return {
             "projections": 2 * T * E * H * (D + Dv) + 2 * keys * self.kdim * G * (D + Dv),
             "router": 2 * T * E * self.num_experts,
-            "attention": 2 * H * (D + Dv) * pairs,
+            "attention": 2 * H * (D + Dv) * attention_pairs(T, S, causal=self.causal),
         }
 
-    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
-        """Per head of every expert, N M in all, the factors (WQ, WK), each (d, E), whoever is chosen.
+    def qk_circuit(self, part: str = "full") -> Factors:
+        """As the base's, per head of every expert: N M pairs, whether or not the expert is chosen."""
+        rows, size = self._part_rows(part), self.heads_per_expert // self.num_kv_heads
+        wq = self.q_experts.weight.detach().view(self.num_experts, -1, self.head_dim, self.embed_dim)
+        wk = per_head(self.k_proj, self.head_dim)
+        return [(matrix[rows], wk[m // size, rows]) for expert in wq for m, matrix in enumerate(expert)]
 
-        part: "full", or of a module with rope the "rope" features or the rest, "nope".
-        """
-        if part not in ("full", "rope", "nope") or (part != "full" and self.rope is None):
-            raise ValueError(f"part must be 'full', or with rope 'rope' or 'nope', got {part!r}")
-        rows = {"full": slice(None), "rope": slice(self.rope_dim), "nope": slice(self.rope_dim, None)}[part]
-        M, size = self.heads_per_expert, self.heads_per_expert // self.num_kv_heads
-        wq = self.q_experts.weight.detach().view(self.num_experts, M, self.head_dim, self.embed_dim)
-        wk = self.k_proj.weight.detach().view(self.num_kv_heads, self.head_dim, self.kdim)
-        return [(wq[n, m, rows], wk[m // size, rows]) for n in range(self.num_experts) for m in range(M)]
+    def ov_circuit(self) -> Factors:
+        """As the base's, per head of every expert: N M pairs, without gates."""
+        wv, size = self.value_weights(), self.heads_per_expert // self.num_kv_heads
+        wo = self.o_experts.weight.detach().view(self.num_experts, self.embed_dim, -1, self.v_head_dim)
+        return [(wv[m // size], expert[:, m]) for expert in wo for m in range(self.heads_per_expert)]
 
     @property
     def pruned_heads(self) -> tuple[int, ...]:
         """Original numbers of the experts that are gone, ascending."""
-        return tuple(n for n in range(self._total_experts) if n not in self._kept_experts)
+        return self.experts.pruned
 
     def prune_heads(self, indices: Iterable[int]) -> None:
         """Remove experts. The router chooses among the rest, as if their logits were -inf: not a mask of outputs.
@@ -408,20 +309,17 @@ class MixtureOfAttentionHeads(nn.Module):
         Raises:
             ValueError: also if fewer than num_experts_per_tok would be left.
         """
-        old = self._kept_experts
-        experts = surviving_heads(self._total_experts, self.pruned_heads, indices)
-        if len(experts) < self.num_experts_per_tok:
-            raise ValueError(
-                f"indices must leave at least num_experts_per_tok {self.num_experts_per_tok} experts, got "
-                f"{len(experts)}"
-            )
-        at = [old.index(n) for n in experts]
-        for owner in (self.router, self.noise, self.q_experts, self.o_experts):
-            if owner is not None:
-                weight = owner.weight
-                owner.weight = nn.Parameter(weight.detach()[at], requires_grad=weight.requires_grad)
-        self._kept_experts, self.num_experts = experts, len(experts)
-        self.router.out_features = len(experts)
+        left, k = self.experts.prune(indices), self.num_experts_per_tok
+        if len(left.kept) < k:
+            raise ValueError(f"indices must leave at least num_experts_per_tok {k} experts, got {len(left.kept)}")
+        routers = [router for router in (self.router, self.noise) if router is not None]
+        self.check_prunable()
+        places, _ = self.experts.places(left)
+        for router in routers:
+            keep_rows(router, places)
+        for experts in (self.q_experts, self.o_experts):
+            experts.weight = keep_entries(experts.weight, places)
+        self.experts, self.num_experts = left, len(left.kept)
 
     def extra_repr(self) -> str:
         """The sizes and the options."""
@@ -429,41 +327,16 @@ class MixtureOfAttentionHeads(nn.Module):
         return f"{self.embed_dim}, {self.num_heads} active heads, {experts}, head_dim={self.head_dim}, rope={self.rope}"
 
 
-def router_losses(logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-    """Losses of a router without coefficients, over the real tokens of the batch.
-
-        switch = N sum_e (P_e / sum P) (f_e / sum f)               1 when balanced
-        z      = mean logsumexp(l)^2
-        cv     = Var(I / sum I) / (mean^2 + 1e-10), I_e the sum of gates
-        mi     = mean_t H(p_t) - H(mean_t p_t)                     -log N .. 0
-
-    Args:
-        logits: (B, T, N).
-        chosen: (B, T, k) experts.
-        gates: (B, T, k).
-        real: (B, T) boolean, or None if all tokens are.
-    """
-    N = logits.shape[-1]
-    valid = torch.ones_like(logits[..., 0]) if real is None else real.to(logits.dtype)
-    total = valid.sum().clamp(min=1)
-    p = logits.softmax(-1)
-    of_experts = (p * valid[..., None]).sum((0, 1))
-    one_hot = F.one_hot(chosen, N).to(logits.dtype) * valid[..., None, None]
-    frequency = one_hot.sum((0, 1, 2))
-    switch = N * ((of_experts / of_experts.sum().clamp(min=1e-30)) * (frequency / frequency.sum().clamp(min=1))).sum()
-    z = (torch.logsumexp(logits, -1).square() * valid).sum() / total
-    importance = (one_hot * gates[..., None]).sum((0, 1, 2))
-    share = importance / importance.sum().clamp(min=1e-30)
-    cv = (share.var() if N > 1 else share.new_zeros(())) / (share.mean().square() + 1e-10)
-    mean = of_experts / total
-    log_p = torch.log_softmax(logits, -1)
-    mi = -(p * log_p * valid[..., None]).sum() / total + (mean * (mean + 1e-8).log()).sum()
-    return {"switch": switch, "z": z, "cv": cv, "mi": mi}
+def _product_with(experts: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """`expert_linear_pieces` with the matrices of a submodule; one that is not plain is called instead."""
+    if not isinstance(experts, Experts) or not is_plain(experts, Experts):
+        return experts
+    return partial(expert_linear_pieces, weight=experts.weight.to(dtype))
 
 
-def _cast(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """In autocast's dtype where it is on, as a linear layer would be; else in that of `like`."""
+def _cast(x: Tensor) -> Tensor:
+    """In autocast's dtype where it is on, as a linear layer would be."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
-    return x if like is None else x.to(like.dtype)
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.backends import triton_obstacle
 from attnzoo.cache import KeyValueCache
-from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import check_cache, check_input
+from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
-from attnzoo.modules.positions import rotary_tables
+from attnzoo.modules.heads import keep_rows
 from attnzoo.ops.head_routing import (
+    Routing,
     load_balance_loss,
     query_norm_gates,
     routed_attention,
     runs_packed_kernels,
     two_stage_gates,
 )
-from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.ops.submodules import precise_linear
+from attnzoo.rotary import Rotary
+from attnzoo.tracing import has_values, is_exported
 
 ROUTERS = {"two_stage": ("scaled", "paper"), "query_norm": ("binary",)}
 """Gate forms of each router, the default first."""
-
-
-@dataclass(frozen=True)
-class HeadRouting:
-    """What the router of the last training forward did, detached, for diagnostics.
-
-    Attributes:
-        load: (R,) share of the real tokens that selected each routed head.
-        probability: (R,) its mean probability.
-        entropy: mean entropy of a token's probabilities, in nats.
-    """
-
-    load: Tensor
-    probability: Tensor
-    entropy: Tensor
 
 
 class MixtureOfHeadAttention(GroupedQueryAttention):
@@ -99,7 +82,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    routing: HeadRouting | None = None
+    routing: Routing | None = None
     routed_router: nn.Linear | None
     shared_router: nn.Linear | None
     type_router: nn.Linear | None
@@ -158,31 +141,18 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             raise ValueError(f"aux_loss_coef must not be negative, got {aux_loss_coef}")
         if sparse not in (True, False, "auto"):
             raise ValueError(f"sparse must be True, False or 'auto', got {sparse!r}")
-        self.num_shared_heads = shared
+        self.num_shared_heads = self._shared_factor = shared
         self.num_routed_active = active
-        self.router = router
-        self.gate_form = gate_form
-        self.ste = ste
+        self.router, self.gate_form, self.ste = router, gate_form, ste
         self.aux_loss_coef = aux_loss_coef
         self.sparse = sparse
-        self._shared_factor, self._total_shared = shared, shared
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def linear(rows: int, wanted: bool) -> nn.Linear | None:
-            return nn.Linear(embed_dim, rows, False, **made) if wanted and router == "two_stage" else None
-
-        self.routed_router = linear(routed, active > 0)
-        self.shared_router = linear(shared, shared > 1)
-        self.type_router = linear(2, shared > 0 and active > 0)
+        two_stage = router == "two_stage"
+        factory_kwargs: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.routed_router = nn.Linear(embed_dim, routed, **factory_kwargs) if two_stage and active else None
+        self.shared_router = nn.Linear(embed_dim, shared, **factory_kwargs) if two_stage and shared > 1 else None
+        self.type_router = nn.Linear(embed_dim, 2, **factory_kwargs) if two_stage and shared and active else None
+        # Normal as the projections and never 0, or every token would take the same heads.
         self.reset_parameters()
-
-    def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
-        """As the base's; routers normal with `std`, never 0, or every token would take the same heads."""
-        super().reset_parameters(std, out_std)
-        for name in ("routed_router", "shared_router", "type_router"):
-            linear = getattr(self, name, None)
-            if linear is not None:
-                nn.init.normal_(linear.weight, std=self.init_std if std is None else std)
 
     @property
     def active_share(self) -> float:
@@ -190,177 +160,95 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         return (self.num_shared_heads + self.num_routed_active) / max(self.num_heads, 1)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | tuple[Tensor, Tensor] | None = None,
-        *,
-        mask: Tensor | AttentionMask | None = None,
-        positions: Tensor | tuple[Tensor, Tensor] | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
+        positions: Positions = None, cache: KeyValueCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`. Routing reads x."""
-        check_input("x", x, self.embed_dim)
-        mask = as_mask(mask)
-        past = 0 if cache is None else cache.length
-        q, k, v = self.project(x, context)
-        if cache is not None:
-            check_cache(cache, KeyValueCache, self.causal, context, mask)
-        gates, selected, probability = self.gates(x, q)
-        self._note(selected, probability, self._real(x, mask, context, past))
-        if self.rope is not None:
-            q_table, k_table = rotary_tables(
-                self.rope, self.rope_dim, q, k, positions, mask, cross=context is not None, past=past,
-                limit=None if cache is None else cache.max_length,
-            )  # fmt: skip
-            q, k = rotate(q, *q_table, self.rope.style), rotate(k, *k_table, self.rope.style)
-        key_positions = None
-        if cache is not None:
-            k, v, key_positions = cache.append(k, v)
-        if self._kv_index is not None:
-            index = torch.tensor(self._kv_index, device=k.device)
-            k, v = k.index_select(2, index), v.index_select(2, index)
-        if self._runs_sparse(x, mask, context, cache):
-            out = self._sparse(q, k, v, gates, selected, mask)
-        else:
-            out = softmax_attention(
-                q, k, v, causal=self.causal, mask=mask, scale=self.scale,
-                dropout=self.dropout if self.training else 0.0, key_positions=key_positions,
-                query_start=past if cache is not None else None, backend=self.backend,
-            )  # fmt: skip
-            out = out * gates.to(out.dtype)[..., None]
-        y: Tensor = self.o_proj(out.flatten(2))
-        return y
+        call = begin(self, x, context, mask, positions, cache)
+        q, k, v = self.project(x, *call.sources)
+        gates, active, probability = self.gates(x, q)
+        self._keep_statistics(active, probability, call.real_tokens(x))
+        q = qk_norm_rope(q, call.q_table, backend=self.backend)
+        k = qk_norm_rope(k, call.k_table, backend=self.backend)
+        with call.remember(k, v) as (k, v):
+            k, v = self.heads.spread(k, v)
+            if self._runs_sparse(q, v, call):
+                out = routed_attention(q, k, v, active, call.view, scale=self.scale, gates=gates, backend=self.backend)
+            else:
+                out = softmax_attention(q, k, v, call.view, head_scale=gates, **self.score_options(q.device))
+            y: Tensor = self.o_proj(out.flatten(2))
+            return y
 
-    def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, selected: Tensor | None, mask: AttentionMask | None
-    ) -> Tensor:
-        """Gated outputs of the active heads, zeros for the others.
-
-        The kernels pack the rows of shared and selected heads together. Elsewhere shared heads are plain attention.
-        """
-        shared, size = self.num_shared_heads, q.shape[2] // k.shape[2]
-        if runs_packed_kernels(q, v, mask, self.backend):
-            every = gates.new_ones(*gates.shape[:2], shared, dtype=torch.bool)
-            active = every if selected is None else torch.cat([every, selected], dim=-1)
-            return routed_attention(q, k, v, active, scale=self.scale, mask=mask, gates=gates, backend="triton")
-        parts = []
-        if shared:
-            reads = torch.arange(shared, device=q.device) // size
-            own_k, own_v = (z[:, :, :shared] if size == 1 else z.index_select(2, reads) for z in (k, v))
-            parts.append(
-                softmax_attention(q[:, :, :shared], own_k, own_v, mask=mask, scale=self.scale, backend=self.backend)
-            )
-        if selected is not None:
-            active = F.pad(selected, (shared, 0), value=False)
-            routed = routed_attention(q, k, v, active, scale=self.scale, mask=mask, backend="sdpa")
-            parts.append(routed[:, :, shared:])
-        out = torch.cat(parts, dim=2)
-        return out * gates.to(out.dtype)[..., None]
-
-    def gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates (B, T, H), the selected routed heads and their probabilities (B, T, R), from x and raw queries."""
-        high = torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x):
-            if self.router == "query_norm":
-                norms = q[:, :, self.num_shared_heads :].to(high).norm(dim=-1)
-                return query_norm_gates(
-                    norms, active=self.num_routed_active, num_shared=self.num_shared_heads, ste=self.ste
-                )
-            wide = x.to(high)
-            routed, shared, kinds = (
-                None if linear is None else F.linear(wide, linear.weight.to(high))
-                for linear in (self.routed_router, self.shared_router, self.type_router)
-            )
-            if routed is None and shared is None:
-                return x.new_full((*x.shape[:2], self.num_heads), float(self._shared_factor), dtype=high), None, None
-            return two_stage_gates(
-                routed, shared, kinds, active=self.num_routed_active, num_shared=self._shared_factor,
-                form=self.gate_form,
-            )  # fmt: skip
+        K, Hs, dtype = self.num_routed_active, self.num_shared_heads, torch.promote_types(x.dtype, torch.float32)
+        if self.router == "query_norm":
+            return query_norm_gates(q[:, :, Hs:].to(dtype).norm(dim=-1), active=K, num_shared=Hs, ste=self.ste)
+        routed, shared, kinds = (None if router is None else precise_linear(router, x) for router in self._routers())
+        routed = x.new_zeros(*x.shape[:2], 0, dtype=dtype) if routed is None else routed
+        return two_stage_gates(routed, shared, kinds, active=K, num_shared=self._shared_factor, form=self.gate_form)
 
-    def _real(self, x: Tensor, mask: AttentionMask | None, context: object, past: int) -> Tensor | None:
-        if mask is None or mask.lengths is None or context is not None:
-            return None
-        return torch.arange(past, past + x.shape[1], device=x.device) < mask.lengths[:, None]
+    def _routers(self) -> tuple[nn.Linear | None, nn.Linear | None, nn.Linear | None]:
+        return self.routed_router, self.shared_router, self.type_router
 
-    def _note(self, selected: Tensor | None, probability: Tensor | None, real: Tensor | None) -> None:
-        """Auxiliary loss and statistics of a training forward; nothing else keeps them."""
-        self.aux_loss, self.routing = None, None
-        if not self.training or selected is None or probability is None or probability.numel() == 0:
+    def _keep_statistics(self, active: Tensor, probability: Tensor, real: Tensor | None) -> None:
+        """Set `aux_loss` and `routing`, to None outside training; an exported program keeps neither."""
+        if is_exported():
             return
-        self.aux_loss = self.aux_loss_coef * load_balance_loss(selected, probability, real)
-        with torch.no_grad():
-            valid = torch.ones_like(probability[..., 0]) if real is None else real.to(probability.dtype)
-            total = valid.sum().clamp(min=1)
-            entropy = -(probability * probability.clamp(min=1e-30).log()).sum(-1)
-            self.routing = HeadRouting(
-                (selected * valid[..., None]).sum((0, 1)) / total,
-                (probability * valid[..., None]).sum((0, 1)) / total,
-                (entropy * valid).sum() / total,
-            )
+        self.aux_loss, self.routing = None, None
+        if self.training and probability.numel():
+            self.aux_loss = self.aux_loss_coef * load_balance_loss(active, probability, real)
+            self.routing = Routing.of(active, probability, real)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left, which belongs to its graph."""
         return {**self.__dict__, "aux_loss": None, "routing": None}
 
-    def _runs_sparse(self, x: Tensor, mask: AttentionMask | None, context: object, cache: KeyValueCache | None) -> bool:
-        if self.sparse is False:
+    def _runs_sparse(self, q: Tensor, v: Tensor, call: Call) -> bool:
+        if self.sparse is False or call.cache is not None:
             return False
-        obstacle = None
-        if not self.causal or context is not None or cache is not None:
+        obstacle, mask = None, call.view.mask
+        if not self.causal:
             obstacle = "it is for causal self-attention without a cache"
         elif mask is not None and mask.dense_mask is not None:
             obstacle = "a dense mask has an entry for every pair"
-        elif self.training and self.dropout:
+        elif self.weight_dropout:
             obstacle = f"it has no dropout, got {self.dropout}"
         elif self.router == "query_norm" and self.ste == "all" and self.training and torch.is_grad_enabled():
             obstacle = "the gradient of ste='all' needs the outputs of all heads; choose ste='active'"
         elif self.backend not in ("auto", "sdpa", "triton"):
             obstacle = f"it runs with backend 'auto', 'sdpa' or 'triton', got {self.backend!r}"
-        elif (torch.compiler.is_compiling() or x.device.type == "meta") and not self._packs_on_device(x):
+        elif not has_values(q) and not runs_packed_kernels(q, v, call.view, self.backend):
             obstacle = "it waits for the routing, which a compiled graph cannot"
-        if self.sparse is True:
-            if obstacle is not None and cache is None:
-                raise ValueError(f"sparse=True cannot run: {obstacle}")
+        if self.sparse is True and obstacle is not None:
+            raise ValueError(f"sparse=True cannot run: {obstacle}")
+        if self.sparse is True or obstacle is not None:
             return obstacle is None
-        if obstacle is not None or self.backend == "triton":
-            return obstacle is None and self.active_share < 1
-        # Where packing has paid for itself on a CPU; the kernels have not been timed on a GPU yet.
-        return x.device.type == "cpu" and x.shape[1] >= 4096 and self.active_share <= 0.5
-
-    def _packs_on_device(self, x: Tensor) -> bool:
-        """Whether the sparse form is the kernels', which wait for nothing."""
         if self.backend == "triton":
-            return True
-        return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and triton_obstacle(x.device) is None
+            return self.active_share < 1
+        # Where packing has paid for itself on a CPU; the kernels have not been timed on a GPU yet.
+        return q.device.type == "cpu" and self.active_share <= 0.5 and q.shape[1] >= 4096
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, with all heads; and "router"."""
-        routers = (self.routed_router, self.shared_router, self.type_router)
-        rows = sum(linear.out_features for linear in routers if linear is not None)
+        rows = sum(router.out_features for router in self._routers() if router is not None)
         return {**super().flops_by_part(T, S), "router": 2 * T * self.embed_dim * rows}
 
-    def prune_heads(self, indices: Iterable[int]) -> None:
-        """Remove heads, and their rows of the routers, as if their logits were -inf: not a mask of outputs.
+    def keep_heads(self, heads: list[int], groups: list[int]) -> None:
+        """As the base's, and of the routers: as if the other heads' logits were -inf, not a mask of their outputs.
 
         Raises:
-            ValueError: also if fewer routed heads than num_routed_active would be left, or no shared one.
+            ValueError: if fewer routed heads than num_routed_active would be left, or no shared one.
         """
-        indices = list(indices)
-        old = self._kept_heads
-        left = [h for h in old if h not in indices]
-        shared = [i for i, h in enumerate(old) if h in left and h < self._total_shared]
-        routed = [i - self.num_shared_heads for i, h in enumerate(old) if h in left and h >= self._total_shared]
-        if len(routed) < self.num_routed_active:
-            raise ValueError(
-                f"indices must leave at least num_routed_active {self.num_routed_active} routed heads, got "
-                f"{len(routed)}"
-            )
+        shared = [h for h in heads if h < self.num_shared_heads]
+        routed = [h - self.num_shared_heads for h in heads if h >= self.num_shared_heads]
+        K, left = self.num_routed_active, len(routed)
+        if left < K:
+            raise ValueError(f"indices must leave at least num_routed_active {K} routed heads, got {left}")
         if self.num_shared_heads and not shared:
             raise ValueError("indices must leave a shared head, got none")
-        super().prune_heads(indices)
-        for linear, rows in ((self.shared_router, shared), (self.routed_router, routed)):
-            if linear is not None:
-                linear.weight = nn.Parameter(linear.weight.detach()[rows], requires_grad=linear.weight.requires_grad)
-                linear.out_features = len(rows)
+        cut = [(router, rows) for router, rows in zip(self._routers(), (routed, shared), strict=False) if router]
+        super().keep_heads(heads, groups)
+        for router, rows in cut:
+            keep_rows(router, rows)
         self.num_shared_heads = len(shared)

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.backends import BackendUnavailable, check_name
 from attnzoo.cache import KeyValueCache
-from attnzoo.masks import AttentionMask, as_mask
-from attnzoo.modules.checks import check_cache, check_input, check_options, check_sizes, one_source
-from attnzoo.modules.positions import rotary_tables
-from attnzoo.modules.structure import attention_pairs, head_rows, keep_columns, keep_rows, surviving_heads
-from attnzoo.ops.composed_attention import Composition, Sight, composed_attention
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.modules.base import Factors, Mechanism
+from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.checks import check_sizes
+from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_columns, keep_rows
+from attnzoo.ops.composed_attention import Composition, composed_attention
+from attnzoo.ops.qk_norm_rope import qk_norm_rope
+from attnzoo.rotary import Rotary
 
 
-class TalkingHeadsAttention(nn.Module):
+class TalkingHeadsAttention(Mechanism):
     """Talking-heads attention (Shazeer et al. 2020, arXiv:2003.02436).
 
     Heads are mixed by one matrix before the softmax and by another after it:
@@ -32,6 +32,8 @@ class TalkingHeadsAttention(nn.Module):
     all three numbers of heads agree. U may be negative.
 
     The authors' code scales the queries' start instead of the scores; here scores are scaled.
+
+    Pruning removes value heads. Query-key and softmax heads stay, since each of them reaches all value heads.
 
     Args:
         embed_dim: width E of input and output.
@@ -48,7 +50,7 @@ class TalkingHeadsAttention(nn.Module):
         sliding_window: a query sees this many keys at most, itself included.
         causal: no query sees a later key.
         dropout: probability of dropping an entry of U in training.
-        chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are made anew in the
+        chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (chunked for more than chunk_size queries), "eager" (all scores at once) or "triton" (fused
@@ -58,7 +60,7 @@ class TalkingHeadsAttention(nn.Module):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    aux_loss: Tensor | None = None
+    shown = ("num_qk_heads", "num_v_heads", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
         self,
@@ -82,23 +84,19 @@ class TalkingHeadsAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        self.kdim = embed_dim if kdim is None else kdim
         check_sizes(
             embed_dim=embed_dim, num_heads=num_heads, num_qk_heads=num_qk_heads, num_v_heads=num_v_heads,
-            kdim=self.kdim, chunk_size=chunk_size,
+            chunk_size=chunk_size,
         )  # fmt: skip
-        self.head_dim = _width("head_dim", embed_dim, "num_qk_heads", num_qk_heads, head_dim)
-        self.v_head_dim = _width("v_head_dim", embed_dim, "num_v_heads", num_v_heads, v_head_dim)
-        check_options(
-            dropout=dropout, logit_softcap=None, sliding_window=sliding_window, sink_tokens=0, sink=None, scale=None
+        super().__init__(
+            embed_dim, num_heads, head_dim=_width("head_dim", embed_dim, "num_qk_heads", num_qk_heads, head_dim),
+            v_head_dim=_width("v_head_dim", embed_dim, "num_v_heads", num_v_heads, v_head_dim), kdim=kdim, rope=rope,
+            sliding_window=sliding_window, causal=causal, dropout=dropout, init_std=init_std, backend=backend,
         )  # fmt: skip
         if sliding_window is not None and not causal:
             raise ValueError(f"sliding_window needs causal=True, got {sliding_window} and causal=False")
-        if causal and kdim is not None:
-            raise ValueError(f"kdim needs causal=False, got kdim={kdim}")
         equal = num_qk_heads == num_heads == num_v_heads
         mix_init = ("identity" if equal else "fan_in") if mix_init is None else mix_init
         if mix_init not in ("identity", "fan_in"):
@@ -107,60 +105,38 @@ class TalkingHeadsAttention(nn.Module):
             raise ValueError(
                 f"mix_init 'identity' needs equal numbers of heads, got {num_qk_heads}, {num_heads} and {num_v_heads}"
             )
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_qk_heads = num_qk_heads
+        self.num_kv_heads = self.num_qk_heads = num_qk_heads
         self.num_v_heads = num_v_heads
+        self.heads = HeadLayout.of(num_v_heads)
         self.mix_init = mix_init
-        self.rope = rope
-        self.rope_dim = 0 if rope is None else rope.width(self.head_dim)
-        self.scale = self.head_dim**-0.5
-        self.sliding_window = sliding_window
-        self.sink_tokens = 0
-        self.causal = causal
-        self.dropout = dropout
         self.chunk_size = chunk_size
-        self.init_std = init_std
-        self.backend = check_name(backend)
-        self._total_heads, self._kept_heads = num_v_heads, tuple(range(num_v_heads))
-
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, num_qk_heads * self.head_dim, bias, **made)
-        self.k_proj = nn.Linear(self.kdim, num_qk_heads * self.head_dim, bias, **made)
-        self.v_proj = nn.Linear(self.kdim, num_v_heads * self.v_head_dim, bias, **made)
-        self.o_proj = nn.Linear(num_v_heads * self.v_head_dim, embed_dim, bias, **made)
-        self.logits_proj = nn.Parameter(torch.empty(num_qk_heads, num_heads, **made))
-        self.weights_proj = nn.Parameter(torch.empty(num_heads, num_v_heads, **made))
+        K, V, D, Dv = num_qk_heads, num_v_heads, self.head_dim, self.v_head_dim
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, K * D, bias, **factory_kwargs)
+        self.k_proj = nn.Linear(self.kdim, K * D, bias, **factory_kwargs)
+        self.v_proj = nn.Linear(self.kdim, V * Dv, bias, **factory_kwargs)
+        self.o_proj = nn.Linear(V * Dv, embed_dim, bias, **factory_kwargs)
+        self.logits_proj = nn.Parameter(torch.empty(K, num_heads, **factory_kwargs))
+        self.weights_proj = nn.Parameter(torch.empty(num_heads, V, **factory_kwargs))
         self.reset_parameters()
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """Initialise: projections normal with `std` (output projection `out_std`), biases 0, mixes as mix_init says."""
-        std = self.init_std if std is None else std
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=std)
-        nn.init.normal_(self.o_proj.weight, std=std if out_std is None else out_std)
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
+        super().reset_parameters(std, out_std)
         for mix in (self.logits_proj, self.weights_proj):
             if self.mix_init == "identity":
                 nn.init.eye_(mix)
             else:
                 nn.init.trunc_normal_(mix, std=mix.shape[0] ** -0.5)
 
-    def undecayed_parameters(self) -> list[nn.Parameter]:
+    def no_weight_decay(self) -> set[str]:
         """The mixes: weight decay would pull them to 0 and not to their start."""
-        return [self.logits_proj, self.weights_proj]
+        return {"logits_proj", "weights_proj"}
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        mask: Tensor | AttentionMask | None = None,
-        positions: Tensor | tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """x (B, T, E) -> (B, T, E).
 
         Args:
@@ -172,126 +148,66 @@ class TalkingHeadsAttention(nn.Module):
                 restarting in each packed document. A pair (queries, keys) in cross-attention.
             cache: from `init_cache`; filled in place.
         """
-        check_input("x", x, self.embed_dim)
-        mask = as_mask(mask)
-        past = 0 if cache is None else cache.length
-        source = one_source(self, x, context)
-        B, T, S = x.shape[0], x.shape[1], source.shape[1]
-        if cache is not None:
-            check_cache(cache, KeyValueCache, self.causal, context, mask)
+        call = begin(self, x, context, mask, positions, cache)
+        q, k, v = self.project(x, call.source)
+        q = qk_norm_rope(q, call.q_table, backend=self.backend)
+        k = qk_norm_rope(k, call.k_table, backend=self.backend)
+        pre, post = (Composition(mix[None], residual=False) for mix in (self.logits_proj, self.weights_proj))
+        with call.remember(k, v) as (k, v):
+            out = composed_attention(
+                q, k, v, pre, post, call.view, scale=self.scale, dropout=self.weight_dropout,
+                chunk_size=self.chunk_size, backend=self.backend,
+            )  # fmt: skip
+            y: Tensor = self.o_proj(out.flatten(2))
+            return y
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, Hk, D), keys (B, S, Hk, D) and values (B, S, Hv, Dv), before rotation."""
+        (B, T, _), S = x.shape, source.shape[1]
         q = self.q_proj(x).view(B, T, self.num_qk_heads, self.head_dim)
         k = self.k_proj(source).view(B, S, self.num_qk_heads, self.head_dim)
         v = self.v_proj(source).view(B, S, self.num_v_heads, self.v_head_dim)
-        if self.rope is not None:
-            q_table, k_table = rotary_tables(
-                self.rope, self.rope_dim, q, k, positions, mask, cross=context is not None, past=past,
-                limit=None if cache is None else cache.max_length,
-            )  # fmt: skip
-            q, k = rotate(q, *q_table, self.rope.style), rotate(k, *k_table, self.rope.style)
-        key_positions = None
-        if cache is not None:
-            k, v, key_positions = cache.append(k, v)
-        out = composed_attention(
-            q, k, v,
-            Composition(self.logits_proj[None], residual=False),
-            Composition(self.weights_proj[None], residual=False),
-            Sight(self.causal, self.sliding_window, mask, past if cache is not None else k.shape[1] - T, key_positions),
-            scale=self.scale, dropout=self.dropout if self.training else 0.0,
-            chunk_size=composed_chunk(self.backend, self.chunk_size), backend=self.backend,
-        )  # fmt: skip
-        y: Tensor = self.o_proj(out.flatten(2))
-        return y
+        return q, k, v
 
-    def init_cache(
-        self,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KeyValueCache:
-        """A cache for max_length tokens, or for the window; device and dtype default to those of the weights."""
-        weight = self.q_proj.weight
-        return KeyValueCache(
-            batch_size,
-            max_length,
-            ((self.num_qk_heads, self.head_dim), (self.num_v_heads, self.v_head_dim)),
-            window=self.sliding_window,
-            device=weight.device if device is None else device,
-            dtype=weight.dtype if dtype is None else dtype,
-        )
-
-    def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Hk D + Hv Dv numbers of that dtype."""
-        return (self.num_qk_heads * self.head_dim + self.num_v_heads * self.v_head_dim) * dtype.itemsize
-
-    def flops(self, T: int, S: int | None = None) -> int:
-        """Forward FLOPs of one sequence: T new tokens that look at S keys, T of them new (default S = T)."""
-        return sum(self.flops_by_part(T, S).values())
+    def cache_widths(self) -> tuple[tuple[int, ...], ...]:
+        """What the cache holds for a token: (heads, width) of keys and of values."""
+        return (self.num_qk_heads, self.head_dim), (self.num_v_heads, self.v_head_dim)
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """As `flops`: "projections", "attention" and "composition"."""
+        """Forward FLOPs of "projections", "attention" and "composition"."""
         S = T if S is None else S
         keys = T if self.causal else S
         K, H, V = self.num_qk_heads, self.num_heads, self.num_v_heads
-        D, Dv = self.head_dim, self.v_head_dim
+        width = K * self.head_dim + V * self.v_head_dim
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window)
         return {
-            "projections": 2 * T * self.embed_dim * (K * D + V * Dv) + 2 * keys * self.kdim * (K * D + V * Dv),
-            "attention": 2 * (K * D + V * Dv) * pairs,
+            "projections": 2 * width * (T * self.embed_dim + keys * self.kdim),
+            "attention": 2 * width * pairs,
             "composition": 2 * (K * H + H * V) * pairs,
         }
 
-    def qk_circuit(self, part: str = "full") -> list[tuple[Tensor, Tensor]]:
-        """Per query-key head the factors (WQ_m, WK_m), each (D, E), before the first mix.
-
-        part: "full", or of a module with rope the "rope" features or the rest, "nope".
-        """
-        if part not in ("full", "rope", "nope") or (part != "full" and self.rope is None):
-            raise ValueError(f"part must be 'full', or with rope 'rope' or 'nope', got {part!r}")
-        rows = {"full": slice(None), "rope": slice(self.rope_dim), "nope": slice(self.rope_dim, None)}[part]
-        shape = (self.num_qk_heads, self.head_dim, -1)
-        wq, wk = (p.weight.detach().view(shape) for p in (self.q_proj, self.k_proj))
-        return [(wq[m, rows], wk[m, rows]) for m in range(self.num_qk_heads)]
-
-    @property
-    def pruned_heads(self) -> tuple[int, ...]:
-        """Original numbers of the value heads that are gone, ascending."""
-        return tuple(h for h in range(self._total_heads) if h not in self._kept_heads)
+    def qk_circuit(self, part: str = "full") -> Factors:
+        """As `Mechanism.qk_circuit`, of each query-key head, before the first mix."""
+        rows = self._part_rows(part)
+        return [(wq[rows], wk[rows]) for wq, wk in zip(*self.head_weights(), strict=True)]
 
     def prune_heads(self, indices: Iterable[int]) -> None:
-        """Remove value heads; the rest computes what it did with these heads' outputs set to 0.
+        """Remove value heads by their original numbers, as `Mechanism.prune_heads` removes query heads."""
+        others = self.num_heads, self.num_kv_heads
+        super().prune_heads(indices)
+        self.num_heads, self.num_kv_heads = others
+        self.num_v_heads = len(self.heads.kept)
 
-        Query-key and softmax heads stay, since each of them reaches all value heads. Numbers are original ones.
-        """
-        old = self._kept_heads
-        heads = surviving_heads(self._total_heads, self.pruned_heads, indices)
-        at = [old.index(h) for h in heads]
-        keep_rows(self.v_proj, head_rows(at, self.v_head_dim))
-        keep_columns(self.o_proj, head_rows(at, self.v_head_dim))
-        kept = self.weights_proj.detach()[:, at]
-        self.weights_proj = nn.Parameter(kept, requires_grad=self.weights_proj.requires_grad)
-        self._kept_heads, self.num_v_heads = heads, len(heads)
-
-    def extra_repr(self) -> str:
-        """The sizes and the options."""
-        heads = f"{self.num_qk_heads} -> {self.num_heads} -> {self.num_v_heads}"
-        return f"{self.embed_dim}, heads {heads}, head_dim={self.head_dim}, rope={self.rope}, causal={self.causal}"
-
-
-def composed_chunk(backend: str, chunk_size: int) -> int | None:
-    """Queries at once for a backend; refuses those that cannot mix heads."""
-    if backend not in ("auto", "eager", "triton"):
-        raise BackendUnavailable(
-            f"backend {backend!r} cannot run composed_attention: heads are mixed between its score and its softmax; "
-            "only auto, eager and triton can"
-        )
-    return chunk_size if backend == "auto" else None
+    def keep_heads(self, heads: list[int], groups: list[int]) -> None:
+        """Cut the weights down to these places of value heads."""
+        keep_rows(self.v_proj, groups, self.v_head_dim)
+        keep_columns(self.o_proj, heads, self.v_head_dim)
+        mix = self.weights_proj
+        self.weights_proj = nn.Parameter(mix.detach()[:, heads], requires_grad=mix.requires_grad)
 
 
 def _width(name: str, embed_dim: int, heads_name: str, heads: int, given: int | None) -> int:
-    if given is not None:
-        check_sizes(**{name: given})
-        return given
-    if embed_dim % heads:
+    """The width of a head: the given one, or embed_dim / heads where that divides."""
+    if given is None and embed_dim % heads:
         raise ValueError(f"{heads_name} must divide embed_dim unless {name} is given, got {heads} and {embed_dim}")
-    return embed_dim // heads
+    return embed_dim // heads if given is None else given

@@ -34,7 +34,7 @@ def make(name: str, option: str = "plain", **more: object) -> nn.Module:
 
 def untied() -> nn.Module:
     """Knocking heads on the value of a tied state alone: the one cache that no entry of the zoo has."""
-    return attnzoo.KnockingHeadsAttention(E, H, G, base="gta", knock_scope="value").double()
+    return attnzoo.KnockingHeadsTiedAttention(E, H, G, knock_scope="value").double()
 
 
 def sample(batch: int = B, tokens: int = T) -> Tensor:
@@ -355,7 +355,7 @@ def test_no_gradient_flows_through_a_cache(name: str, option: str) -> None:
     module, old, new = make(name, option), sample(tokens=6).requires_grad_(), sample(tokens=3).requires_grad_()
     cache = module.init_cache(B, T)
     module(old, cache=cache)
-    assert not any(stream.requires_grad for stream in cache.streams)
+    assert not any(stream.requires_grad for stream in cache.buffers)
     to_old, to_new = torch.autograd.grad(module(new, cache=cache).sum(), [old, new], allow_unused=True)
     assert to_old is None
     assert bool(to_new.any())

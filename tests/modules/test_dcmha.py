@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, DynamicallyComposableAttention, Rotary
-from attnzoo.ops.composed_attention import Composition
+from attnzoo.masks import Visibility
+from attnzoo.ops.composed_attention import Composition, composed_attention
+from attnzoo.ops.observation import observing
+from attnzoo.ops.score_rules import masked_softmax
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dcmha.safetensors"
@@ -122,20 +125,20 @@ def test_without_up_vectors_and_gates_it_is_grouped_query_attention(groups):
     torch.testing.assert_close(attn(x), gqa(x), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("place", ["pre", "post"])
-def test_gates_alone_scale_scores_or_outputs_of_a_head(place):
-    attn = make(4, rope=None, key_wise=False, pre_compose=place == "pre", post_compose=place == "post", backend="eager")
+@pytest.mark.parametrize("stage", ["pre", "post"])
+def test_gates_alone_scale_scores_or_outputs_of_a_head(stage):
+    attn = make(4, rope=None, key_wise=False, pre_compose=stage == "pre", post_compose=stage == "post", backend="eager")
     with torch.no_grad():
         attn.q_dyn.w2[..., attn.rank :, :] = 0
     x = sample()
     gate = 1 + torch.tanh(attn.q_dyn.gate(x)).view(2, T, H)
     q, k, v = (getattr(attn, f"{n}_proj")(x).view(2, T, H, -1) for n in "qkv")
     scores = torch.einsum("bthd,bshd->bhts", q, k) * attn.scale
-    if place == "pre":
+    if stage == "pre":
         scores = scores * gate.transpose(1, 2)[..., None]
     p = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
     heads = torch.einsum("bhts,bshd->bthd", p, v)
-    heads = heads * gate[..., None] if place == "post" else heads
+    heads = heads * gate[..., None] if stage == "post" else heads
     torch.testing.assert_close(attn(x), attn.o_proj(heads.flatten(2)), atol=1e-12, rtol=0)
 
 
@@ -190,7 +193,8 @@ def test_what_does_not_fold_is_refused_by_softmax_backends():
     assert not make().folds
     assert not make(4, key_wise=False).folds
     for backend in ("sdpa", "flash", "triton"):
-        with pytest.raises(attnzoo.BackendUnavailable, match=f"backend '{backend}' cannot run composed_attention"):
+        operation = "qk_norm_rope" if backend == "triton" else "composed_attention"
+        with pytest.raises(attnzoo.BackendUnavailable, match=f"backend '{backend}' cannot run {operation}: "):
             make(backend=backend)(sample())
 
 
@@ -267,6 +271,88 @@ def test_folded_and_pruned():
             attn.prune_heads(heads)
         x = sample()
         torch.testing.assert_close(folded(x), direct(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["plain", "query-wise only", "one group of keys"])
+@pytest.mark.parametrize("pruned", [[], [1, 2]])
+def test_what_an_observer_is_shown_gives_the_outputs(variant, pruned):
+    options = {"groups": 1} if variant == "query-wise only" else {}
+    attn, x, seen, heads = make(**VARIANTS[variant], **options), sample(), [], []
+    attn.prune_heads(pruned)
+    attn.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    with observing(seen.append):
+        attn(x)
+    first = seen[0]
+    assert first.operation == "composed_attention"
+    q, k = first.q, first.k.repeat_interleave(H // first.k.shape[2], 2)
+    a = first.pre(torch.einsum("bthd,bshd->bhts", q, k) * first.rules.scale)
+    w = first.post(masked_softmax(a, first.view.dense(a.shape, a.device)))
+    w = w if first.value_heads is None else w[:, first.value_heads]
+    v = first.v[
+        :, :, [n * first.v.shape[2] // H for n in range(H)] if first.value_groups is None else first.value_groups
+    ]
+    torch.testing.assert_close(torch.einsum("bhts,bshd->bthd", w, v).flatten(2), heads[0], atol=1e-12, rtol=0)
+
+
+def test_a_failure_behind_attention_leaves_the_cache_as_it_was():
+    for window in (None, 4):
+        attn, x = make(sliding_window=window), sample()
+        state = attn.init_cache(2, T)
+        with torch.no_grad():
+            attn(x[:, :6], cache=state)
+            hook = attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                attn(x[:, 6:9], cache=state)
+            hook.remove()
+            assert state.length == 6
+            torch.testing.assert_close(attn(x[:, 6:], cache=state), attn(x)[:, 6:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["q_dyn.w1", "k_dyn.gate", "q_norm", "k_norm"])
+def test_what_replaces_a_layer_is_called(name):
+    attn, x = make(qk_norm=True), sample()
+    parent, _, child = name.rpartition(".")
+    layer = attn.get_submodule(name)
+    before = attn(x)
+    handle = layer.register_forward_hook(lambda _, __, out: 2 * out)
+    hooked = attn(x)
+    handle.remove()
+    setattr(attn.get_submodule(parent), child, torch.nn.Sequential(copy.deepcopy(layer), Twice()))
+    torch.testing.assert_close(attn(x), hooked, atol=1e-12, rtol=0)
+    assert not torch.allclose(hooked, before)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_takes_other_lengths(strict):
+    attn = make(chunk_size=5)
+    shapes = {"x": {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", min=2, max=1024)}}
+    program = torch.export.export(attn, (sample(),), dynamic_shapes=shapes, strict=strict).module()
+    for x in (sample(3), sample(40)[:1]):
+        torch.testing.assert_close(program(x), attn(x), atol=1e-12, rtol=0)
+
+
+def test_chunks_inside_transforms():
+    attn, x = make(chunk_size=5), sample().requires_grad_()
+    (expected,) = torch.autograd.grad(attn(x).square().sum(), x)
+    found = torch.func.grad(lambda x: attn(x).square().sum())(x)
+    torch.testing.assert_close(found, expected)
+    rows = torch.func.vmap(torch.func.grad(lambda row: attn(row[None]).square().sum()))(x)
+    torch.testing.assert_close(rows, expected)
+
+
+def test_mixes_fold_where_groups_share_key_and_value():
+    q, k, v = torch.randn(2, T, 3, 6).double(), torch.randn(2, T, 1, 6).double(), torch.randn(2, T, 1, 5).double()
+    pre, post = Composition(torch.randn(1, 3, 4).double(), False), Composition(torch.randn(1, 4, 2).double(), False)
+    call = {"view": Visibility(window=4), "scale": 0.4}
+    expected = composed_attention(q, k, v, pre, post, **call, backend="eager")
+    torch.testing.assert_close(composed_attention(q, k, v, pre, post, **call, backend="sdpa"), expected)
+    chosen = composed_attention(q, k, v, pre, post, **call, value_heads=(1,))
+    torch.testing.assert_close(chosen, expected[:, :, 1:])
 
 
 def test_saved_memory_grows_with_the_length():

@@ -41,6 +41,8 @@ def construct(name: str, **options: object) -> nn.Module:
         rope = dict(config["rope"])
         assert rope.pop("type") == "default"
         config["rope"] = attnzoo.Rotary(dim=rope.pop("rotary_dim"), **rope)
+    if name == "kha":
+        assert config.pop("base") == "gqa"
     if name == "gqa_mha":
         assert config.pop("num_kv_heads") == config["num_heads"]
     module = CLASSES[name](**config | options)

@@ -87,7 +87,10 @@ def test_qk_circuit_makes_the_scores(name):
         if projection.bias is not None:
             projection.bias.data.zero_()
     x = torch.randn(1, 5, E).double()
-    q, k = attn.project(x, None)[:2]
+    q, k, _ = attn.project(x, x, x)
+    if isinstance(attn, attnzoo.KnockingHeadsAttention):
+        q_map, k_map, _ = attn.remaining_maps(x, x, x)
+        q, k = q_map(q), k_map(k)
     scores = torch.einsum("thd,shd->hts", q[0], k[0].repeat_interleave(H // attn.num_kv_heads, 1))
     made = torch.stack([(x[0] @ wq.T) @ (x[0] @ wk.T).T for wq, wk in attn.qk_circuit()])
     torch.testing.assert_close(made, scores, atol=1e-12, rtol=0)

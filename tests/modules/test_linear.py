@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, LinearAttention, Rotary
+from attnzoo.modules.call import begin
 from attnzoo.ops.feature_maps import FEATURE_MAPS, NON_NEGATIVE, FeatureMap
 from tests.zoo import gradients
 
@@ -165,7 +166,8 @@ def test_groups_are_heads_with_equal_keys_and_values():
 
 def test_the_rank_of_the_weights_is_at_most_the_number_of_features():
     attn = make(causal=False, normalize=False, output_norm="rmsnorm", head_dim=3)
-    q, k, *_ = attn.features(sample(1), sample(1), None, None)
+    x = sample(1)
+    q, k, *_ = attn.features(x, begin(attn, x))
     weights = torch.einsum("thd,shd->hts", q[0], k[0].repeat_interleave(H // G, 1))
     assert int(torch.linalg.matrix_rank(weights).max()) <= 3
 
@@ -212,6 +214,65 @@ def test_a_state_is_reset_reordered_and_not_taken_back():
         state.truncate(20)
 
 
+def parts(attn):
+    """Every submodule that computes something."""
+    return [name for name, part in attn.named_modules() if name and not list(part.children())]
+
+
+@pytest.mark.parametrize("options", [{}, LM, {"feature_map": "hedgehog", "qk_norm": True}])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_call_that_fails_anywhere_leaves_the_state_as_it_was(options, tokens):
+    attn, x = make(**options), sample()
+    state = attn.init_cache(2, T)
+
+    def fail(*_):
+        raise RuntimeError("failed on purpose")
+
+    with torch.no_grad():
+        attn(x[:, :7], cache=state)
+        before = [buffer.clone() for buffer in state.buffers]
+        for name in parts(attn):
+            hook = attn.get_submodule(name).register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="failed on purpose"):
+                attn(x[:, 7 : 7 + tokens], cache=state)
+            hook.remove()
+            assert state.length == 7, name
+            assert all(torch.equal(a, b) for a, b in zip(state.buffers, before, strict=True)), name
+        y = attn(x[:, 7:], cache=state)
+    torch.testing.assert_close(y, attn(x)[:, 7:], atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("options", [LM, {"feature_map": "hedgehog", "qk_norm": True}])
+def test_every_part_is_called_where_it_has_a_hook(options):
+    attn, x = make(**options), sample()
+    expected = attn(x)
+    for name in parts(attn):
+        hook = attn.get_submodule(name).register_forward_hook(lambda *args: args[-1].roll(1, -1))
+        assert (attn(x) - expected).abs().max() > 1e-3, name
+        hook.remove()
+    assert torch.equal(attn(x), expected)
+
+
+def test_a_token_that_follows_a_state_has_its_own_gradient():
+    attn, x = make(**LM), sample()
+    state = attn.init_cache(2, T)
+    with torch.no_grad():
+        attn(x[:, :-1], cache=state)
+    last, whole = x[:, -1:].clone().requires_grad_(), x.clone().requires_grad_()
+    y = attn(last, cache=state)
+    state.reset()
+    (found,) = torch.autograd.grad(y.square().sum(), last)
+    (expected,) = torch.autograd.grad(attn(whole)[:, -1].square().sum(), whole)
+    torch.testing.assert_close(found, expected[:, -1:], atol=1e-11, rtol=0)
+
+
+def test_the_state_of_another_module_is_refused():
+    message = "cache must come from this module's init_cache: it was made for states of 2 x 6 x 6 and 2 x 6 with no "
+    message += "window, and the module needs states of 2 x 12 x 6 and 2 x 12 with no window"
+    with pytest.raises(ValueError, match=message):
+        make(feature_map="hedgehog")(sample(), cache=make().init_cache(2, T))
+
+
 def test_saved_memory_grows_with_the_length():
     attn = LinearAttention(E, H, G, chunk_size=16)
     sizes = []
@@ -240,6 +301,19 @@ def test_flops_are_those_that_are_counted(options, tokens):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         attn(sample(1, 1), cache=state)
     assert attn.flops(1, 5) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_circuits_are_the_weights_of_heads_with_their_gains():
+    attn = make(qk_norm=True)
+    queries = (attn.q_proj.weight * attn.q_norm.weight[:, None]).view(H, -1, E)
+    keys = (attn.k_proj.weight * attn.k_norm.weight[:, None]).view(G, -1, E)
+    values, outputs = attn.v_proj.weight.view(G, -1, E), attn.o_proj.weight.view(E, H, -1)
+    for h, (wq, wk) in enumerate(attn.qk_circuit()):
+        assert torch.equal(wq, queries[h])
+        assert torch.equal(wk, keys[h // (H // G)])
+    for h, (wv, wo) in enumerate(attn.ov_circuit()):
+        assert torch.equal(wv, values[h // (H // G)])
+        assert torch.equal(wo, outputs[:, h])
 
 
 def test_pruned_heads_are_heads_with_output_zero():

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, LinearAttention, MultiHeadLinearAttention, Rotary
+from attnzoo.modules.call import begin
 from attnzoo.ops.mixing_matrix import clipped, extended, initial_mixing
 from tests.zoo import gradients
 
@@ -158,7 +160,7 @@ def test_one_block_is_linear_attention_times_a_number():
 
 def test_blocks_of_one_token_are_a_learned_mask():
     attn, x = make(block_size=1, num_blocks=T, output_norm="none", gate=False), sample(1)
-    _, _, q, k, v = attn.features(x, x, None, None)
+    _, _, q, k, v = attn.features(x, begin(attn, x))
     k, v = (z[0].repeat_interleave(H // G, 1) for z in (k, v))
     weights = torch.einsum("thd,shd->hts", q[0], k) * attn.mixing(T, torch.float64)
     expected = attn.o_proj(torch.einsum("hts,shd->thd", weights, v).flatten(1))
@@ -170,7 +172,7 @@ def test_powers_of_a_number_are_a_decay_between_blocks():
     distance = torch.arange(M)[:, None] - torch.arange(M)
     with torch.no_grad():
         attn.mixing_matrix.copy_((0.5**distance).tril())
-    q, k, _, _, v = attn.features(x, x, None, None)
+    q, k, _, _, v = attn.features(x, begin(attn, x))
     k, v = (z[0].repeat_interleave(H // G, 1) for z in (k, v))
     S, heads = torch.zeros(H, E // H, E // H).double(), []
     for t in range(3 * C):
@@ -194,7 +196,7 @@ def test_rows_of_weights_sum_to_one_and_exceed_the_rank_of_features():
         attn.v_proj.bias = torch.nn.Parameter(torch.ones(G * attn.v_head_dim).double())
         x = sample()
         torch.testing.assert_close(attn(x), attn.o_proj.weight.sum(1).expand(2, T, E), atol=1e-11, rtol=0)
-        q, k, *_ = attn.features(x, x, None, None)
+        q, k, *_ = attn.features(x, begin(attn, x))
         weights = torch.einsum("td,sd->ts", q[0, :, 0], k[0, :, 0])
         at = torch.arange(T) // C
         mixed = (weights * attn.mixing(M, torch.float64)[at[:, None], at]).tril()
@@ -240,7 +242,7 @@ def test_starts():
     assert fresh.mixing_matrix.shape == (H, 4, 4)
     fresh.reset_parameters(std=1.0)
     torch.testing.assert_close(fresh.mixing_matrix[1].double(), rows)
-    assert fresh.undecayed_parameters() == [fresh.mixing_matrix]
+    assert fresh.no_weight_decay() == {"mixing_matrix"}
 
 
 def test_beyond_the_trained_blocks():
@@ -326,6 +328,63 @@ def test_states_are_taken_back_block_by_block():
     assert attn.cache_bytes_per_token() == 4 * G * 6 * 7 // C
 
 
+@every_variant
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("cached", [0, 7, 8])
+def test_a_call_that_fails_leaves_the_states_as_they_were(variant, tokens, cached):
+    attn, x = make(**VARIANTS[variant]), sample()
+    state = attn.init_cache(2, T)
+
+    def fail(*_):
+        raise RuntimeError("failed on purpose")
+
+    with torch.no_grad():
+        attn(x[:, :cached], cache=state)
+        before = [buffer.clone() for buffer in state.buffers]
+        hook = attn.o_proj.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="failed on purpose"):
+            attn(x[:, cached : cached + tokens], cache=state)
+        hook.remove()
+        assert state.length == cached
+        assert all(torch.equal(a, b) for a, b in zip(state.buffers, before, strict=True))
+        y = attn(x[:, cached:], cache=state)
+    torch.testing.assert_close(y, attn(x)[:, cached:], atol=1e-10, rtol=1e-10)
+
+
+def test_a_compiled_step_serves_every_block():
+    attn, x = make(**VARIANTS["mixed"]), sample()
+    state, counter = attn.init_cache(2, T), CompileCounter()
+    step = torch.compile(attn, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        y = torch.cat([step(part, cache=state) for part in x.split(1, 1)], 1)
+    torch.testing.assert_close(y, attn(x), atol=1e-10, rtol=1e-10)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("chunks", [[9, 1], [9, 5]])
+def test_tokens_that_follow_states_have_their_own_gradients(chunks):
+    attn, (old, new) = make(**VARIANTS["heads, mixed"]), sample(tokens=sum(chunks)).split(chunks, 1)
+    state = attn.init_cache(2, T)
+    with torch.no_grad():
+        attn(old, cache=state)
+    new.requires_grad_()
+    y = attn(new, cache=state)
+    state.reset()
+    wanted = (new, attn.mixing_matrix)
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    y = attn(torch.cat([old, new], 1))[:, chunks[0] :]
+    for one, two in zip(found, torch.autograd.grad(y.square().sum(), wanted), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
+
+
+def test_states_of_other_blocks_are_refused():
+    message = (
+        "with no window, blocks of 3, and the module needs states of 2 x 6 x 6 and 2 x 6 with no window, blocks of 4"
+    )
+    with pytest.raises(ValueError, match=message):
+        make()(sample(), cache=make(block_size=3).init_cache(2, 18))
+
+
 def test_pruned_heads_are_heads_with_output_zero():
     for variant in ("plain", "heads"):
         for heads in ([1], [0, 1], [0, 3]):
@@ -337,6 +396,29 @@ def test_pruned_heads_are_heads_with_output_zero():
             hook.remove()
             attn.prune_heads(heads)
             torch.testing.assert_close(attn(x), expected, atol=1e-11, rtol=0)
+
+
+def test_the_convolution_loses_the_channels_of_pruned_heads():
+    attn = make(grid=(4, 6), block_grid=(2, 3), causal=False, rope=None, num_kv_heads=H, lepe_kernel=3)
+    x, keep = sample(tokens=24), torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    hook = attn.o_proj.register_forward_pre_hook(lambda _, i: (i[0] * keep.repeat_interleave(E // H),))
+    expected = attn(x)
+    hook.remove()
+    attn.prune_heads([1])
+    torch.testing.assert_close(attn(x), expected, atol=1e-11, rtol=0)
+    attn.prune_heads([0, 2, 3])
+    assert not attn(x).any()
+
+
+def test_a_convolution_with_a_hook_is_called():
+    attn = make(grid=(4, 6), block_grid=(2, 3), causal=False, rope=None, num_kv_heads=H, lepe_kernel=3)
+    x = sample(tokens=24)
+    expected = attn(x)
+    hook = attn.lepe.register_forward_hook(lambda _, i, y: 2 * y)
+    assert (attn(x) - expected).abs().max() > 1e-3
+    hook.remove()
+    hook = attn.lepe.register_forward_hook(lambda _, i, y: y)
+    torch.testing.assert_close(attn(x), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, MultiHeadLatentAttention, Rotary
-from attnzoo.modules.structure import head_rows
+from attnzoo.modules.call import begin
+from attnzoo.modules.heads import head_rows
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -87,7 +88,7 @@ def test_stored_figures(name, backend, absorb):
     with torch.no_grad():
         attn(x, cache=cached)
     rank = attn.kv_lora_rank
-    latent = cached.streams[0][:, 0]
+    latent = cached.buffers[0][:, 0]
     assert (latent[..., :rank] - tensors["cache.kv_latent"]).abs().max() < 1e-9
     if name == "mla":
         assert (latent[..., rank:] - tensors["cache.k_rope_interleaved"]).abs().max() < 1e-9
@@ -149,9 +150,9 @@ def test_auto_absorbs_for_few_new_tokens_only():
     assert not attn.absorbed_is_cheaper(171)
     x = torch.randn(1, 1, 512)
     with torch.no_grad():
-        assert attn._absorbs(x, past=1)
-        assert not attn._absorbs(x, past=0)
-    assert not attn._absorbs(x, past=1)
+        assert attn.absorbs(x, past=1)
+        assert not attn.absorbs(x, past=0)
+    assert not attn.absorbs(x, past=1)
 
 
 @every_variant
@@ -339,15 +340,15 @@ def test_qk_circuit_makes_the_scores_of_one_position(variant):
 
 def _query_and_key(attn, x):
     """Unrotated queries and keys (H, dn + dr) of one token at position 0."""
-    q = attn.queries(x)
-    latent, q_rope = attn._latent(q, x, torch.zeros(1, dtype=torch.long), None, False, 0, None)
+    q, q_rope, latent = attn.compress(attn.queries(x), begin(attn, x, positions=torch.zeros(1, dtype=torch.long)))
     k, _ = attn.expand(latent[:, :, 0, : attn.kv_lora_rank])
     k = k.repeat_interleave(H // attn.num_kv_heads, 2)[0, 0]
     if not attn.qk_rope_head_dim:
-        return (q_rope if attn.rope_mode == "pre" else q)[0, 0], k
+        return q[0, 0], k
     rope = latent[0, 0, 0, attn.kv_lora_rank :].view(attn.rope_kv_heads, -1)
     slots = attn._rope_slots()
-    return torch.cat([q[0, 0, :, : attn.qk_nope_head_dim], q_rope[0, 0]], -1), torch.cat([k, rope[slots]], -1)
+    q_rope = q_rope[0, 0].unflatten(-1, (attn.rope_kv_heads, -1))[range(H), slots]
+    return torch.cat([q[0, 0], q_rope], -1), torch.cat([k, rope[slots]], -1)
 
 
 @every_variant

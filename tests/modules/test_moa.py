@@ -1,5 +1,6 @@
 """Mixture of attention heads: stored figures, grouped projections, gates, losses, refusals."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, MixtureOfAttentionHeads
-from attnzoo.modules.moa import router_losses
 from attnzoo.ops.expert_projection import Routes, expert_linear, expert_linear_reference
+from attnzoo.ops.head_routing import router_losses
+from attnzoo.ops.observation import observing
+from attnzoo.ops.softmax_attention import softmax_attention
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "moa.safetensors"
@@ -233,8 +236,92 @@ def test_per_head_outputs_pass_through_one_place():
     assert y.any()
 
 
-def test_pruned_experts_are_never_chosen():
+def test_an_observer_sees_the_heads_that_pass_there_in_another_order():
+    attn, x, seen, passed = make(heads_per_expert=4, num_heads=8, head_dim=6, v_head_dim=5), sample(), [], []
+    attn.head_outputs.register_forward_pre_hook(lambda _, given: passed.append(given[0]))
+    with observing(seen.append):
+        attn(x)
+    (call,) = seen
+    order = attn.observed_heads()
+    assert sorted(order) == list(range(8))
+    assert order != tuple(range(8))
+    heads = softmax_attention(call.q, call.k, call.v, call.view, scale=call.rules.scale)[:, :, order]
+    gates = attn._gates(attn.router_logits(x))[1].repeat_interleave(4, -1)
+    torch.testing.assert_close((heads * gates[..., None]).flatten(2), passed[0])
+
+
+def test_the_circuits_of_the_chosen_experts_are_what_a_token_reads_and_writes():
+    attn, x, seen, passed = (
+        make(rope=None, heads_per_expert=4, num_heads=8, head_dim=6, v_head_dim=5),
+        sample(1),
+        [],
+        [],
+    )
+    attn.head_outputs.register_forward_pre_hook(lambda _, given: passed.append(given[0].view(2, 2, 4, 5)))
+    with observing(seen.append):
+        y = attn(x)
+    ov, qk = attn.ov_circuit(), attn.qk_circuit()
+    assert len(ov) == len(qk) == 5 * 4
+    chosen, gates = attn._gates(attn.router_logits(x))
+    queries = seen[0].q[:, 0, attn.observed_heads()].view(2, 2, 4, 6)
+    written = torch.zeros_like(x)
+    for b, slot, m in itertools.product(range(2), range(2), range(4)):
+        pair = int(chosen[b, 0, slot]) * 4 + m
+        torch.testing.assert_close(queries[b, slot, m], qk[pair][0] @ x[b, 0])
+        torch.testing.assert_close(seen[0].k[b, 0, m // 2], qk[pair][1] @ x[b, 0])
+        torch.testing.assert_close(passed[0][b, slot, m], gates[b, 0, slot] * (ov[pair][0] @ x[b, 0]))
+        written[b, 0] += ov[pair][1] @ passed[0][b, slot, m]
+    torch.testing.assert_close(y, written)
+
+
+class Doubled(torch.nn.Module):
+    """Twice what a submodule gives."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return 2 * self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("name", ["router", "noise", "q_experts", "o_experts"])
+def test_a_submodule_that_is_not_plain_is_called(name):
+    attn, x = make(router_noise=True), sample()
+
+    def run():
+        torch.manual_seed(3)
+        return attn(x)
+
+    y, part = run(), getattr(attn, name)
+    with torch.no_grad():
+        part.weight.mul_(0.5)
+    assert not torch.allclose(run(), y)
+    hook = part.register_forward_hook(lambda _, __, out: 2 * out)
+    torch.testing.assert_close(run(), y)
+    hook.remove()
+    setattr(attn, name, Doubled(part))
+    torch.testing.assert_close(run(), y)
+    if name in ("router", "noise"):
+        with pytest.raises(ValueError, match="must be a plain Linear layer to be pruned, got Doubled"):
+            attn.prune_heads([0])
+        assert attn.pruned_heads == ()
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was():
     attn, x = make(), sample()
+    cache = attn.init_cache(2, T)
+    attn(x[:, :4], cache=cache)
+    hook = attn.head_outputs.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attn(x[:, 4:], cache=cache)
+    hook.remove()
+    assert cache.length == 4
+    torch.testing.assert_close(attn(x[:, 4:], cache=cache), attn(x)[:, 4:], atol=1e-12, rtol=0)
+
+
+def test_pruned_experts_are_never_chosen():
+    attn, x = make(router_noise=True).eval(), sample()
     logits = attn.router_logits(x)
     logits[..., [1, 4]] = float("-inf")
     chosen, gates = attn._gates(logits)
@@ -244,7 +331,8 @@ def test_pruned_experts_are_never_chosen():
     found, found_gates = attn._gates(attn.router_logits(x))
     torch.testing.assert_close(torch.tensor([0, 2, 3])[found], chosen)
     torch.testing.assert_close(found_gates, gates)
-    assert attn(x).shape == x.shape
+    assert attn(x).shape == attn.train()(x).shape == x.shape
+    assert attn.router.out_features == attn.noise.out_features == attn.num_experts == 3
     with pytest.raises(ValueError, match="indices must leave at least num_experts_per_tok 2 experts, got 1"):
         attn.prune_heads([0, 2])
 

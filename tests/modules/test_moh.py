@@ -10,7 +10,10 @@ from safetensors import safe_open
 import attnzoo
 from attnzoo import AttentionMask, MixtureOfHeadAttention
 from attnzoo.conversion import to_moh
+from attnzoo.masks import Visibility
+from attnzoo.modules.call import begin
 from attnzoo.ops.head_routing import load_balance_loss, query_norm_gates, routed_attention, top_heads
+from attnzoo.ops.observation import observing
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "moh.safetensors"
@@ -62,12 +65,12 @@ def test_stored_figures(options):
     for dtype, allowed in ((torch.float64, 1e-9), (torch.float32, None)):
         attn = golden_module(dtype, **options)
         x = t["input.x"].to(dtype)
-        gates, selected, probability = attn.gates(x, attn.project(x)[0])
+        gates, selected, probability = attn.gates(x, attn.project(x, x, x)[0])
         found = {"output.gates": gates.detach()}
         results = gradients(attn, x, t["input.w"].to(dtype))
         found |= {"output.y": results.pop("y"), **{f"grad.{key}": value for key, value in results.items()}}
         x = x.clone().requires_grad_()
-        gates, selected, probability = attn.gates(x, attn.project(x)[0])
+        gates, selected, probability = attn.gates(x, attn.project(x, x, x)[0])
         loss = load_balance_loss(selected, probability, None)
         found["output.load_balance_loss"] = loss.detach().view(1)
         grads = torch.autograd.grad(loss, [x, attn.routed_router.weight])
@@ -140,11 +143,69 @@ def test_small_tiles_change_nothing():
     assert not none.any()
 
 
+def test_documents_padding_and_rows_that_see_nothing_in_small_tiles():
+    q, k, v = (torch.randn(2, 40, n, 8, dtype=torch.float64).requires_grad_() for n in (4, 2, 2))
+    active = torch.rand(2, 40, 3) > 0.6
+    on = torch.cat([torch.ones(2, 40, 1, dtype=torch.bool), active], -1)[..., None]
+    for mask in (
+        AttentionMask.padding([0, 33]),
+        AttentionMask.packed([0, 3, 20, 41, 57, 80]),
+        AttentionMask.packed([0, 30, 80]) & AttentionMask.padding([25, 20]),
+    ):
+        view = Visibility(mask=mask)
+        expected = attnzoo.ops.softmax_attention.softmax_attention(q, k, v, view, backend="eager") * on
+        out = routed_attention(q, k, v, active, view, scale=8**-0.5, rows_at_once=7)
+        weight = torch.randn_like(out)
+        pairs = zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (out, expected)), strict=True)
+        for found, wanted in ((out, expected), *pairs):
+            torch.testing.assert_close(found, wanted, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("view", "keys"),
+    [(Visibility(causal=False), 5), (Visibility(window=3), 5), (Visibility(), 6), (Visibility(query_start=2), 5)],
+)
+def test_views_that_routed_attention_does_not_take(view, keys):
+    q, k = torch.randn(1, 5, 2, 4), torch.randn(1, keys, 2, 4)
+    with pytest.raises(ValueError, match="view must be causal, without a window, of as many queries as keys"):
+        routed_attention(q, k, k, torch.ones(1, 5, 2, dtype=torch.bool), view, scale=1.0)
+
+
+def test_packed_rows_take_no_dense_mask():
+    q = torch.randn(1, 5, 2, 4)
+    view = Visibility(mask=AttentionMask.dense(torch.ones(5, 5, dtype=torch.bool)))
+    with pytest.raises(attnzoo.BackendUnavailable, match=r"'sdpa' cannot run routed_attention: .* no dense mask"):
+        routed_attention(q, q, q, torch.ones(1, 5, 2, dtype=torch.bool), view, scale=1.0, backend="sdpa")
+
+
+@pytest.mark.parametrize(("sparse", "operation"), [(False, "softmax_attention"), (True, "routed_attention")])
+def test_an_observer_sees_all_heads_first_in_either_form(sparse, operation):
+    attn, seen = make(sparse=sparse), []
+    with observing(seen.append):
+        attn(sample())
+    assert seen[0].operation == operation
+    assert seen[0].q.shape == (2, T, H, E // H)
+    assert seen[0].k.shape[2] == G
+    assert seen[0].rules.scale == attn.scale
+
+
+def test_an_empty_batch_is_served_in_the_sparse_form_too():
+    attn, x = make(sparse=True), sample()[:0].requires_grad_()
+    y = attn(x)
+    assert y.shape == (0, T, E)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
 def test_long_inputs_with_few_active_heads_go_sparse_by_themselves():
-    attn = make(num_shared_heads=1, num_routed_active=1)
-    assert not attn._runs_sparse(sample(4095), None, None, None)
-    assert attn._runs_sparse(sample(4096), None, None, None)
-    assert not make(num_routed_active=4)._runs_sparse(sample(4096), None, None, None)
+    def sparse(attn, tokens):
+        x = sample(tokens)
+        q, _, v = attn.project(x, x, x)
+        return attn._runs_sparse(q, v, begin(attn, x))
+
+    few = make(num_shared_heads=1, num_routed_active=1)
+    assert not sparse(few, 4095)
+    assert sparse(few, 4096)
+    assert not sparse(make(num_routed_active=4), 4096)
 
 
 def test_gates_add_up():
@@ -173,11 +234,53 @@ def test_ties_of_the_query_norm_router_and_its_gradients():
             torch.testing.assert_close(grad, expected)
     assert not found["none"][0].requires_grad
     attn, x = make(router="query_norm"), sample()
-    q = attn.project(x)[0]
+    q = attn.project(x, x, x)[0]
     assert torch.equal(attn.gates(x, q)[1], attn.gates(x, 3 * q)[1])
     flat = query_norm_gates(torch.ones(1, 1, 3, requires_grad=True), active=1, num_shared=0, ste="all")[0]
     flat.sum().backward()
     assert flat.isfinite().all()
+
+
+class Doubled(torch.nn.Module):
+    """Twice what a submodule gives."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.out_features = inner.out_features
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["routed_router", "shared_router", "type_router"])
+def test_a_router_that_is_not_a_plain_layer_is_called(name):
+    attn, x = make(), sample()
+    y, router = attn(x), getattr(attn, name)
+    with torch.no_grad():
+        router.weight.mul_(0.5)
+    assert not torch.allclose(attn(x), y)
+    hook = router.register_forward_hook(lambda _, __, out: 2 * out)
+    torch.testing.assert_close(attn(x), y)
+    hook.remove()
+    setattr(attn, name, Doubled(router))
+    torch.testing.assert_close(attn(x), y)
+    if name != "type_router":
+        with pytest.raises(ValueError, match="must be a plain Linear layer to be pruned, got Doubled"):
+            attn.prune_heads([5])
+        assert attn.q_proj.out_features == E
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was():
+    attn, x = make(), sample()
+    cache = attn.init_cache(2, T)
+    attn(x[:, :4], cache=cache)
+    hook = attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attn(x[:, 4:], cache=cache)
+    hook.remove()
+    assert cache.length == 4
+    torch.testing.assert_close(attn(x[:, 4:], cache=cache), attn(x)[:, 4:], atol=1e-12, rtol=0)
 
 
 def test_the_order_of_routed_heads_means_nothing():

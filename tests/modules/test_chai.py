@@ -1,4 +1,4 @@
-"""Clustered heads: stored figures, an independent form with copied weights, decoding, caches, refusals."""
+"""Clustered heads: stored figures, an independent form with copied weights, decoding, caches, observers, refusals."""
 
 import copy
 import json
@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
-from attnzoo.modules import chai as clustered
-from attnzoo.modules.chai import ClusteredHeadAttention
-from attnzoo.modules.head_clusters import ClusteredCache
+from attnzoo import ClusteredHeadAttention
+from attnzoo.modules.clustered_cache import ClusteredCache
+from attnzoo.modules.heads import HeadLayout
+from attnzoo.modules.protocol import MEMBERS, missing_members
+from attnzoo.ops.clustered_attention import BLOCK
+from attnzoo.ops.observation import observing
+from attnzoo.ops.softmax_attention import softmax_attention_reference
 from tests.zoo import OPTIONS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chai.safetensors"
@@ -44,12 +49,11 @@ def tokens(B=3, T=19, seed=1):
 
 def with_copied_heads(attn, labels, x, **call):
     """The same by a plain module for each sequence, in which every head has its representative's queries and keys."""
-    reads = attn._kv_index or [h * attn.num_kv_heads // attn.num_heads for h in range(attn.num_heads)]
-    rows = []
+    reads, rows = attn.heads.reads, []
     for b, row in enumerate(labels.tolist()):
         heads = [row.index(c) for c in row]
         plain = copy.deepcopy(attn)
-        plain.num_kv_heads, plain._kv_index = attn.num_heads, None
+        plain.num_kv_heads, plain.heads = attn.num_heads, HeadLayout.of(attn.num_heads)
 
         def copied(linear, width, heads):
             new = torch.nn.Linear(E, 1, linear.bias is not None).to(linear.weight)
@@ -140,7 +144,7 @@ def test_sequences_differ_in_their_clusters():
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_more_queries_than_a_block(alike):
-    attn, T = trained(), 2 * clustered._BLOCK + 5
+    attn, T = trained(), 2 * BLOCK + 5
     x = tokens(1, T).expand(2, -1, -1) if alike else tokens(2, T)
     layer = ClusteredHeadAttention(attn, 2)
     close(layer(x), with_copied_heads(attn, layer.labels, x))
@@ -251,14 +255,14 @@ def test_a_cache_holds_the_keys_of_representatives_only():
     layer, number = ClusteredHeadAttention(attn, 2), 8
     cache, full = layer.init_cache(3, 19), attn.init_cache(3, 19)
     layer(x, cache=cache)
-    assert [s.shape for s in cache.streams] == [(3, 2, 19, D), (3, H, 19, 7)]
+    assert [s.shape for s in cache.buffers] == [(3, 2, 19, D), (3, H, 19, 7)]
     assert full.nbytes == 3 * 19 * H * (D + 7) * number
     assert cache.nbytes == 3 * 19 * (2 * D + H * 7) * number == 3 * 19 * layer.cache_bytes_per_token(torch.float64)
     grouped = ClusteredHeadAttention(trained(2), 5)
     cache = grouped.init_cache(3, 19)
     grouped(x, cache=cache)
     reads = {h // 3 for row in grouped.representatives.tolist() for h in row}
-    assert cache.streams[0].shape[1] == len(reads) <= 2
+    assert cache.buffers[0].shape[1] == len(reads) <= 2
 
 
 def test_no_tensor_of_all_scores_and_no_score_twice():
@@ -272,7 +276,7 @@ def test_no_tensor_of_all_scores_and_no_score_twice():
                 largest = max(largest, out.numel())
             return out
 
-    T = 6 * clustered._BLOCK
+    T = 6 * BLOCK
     layer, x = ClusteredHeadAttention(trained(), 2), tokens(1, T)
     with Watch():
         layer(x)
@@ -359,6 +363,134 @@ def test_the_wrapper_shares_weights_and_mode():
     assert "num_clusters=3" in repr(layer)
 
 
+def test_it_fulfils_the_contract_with_the_heads_of_the_wrapped_module():
+    attn = trained(3)
+    attn.prune_heads([1])
+    layer = ClusteredHeadAttention(attn, 3)
+    assert not missing_members(layer)
+    own = {"aux_loss", "has_patterns", "factored_circuits", "flops", "flops_by_part", "init_cache", "state_bytes"}
+    own |= {"cache_bytes_per_token", "no_weight_decay", "prune_heads"}
+    for name in set(MEMBERS) - own:
+        assert getattr(layer, name) == getattr(attn, name), name
+    assert layer.heads.kept == (0, 2, 3, 4, 5)
+    assert layer.head_outputs is attn.o_proj
+    assert layer.no_weight_decay() == set()
+    assert layer.flops(19) == sum(layer.flops_by_part(19).values())
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "sink_tokens": 2}])
+def test_bytes_of_a_state(options):
+    layer = ClusteredHeadAttention(trained(**options), 3)
+    cache = layer.init_cache(1, 19)
+    layer(tokens(1), cache=cache)
+    assert layer.state_bytes(19, torch.float64) == cache.nbytes
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("size", ["mha", "gqa-more-clusters"])
+def test_an_observer_sees_the_weights_of_all_heads(size, option):
+    G, K = SIZES[size]
+    layer, x = ClusteredHeadAttention(trained(G, **OPTIONS[option]), K), tokens()
+    cache, seen = layer.init_cache(3, 19), []
+    with observing(seen.append):
+        y = torch.cat([layer(part, cache=cache) for part in x.split([3, 10, 6], 1)], 1)
+    assert [o.operation for o in seen] == ["softmax_attention"] * 3
+    outputs = []
+    for o in seen:
+        k, v = (part.repeat_interleave(H // part.shape[2], 2) for part in (o.k, o.v))
+        outputs.append(softmax_attention_reference(o.q, k, v, o.view, o.rules))
+    close(layer.attn.o_proj(torch.cat(outputs, 1).flatten(2)), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4, "sink_tokens": 1}])
+@pytest.mark.parametrize("split", [[2, 1, 16], [3, 5, 11], [5, 1, 13], [9, 3, 7]])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(split, options):
+    """While there are too few tokens, where heads are clustered, and after that."""
+    layer, x = ClusteredHeadAttention(trained(**options), 3), tokens()
+
+    def fail(*_):
+        raise RuntimeError("at the last moment")
+
+    def decoded(failing):
+        cache, outputs, first = layer.init_cache(3, 19), [], 0
+        for part in x.split(split, 1):
+            if failing:
+                before = cache.states, cache.clusters, cache.length
+                wrong = torch.ones(2, 40, dtype=torch.bool)
+                with pytest.raises(ValueError, match="mask must broadcast"):
+                    layer(part, mask=wrong, cache=cache)
+                hook = layer.attn.o_proj.register_forward_pre_hook(fail)
+                with pytest.raises(RuntimeError, match="at the last moment"):
+                    layer(part + 1, cache=cache)
+                hook.remove()
+                assert (cache.states, cache.clusters, cache.length) == before == (*before[:2], first)
+            outputs.append(layer(part, cache=cache))
+            first += part.shape[1]
+        return torch.cat(outputs, 1)
+
+    assert torch.equal(decoded(True), decoded(False))
+
+
+class WithAdapter(torch.nn.Linear):
+    """As adapters are: a subclass whose output is not that of its weight."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.3 * x[..., -1:]
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_projections_that_are_not_plain_are_called(B):
+    def changed(change):
+        attn = trained()
+        for name in ("q_proj", "k_proj"):
+            change(attn, name, getattr(attn, name))
+        layer = ClusteredHeadAttention(attn, 3)
+        return layer(tokens(B)), layer.labels
+
+    def adapter(attn, name, linear):
+        linear.__class__ = WithAdapter
+
+    def hook(attn, name, linear):
+        linear.register_forward_hook(lambda _, inputs, out: out + 0.3 * inputs[0][..., -1:])
+
+    def merged(attn, name, linear):
+        linear.weight[:, -1] += 0.3
+
+    (y, labels), *others = [changed(change) for change in (merged, adapter, hook)]
+    for z, found in others:
+        close(z, y)
+        assert torch.equal(found, labels)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_clustering_cannot_be_traced():
+    layer, x = ClusteredHeadAttention(trained(), 3), tokens()
+    y, message = layer(x), "x must have values where heads are clustered, which the first 5 tokens decide"
+    with pytest.raises(ValueError, match=message), FakeTensorMode():
+        ClusteredHeadAttention(attnzoo.MultiHeadAttention(E, H, head_dim=D).eval(), 3)(torch.randn(3, 19, E))
+    with pytest.raises(ValueError, match=message):
+        copy.deepcopy(layer).to("meta")(x.to("meta"))
+    with pytest.raises(ValueError, match=message):
+        torch.jit.trace(layer, x)
+    with pytest.raises(ValueError, match=message):
+        torch.export.export(layer, (x,))
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(layer)(x[None])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("prompt", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decoding_compiles_and_a_prompt_with_graph_breaks(prompt):
+    layer, x = ClusteredHeadAttention(trained(), 3), tokens()
+    y, cache = layer(x), layer.init_cache(3, 19)
+    first = torch.compile(layer, backend="eager") if prompt else layer
+    close(first(x[:, :9], cache=cache), y[:, :9])
+    decode = torch.compile(layer, backend="eager", fullgraph=True)
+    close(torch.cat([decode(part, cache=cache) for part in x[:, 9:].split([1, 9], 1)], 1), y[:, 9:])
+
+
 def test_one_key_head_is_warned_about():
     with pytest.warns(UserWarning, match="save no key cache"):
         ClusteredHeadAttention(attnzoo.MultiQueryAttention(E, H), 2)
@@ -376,13 +508,16 @@ def with_cache(x):
     return layer(x, cache=cache)
 
 
+def with_cache_of(other):
+    return ClusteredHeadAttention(trained(), 3)(tokens(), cache=other.init_cache(3, 19))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: ClusteredHeadAttention(trained(), 7), "num_clusters must be at most num_heads, got 7 and 6"),
         (lambda: ClusteredHeadAttention(trained(), 0), "num_clusters must be at least 1"),
         (lambda: ClusteredHeadAttention(trained(), 2, 0), "probe_tokens must be at least 1"),
-        (lambda: ClusteredHeadAttention(trained(), 2, linkage="ward"), "linkage must be 'average', got 'ward'"),
         (lambda: ClusteredHeadAttention(trained(causal=False), 2), "attn must be causal"),
         (lambda: ClusteredHeadAttention(attnzoo.DynamicallyComposableAttention(E, H), 2), "attn must be .* got Dynam"),
         (lambda: ClusteredHeadAttention(attnzoo.MixtureOfHeadAttention(E, H), 2), "attn must be .* got MixtureOfHead"),
@@ -405,10 +540,18 @@ def with_cache(x):
         (lambda: with_cache(tokens()), "cache is full: 10 cached and 19 new"),
         (lambda: with_cache(tokens(2)), "cache was made for states of 3 sequences"),
         (lambda: ClusteredHeadAttention(trained(), 2).init_cache(3, 0), "max_length must be at least 1"),
+        (lambda: with_cache_of(trained()), "cache must come from this module's init_cache, got a KeyValueCache"),
         (
-            lambda: ClusteredHeadAttention(trained(), 2)(tokens(), cache=trained().init_cache(3, 19)),
-            "cache must come from this module's init_cache",
+            lambda: with_cache_of(ClusteredHeadAttention(trained(3), 3)),
+            "6 x 10 and 3 x 10 and 3 x 7 with no window, 3 clusters by 5 probe tokens, .* needs states of 6 x 10",
         ),
+        (lambda: with_cache_of(ClusteredHeadAttention(trained(), 2)), "2 clusters by 5 .* needs .* 3 clusters by 5 "),
+        (lambda: with_cache_of(ClusteredHeadAttention(trained(), 3, 4)), "3 clusters by 4 .* needs .* clusters by 5 "),
+        (
+            lambda: with_cache_of(ClusteredHeadAttention(trained(sliding_window=9, sink_tokens=2), 3)),
+            "a window of 9 and 2 sink tokens, .* needs .* with no window",
+        ),
+        (lambda: ClusteredHeadAttention(trained(), 2).prune_heads([1]), r"indices must be pruned .* got \[1\]"),
     ],
 )
 def test_refusals(call, message):

@@ -1,0 +1,224 @@
+"""What every forward does before its mathematics: checks, sources of keys and values, rotation tables, the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.masks import AttentionMask, Visibility, as_mask
+from attnzoo.modules.checks import check_cache, check_input, key_value_sources
+from attnzoo.rotary import Rotary, RotaryTable, rotary_range_table, rotary_table, rotate
+
+Mask = Tensor | AttentionMask | None
+Positions = Tensor | tuple[Tensor, Tensor] | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a mechanism, checked.
+
+    Attributes:
+        sources: what keys (B, S, kdim) and values (B, S, vdim) are made from.
+        view: who sees whom; complete inside `remember`.
+        q_table: rotation of the queries, or None without a rotary embedding.
+        k_table: rotation of the keys.
+        past: tokens in the cache.
+        cache: the cache, or None.
+    """
+
+    sources: tuple[Tensor, Tensor]
+    view: Visibility
+    q_table: RotaryTable | None = None
+    k_table: RotaryTable | None = None
+    past: int = 0
+    cache: Any = None
+
+    @property
+    def source(self) -> Tensor:
+        """The one input of mechanisms whose keys and values have no inputs of their own."""
+        return self.sources[0]
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, T, N, D) after rotation."""
+        if self.q_table is None or self.k_table is None:
+            return q, k
+        return rotate(q, *self.q_table), rotate(k, *self.k_table)
+
+    def remember(self, *states: Tensor) -> Remembered:
+        """A block that sees the states of all tokens, cached and new, which the cache keeps if it ends without error.
+
+            with call.remember(k, v) as (k, v):
+                return self.o_proj(attention(q, k, v, call.view))
+
+        Without a cache the states are those given.
+        """
+        return Remembered(self, states)
+
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """Which new tokens (B, T) of self-attention are not padding; None if all count."""
+        mask = self.view.mask
+        if mask is None or mask.lengths is None or self.sources[0] is not x:
+            return None
+        if mask.lengths.shape[0] != x.shape[0]:
+            raise ValueError(f"lengths must have one entry a row, got {mask.lengths.shape[0]} for {x.shape[0]}")
+        return torch.arange(self.past, self.past + x.shape[1], device=x.device) < mask.lengths[:, None]
+
+
+class Remembered:
+    """See `Call.remember`. What has to be restored is kept here, since the cache outlives the call."""
+
+    def __init__(self, call: Call, states: tuple[Tensor, ...]) -> None:
+        self.call = call
+        self.states = states
+        self.before: Any = None
+
+    def __enter__(self) -> tuple[Tensor, ...]:
+        cache = self.call.cache
+        if cache is None:
+            return self.states
+        self.before = cache.snapshot(self.states[0].shape[1])
+        try:
+            *states, key_positions = cache.append(*self.states)
+        except BaseException:
+            cache.restore(self.before)
+            raise
+        # The cache has copies, so what was given can be freed while the block runs.
+        self.states = ()
+        if key_positions is not None:
+            self.call.view = replace(self.call.view, key_positions=key_positions)
+        return tuple(states)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self.call.cache is not None:
+            self.call.cache.restore(self.before)
+
+
+def begin(
+    module: Any,
+    x: Tensor,
+    context: Tensor | tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | AttentionMask | None = None,
+    positions: Positions = None,
+    cache: Any = None,
+) -> Call:
+    """Check the arguments of a call of a `Mechanism` and prepare what its mathematics needs.
+
+    Raises:
+        ValueError: for an argument that does not fit the module or another argument.
+    """
+    check_input("x", x, module.embed_dim)
+    mask = as_mask(mask)
+    sources = key_value_sources(module, x, context)
+    past, limit, start = 0, None, None
+    if cache is not None:
+        check_cache(module, cache, context, mask)
+        past, limit = cache.length, cache.max_length
+        start = past
+    view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)
+    call = Call(sources, view, past=past, cache=cache)
+    if module.rope is not None:
+        call.q_table, call.k_table = module.rotation_tables(
+            x, sources[0], positions, mask, cross=context is not None, past=past, limit=limit
+        )
+    return call
+
+
+def rotary_tables(
+    rope: Rotary,
+    width: int,
+    x: Tensor,
+    source: Tensor,
+    positions: Positions,
+    mask: AttentionMask | None,
+    *,
+    cross: bool,
+    past: int = 0,
+    limit: int | None = None,
+) -> tuple[RotaryTable, RotaryTable]:
+    """Tables for queries made from x (B, T, E) and keys made from source (B, S, kdim).
+
+    Args:
+        rope: what to rotate by.
+        width: rotary width r.
+        x: input of the queries, for its shape, dtype and device.
+        source: input of the keys.
+        positions: as the modules take it.
+        mask: a packed mask restarts default positions in every document.
+        cross: whether keys come from a context; then positions must be a pair.
+        past: tokens in the cache.
+        limit: the cache's max_length. Frequencies that depend on the length are fixed by it, so that
+            decoding equals the full forward of that length.
+    """
+    options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+    batch, tokens = x.shape[:2]
+    if not cross and positions is None:
+        packed = None if mask is None else mask.positions(batch, tokens)
+        if packed is None:
+            length = past + tokens if limit is None else limit
+            table = rotary_range_table(rope, width, past, past + tokens, length=length, **options)
+        else:
+            length = _length(rope, (packed,), limit)
+            cos, sin = rotary_range_table(rope, width, 0, tokens, length=length, **options)
+            table = cos[packed], sin[packed]
+        shared = RotaryTable(*table, rope.style)
+        return shared, shared
+    pair = token_positions(x, source, positions, mask, cross=cross, past=past)
+    length = _length(rope, pair, limit)
+    q_table = RotaryTable(*rotary_table(rope, width, pair[0], length=length, **options), rope.style)
+    if pair[1] is pair[0]:
+        return q_table, q_table
+    return q_table, RotaryTable(*rotary_table(rope, width, pair[1], length=length, **options), rope.style)
+
+
+def token_positions(
+    x: Tensor,
+    source: Tensor,
+    positions: Positions,
+    mask: AttentionMask | None,
+    *,
+    cross: bool,
+    past: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Positions of queries and keys, (T,) or (B, T), by the rules of `rotary_tables`."""
+    if cross:
+        if not isinstance(positions, tuple | list) or len(positions) != 2:
+            raise ValueError(
+                "positions must be a pair (query positions, key positions) when context is given and rope is "
+                "set; or construct the module with rope=None"
+            )
+        for name, part, tokens in (("query", positions[0], x), ("key", positions[1], source)):
+            _check(f"positions ({name})", part, tokens)
+        return positions[0].to(x.device), positions[1].to(x.device)
+    if isinstance(positions, tuple | list):
+        raise ValueError("positions must be one tensor unless context is given, got a pair")
+    if positions is not None:
+        _check("positions", positions, x)
+        positions = positions.to(x.device)
+    elif mask is not None:
+        positions = mask.positions(*x.shape[:2])
+    if positions is None:
+        positions = torch.arange(past, past + x.shape[1], device=x.device)
+    return positions, positions
+
+
+def _length(rope: Rotary, positions: tuple[Tensor, ...], limit: int | None) -> int:
+    """The current length, for dynamic and longrope scaling; reading it off positions costs a synchronisation."""
+    if not rope.depends_on_length:
+        return 1
+    if limit is not None:
+        return limit
+    return max(1 if part.numel() == 0 else int(part.max()) + 1 for part in positions)
+
+
+def _check(name: str, positions: Tensor, x: Tensor) -> None:
+    batch, tokens = x.shape[:2]
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        raise ValueError(f"{name} must be an integer tensor, got {getattr(positions, 'dtype', positions)}")
+    if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
+        raise ValueError(f"{name} must have shape ({tokens},) or ({batch}, {tokens}), got {tuple(positions.shape)}")
