@@ -1,25 +1,21 @@
 """Attention modules of a model, found by their structure, with the weights of their heads.
 
-The zoo's mechanisms, torch.nn.MultiheadAttention and the usual Hugging Face families are known; `register_family` adds
-others. What follows works on all of them alike: capture, masks, pruning, spectra.
+The mechanisms of this library, torch.nn.MultiheadAttention and the usual Hugging Face families are known;
+`register_family` adds others. The other diagnostics (observation, masks, pruning, spectra) work on all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attnzoo.modules.dcmha import DynamicallyComposableAttention
-from attnzoo.modules.gta import GroupedTiedAttention
-from attnzoo.modules.kha import HeadMap
-from attnzoo.modules.mla import MultiHeadLatentAttention
-from attnzoo.modules.moa import MixtureOfAttentionHeads
-from attnzoo.modules.talking_heads import TalkingHeadsAttention
+from attnzoo.modules.heads import HeadLayout
+from attnzoo.modules.protocol import AttentionMechanism, is_mechanism
 
 Factors = list[tuple[Tensor, Tensor]]
 
@@ -30,7 +26,7 @@ class AttentionLayer:
 
     Attributes:
         name: qualified name inside the model; "" if the model is the module.
-        index: place among the model's attention layers, in the order in which modules are registered.
+        index: index among the model's attention layers, in the order in which modules are registered.
         module: the attention module.
         num_heads: heads H whose outputs the output projection reads.
         num_kv_heads: key/value heads G.
@@ -39,6 +35,7 @@ class AttentionLayer:
         projection: the output projection, whether or not hooks fire on it; see `output`.
         family: which entry of the table found it.
         obstacle: why hooks at the output projection do not work, or None.
+        heads: the original numbers of the heads, and which key/value head each of them reads.
     """
 
     name: str
@@ -51,15 +48,21 @@ class AttentionLayer:
     projection: nn.Module = field(repr=False)
     family: str
     obstacle: str | None = field(default=None, repr=False)
+    heads: HeadLayout = field(kw_only=True, repr=False)
     _qk: Callable[[str], Factors] = field(kw_only=True, repr=False)
     _ov: Callable[[], Factors] = field(kw_only=True, repr=False)
+
+    @property
+    def mechanism(self) -> AttentionMechanism | None:
+        """The module if it is a mechanism of this library and was read as one, else None."""
+        return cast("AttentionMechanism", self.module) if self.family == "attnzoo" else None
 
     @property
     def output(self) -> nn.Module:
         """The module whose input is (B, T, H Dv), head by head: what a forward pre-hook reads, scales or replaces.
 
         Raises:
-            ValueError: if the module never calls it, so that a hook would be silently without effect.
+            ValueError: if the module never calls it, so that a hook would silently do nothing.
         """
         if self.obstacle is not None:
             raise ValueError(f"layer {self.name!r} takes no hooks on its heads: {self.obstacle}")
@@ -82,8 +85,8 @@ class AttentionLayer:
     def qk_factors(self, part: str = "full") -> Factors:
         """Per query head (WQ_h (d, E), WK_h (d, E)), detached; the logits' form at offset 0 is WQ_h^T WK_h.
 
-        Norm gains are folded in; scales, biases and RMS statistics are left out. Heads that mix give their factors
-        before that, and mixtures of experts one pair for each head of each expert.
+        Norm gains are folded in; scales, biases and RMS statistics are left out. Heads that are mixed give their
+        factors before the mix, and mixtures of experts one pair for each head of each expert.
 
         Args:
             part: "full", or of a layer with rotary positions their features "rope" or the rest, "nope".
@@ -109,34 +112,34 @@ class Family(NamedTuple):
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Attention layers of a model, in the order in which its modules are registered.
 
-    A module that stands in several places counts once.
+    A module that is registered in several places counts once.
 
     Raises:
         ValueError: if the model has none that a family knows, or one whose sizes do not fit its family.
     """
-    found: list[AttentionLayer] = []
+    layers: list[AttentionLayer] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
             continue
         for family in _FAMILIES.values():
             if family.matches(module):
-                found.append(family.read(name, len(found), module))
+                layers.append(family.read(name, len(layers), module))
                 inside.update(module.modules())
                 break
-    if not found:
+    if not layers:
         known = ", ".join(_FAMILIES)
         raise ValueError(
             f"model must contain attention of a known family ({known}; register_family adds others), got "
             f"{type(model).__name__}"
         )
-    return found
+    return layers
 
 
 def register_family(
     name: str, matches: Callable[[nn.Module], bool], read: Callable[[str, int, nn.Module], AttentionLayer]
 ) -> None:
-    """Teach `attention_layers` another kind of module; a later entry is asked before earlier ones.
+    """Teach `attention_layers` another kind of module; entries added later are asked first.
 
         register_family("mine", lambda m: isinstance(m, Mine), lambda name, index, m: layer_of(
             name, index, m, "mine", m.out, lambda: (m.wq, m.wk, m.wv), num_heads=8, num_kv_heads=2))
@@ -168,7 +171,7 @@ def layer_of(
 
     Args:
         name: qualified name of the module.
-        index: place among the attention layers.
+        index: index among the attention layers.
         module: the attention module.
         family: name of the family.
         projection: the output projection, with a weight (E, H Dv), or (H Dv, E) of a transformers Conv1D.
@@ -204,11 +207,14 @@ def layer_of(
     def ov() -> Factors:
         value = weights()[2].detach()
         value = value.reshape(num_kv_heads, -1, value.shape[1])
-        return _paired([value[g] for g in reads], matrix(projection).detach())
+        width, out = value.shape[1], matrix(projection).detach()
+        return [(value[g], out[:, h * width : (h + 1) * width]) for h, g in enumerate(reads)]
 
+    # Pruning leaves its layout on the module.
+    layout = getattr(module, "attnzoo_heads", HeadLayout.of(num_heads, num_kv_heads))
     return AttentionLayer(
         name, index, module, num_heads, num_kv_heads, rows[0] // num_heads, rows[2] // num_kv_heads, projection,
-        family, obstacle, _qk=qk, _ov=ov,
+        family, obstacle, heads=layout, _qk=qk, _ov=ov,
     )  # fmt: skip
 
 
@@ -228,64 +234,14 @@ def _part(part: str, rope_dim: int, name: str) -> slice:
     return slice(rope_dim) if part == "rope" else slice(rope_dim, None)
 
 
-def _paired(values: Sequence[Tensor], out: Tensor) -> Factors:
-    """Value weights of the query heads beside their columns of the output weight (E, H Dv)."""
-    width = values[0].shape[0] if values else 0
-    return [(value, out[:, h * width : (h + 1) * width]) for h, value in enumerate(values)]
-
-
-# The zoo
-
-
-def _is_zoo(module: nn.Module) -> bool:
-    ours = all(hasattr(module, name) for name in ("qk_circuit", "head_dim", "v_head_dim", "embed_dim"))
-    return ours and (hasattr(module, "o_proj") or hasattr(module, "head_outputs"))
+# The mechanisms of this library
 
 
 def _read_zoo(name: str, index: int, module: Any) -> AttentionLayer:
-    heads, groups = module.num_heads, getattr(module, "num_kv_heads", module.num_heads)
-    if isinstance(module, TalkingHeadsAttention):
-        heads, groups = module.num_v_heads, module.num_qk_heads
-    projection = module.head_outputs if isinstance(module, MixtureOfAttentionHeads) else module.o_proj
     return AttentionLayer(
-        name, index, module, heads, groups, module.head_dim, module.v_head_dim, projection, "attnzoo",
-        _qk=module.qk_circuit, _ov=lambda: _zoo_ov(module),
+        name, index, module, len(module.heads.kept), module.num_kv_heads, module.head_dim, module.v_head_dim,
+        module.head_outputs, "attnzoo", heads=module.heads, _qk=module.qk_circuit, _ov=module.ov_circuit,
     )  # fmt: skip
-
-
-def _zoo_ov(module: Any) -> Factors:
-    """Value and output factors of a zoo module."""
-    if isinstance(module, MixtureOfAttentionHeads):
-        values = module.v_proj.weight.detach().view(module.num_kv_heads, module.v_head_dim, -1)
-        outs = module.o_experts.weight.detach()
-        M, size, width = module.heads_per_expert, module.heads_per_expert // module.num_kv_heads, module.v_head_dim
-        return [(values[m // size], out[:, m * width : (m + 1) * width]) for out in outs for m in range(M)]
-    if isinstance(module, MultiHeadLatentAttention):
-        # The heads before the norm's gain are linear in the source, as in qk_circuit.
-        value = module.expansion()[1].detach()
-        if module.kv_a_layernorm is not None:
-            value = value * module.kv_a_layernorm.weight.detach()
-        if module.rope_mode == "pre":
-            shape = (module._total_heads, -1, module.kdim)
-            keys, values = (p.weight.detach().view(shape) for p in (module.k_proj, module.v_proj))
-            # Rotation at offset 0 is the identity.
-            down = module.kv_a_proj.weight.detach() @ torch.cat([keys, values], dim=1).flatten(0, 1)
-        else:
-            down = module.kv_a_proj_with_mqa.weight.detach()[: module.kv_lora_rank]
-        return _paired([value[g] @ down for g in module._reads()], module.o_proj.weight.detach())
-    source = module.kv_proj if isinstance(module, GroupedTiedAttention) else module.v_proj
-    heads = module.num_v_heads if isinstance(module, TalkingHeadsAttention) else module.num_heads
-    groups = heads if isinstance(module, TalkingHeadsAttention) else module.num_kv_heads
-    value = source.weight.detach().view(groups, module.v_head_dim, -1)
-    knock = getattr(module, "v_knock", None)
-    if isinstance(knock, HeadMap):
-        value = knock.weight.detach() @ value
-    reads = getattr(module, "_kv_index", None)
-    if isinstance(module, DynamicallyComposableAttention):
-        reads = module._value_groups()
-    if reads is None:
-        reads = [h * groups // heads for h in range(heads)]
-    return _paired([value[g] for g in reads], module.o_proj.weight.detach())
 
 
 # torch.nn.MultiheadAttention
@@ -346,7 +302,7 @@ def _read_separate(name: str, index: int, module: Any) -> AttentionLayer:
 def _gain(norm: nn.Module | None, rows: int, width: int, like: Tensor) -> Tensor:
     """Factor of each row by a norm of queries or keys: of a head's width, or of all heads together.
 
-    Measured, since some norms multiply by 1 + weight: a vector of size 1 in the mean square and mean 0 shows its gain.
+    Measured, since some norms multiply by 1 + weight: a vector with mean square 1 and mean 0 shows its gain.
     """
     if norm is None:
         return torch.ones(rows, dtype=like.dtype, device=like.device)
@@ -371,7 +327,7 @@ def _first(module: Any, layer: str, *names: str) -> int:
 
 
 def _config_rope(module: Any, width: int) -> int:
-    """Rotated features of a head by the configuration; 0 if it knows no rotary embedding."""
+    """Rotated features of a head by the configuration; 0 if it has no rotary embedding."""
     config = getattr(module, "config", None)
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     theta = getattr(config, "rope_theta", None)
@@ -426,7 +382,7 @@ def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:
 
 
 def _is_neox(module: nn.Module) -> bool:
-    """Fused rows (H, 3, D); Falcon's grouped and multi-query layouts of the same names are something else."""
+    """Fused rows (H, 3, D); Falcon has the same names, but grouped and multi-query layouts."""
     if not _has(module, "query_key_value", "dense"):
         return False
     rows, columns = matrix(module.query_key_value).shape[0], matrix(module.dense).shape[1]  # type: ignore[arg-type]
@@ -455,7 +411,7 @@ def _is_bert(module: nn.Module) -> bool:
 
 
 _FAMILIES: dict[str, Family] = {
-    "attnzoo": Family(_is_zoo, _read_zoo),
+    "attnzoo": Family(is_mechanism, _read_zoo),
     "torch": Family(lambda module: isinstance(module, nn.MultiheadAttention), _read_torch),
     "separate": Family(lambda module: _separate_out(module) is not None, _read_separate),
     "gpt2": Family(lambda module: _has(module, "c_attn", "c_proj"), _read_gpt2),

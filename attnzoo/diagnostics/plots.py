@@ -1,7 +1,7 @@
 """Pictures of the diagnostics' figures: spectra, heads by layer, development over training, pruning, attention maps.
 
 Every function takes figures that other modules computed and returns a matplotlib Figure; `save` and `to_png` write
-it. All share one look, in a light and a dark theme, with colours that colour-blind readers tell apart. This is the
+it. All share one look, in a light and a dark theme, with colours that colour-blind readers can distinguish. This is the
 one file that imports matplotlib.
 """
 
@@ -27,9 +27,9 @@ THEMES: dict[str, dict[str, Any]] = {
     "light": {"background": "#ffffff", "text": "#1a1a1a", "faint": "#6e6e6e", "fill": "#b8c4d6", "first": "#0072B2"},
     "dark": {"background": "#16181d", "text": "#e8e8e8", "faint": "#9a9a9a", "fill": "#465063", "first": "#56B4E9"},
 }
-"""Colours of the ground, the letters, what stays behind, histograms, and the first curve."""
+"""Colours of the background, text, secondary text, histograms, and the first curve."""
 
-# Okabe and Ito's colours; style and marker tell the same apart.
+# Okabe and Ito's colours; line style and marker distinguish repetitions.
 _COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999933", "#F0E442")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -49,7 +49,7 @@ def esd(
     """Histogram of a record's eigenvalues with the law's density, its edge, the threshold and the outliers.
 
     The law is drawn for null "mp" (Marchenko-Pastur) and null "product" (`spectrum.product_pdf`). Both enclose the
-    share of eigenvalues inside the threshold, so that a good bulk lies under its curve.
+    share of eigenvalues inside the threshold, so that a good bulk is under its curve.
 
     Args:
         record: of `analyze_matrix(..., keep_eigenvalues=True)`.
@@ -139,13 +139,13 @@ def heatmap(
     title: str | None = None,
     theme: str = "light",
 ) -> Any:
-    """A figure by layer (down) and training step (across), one panel a model, one colour scale for all.
+    """A figure by layer (down) and training step (across), one panel per model, one colour scale for all.
 
     Args:
         records: rows with "layer", "step" and the metric, such as the lines that a callback wrote; or several models'
             by name. Rows of one layer and step, such as its heads, are averaged; those without the metric left out.
         metric: name of the figure.
-        log: whether colours go by its logarithm.
+        log: whether colours follow its logarithm.
         title: default: the metric's label.
         theme: "light" or "dark".
 
@@ -329,7 +329,7 @@ def similarity_matrix(
     title: str | None = None,
     theme: str = "light",
 ) -> Any:
-    """Heads against heads, a panel a layer (or name), one colour scale for all.
+    """Heads against heads, one panel per layer (or name), one colour scale for all.
 
     Args:
         matrices: (H, H), or several by name.
@@ -379,7 +379,7 @@ def attention_maps(
     title: str = "Attention",
     theme: str = "light",
 ) -> Any:
-    """Attention weights of heads, queries down and keys across; colours go by the root, so that small ones show.
+    """Attention weights of heads, queries down and keys across; colours follow the root, so that small ones show.
 
     Args:
         pattern: (H, T, S), or (T, S) of one head.
@@ -444,7 +444,7 @@ def to_array(figure: Any, dpi: int = 90) -> Tensor:
 
 
 def save(figure: Any, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure as PNG, in one piece; makes the folder."""
+    """Write a figure as PNG, atomically, and create the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}.png")
@@ -458,7 +458,7 @@ def save(figure: Any, path: str | Path, dpi: int = DPI) -> Path:
 
 @contextlib.contextmanager
 def _themed(theme: str) -> Iterator[dict[str, Any]]:
-    """matplotlib's settings of a theme, for what is made inside."""
+    """matplotlib's settings of a theme, for the figures created inside."""
     if theme not in THEMES:
         raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {theme!r}")
     import matplotlib
@@ -522,7 +522,7 @@ def _colour_bar(figure: Any, image: Any, panels: Sequence[Any], text: str) -> An
 
 
 def _ticks(axes: Any, which: str, names: Sequence[str], most: int, upright: bool = False) -> None:
-    """Names at the cells of one axis, at most so many, evenly spaced."""
+    """Labels at the cells of one axis, at most `most` of them, evenly spaced."""
     every = max(1, -(-len(names) // most))
     places = list(range(0, len(names), every))
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -541,7 +541,7 @@ def _line(number: int, look: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _legend(axes: Any, entries: int) -> None:
-    """Beside the axes if it is long."""
+    """A legend, beside the axes if it is long."""
     if entries > 5:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 17)
     elif entries:
@@ -567,7 +567,7 @@ def _limits(tables: Sequence[Sequence[Sequence[float]]], log: bool) -> tuple[flo
 
 
 def _short(layer: Any) -> str:
-    """The number in a module's name, which tells the layers of one model apart; otherwise the name."""
+    """The number in a module's name, which distinguishes the layers of one model; otherwise the name."""
     numbers = [part for part in str(layer).split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else str(layer)
 

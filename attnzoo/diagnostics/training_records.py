@@ -12,8 +12,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 RUN_LENGTH = 3
-"""Records in a row that make the onset of spikes."""
-
+"""Consecutive records with a spike that count as an onset."""
 
 LABELS = {
     "confidence": "largest weight of a row",
@@ -39,7 +38,7 @@ LABELS = {
     "spectral_entropy": "spectral entropy / largest possible",
     "stable_rank": "stable rank (dimensions)",
 }
-"""How axes and colour bars call a figure."""
+"""Labels of figures on axes and colour bars."""
 
 
 def label(metric: str) -> str:
@@ -64,10 +63,10 @@ def finite(content: Any) -> Any:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines. A last line that was cut off, as by a kill, is left out.
+    """The rows of a file of JSON lines. A last line that was cut off, as when a run is killed, is left out.
 
     Raises:
-        ValueError: for any other line that is no JSON object.
+        ValueError: for any other line that is not a JSON object.
     """
     rows = []
     lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -92,16 +91,16 @@ def by_layer_and_step(rows: Sequence[Row], metric: str) -> tuple[list[Any], list
     Raises:
         ValueError: if no row has a finite value of the metric.
     """
-    found: dict[tuple[Any, Any], list[float]] = {}
+    values: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         value = row.get(metric)
         if value is not None and math.isfinite(value):
-            found.setdefault((row.get("layer"), row.get("step", 0)), []).append(float(value))
-    if not found:
+            values.setdefault((row.get("layer"), row.get("step", 0)), []).append(float(value))
+    if not values:
         raise ValueError(f"records must hold the figure {metric!r}, got {len(rows)} rows without it")
-    layers = list(dict.fromkeys(layer for layer, _ in found))
-    steps = sorted({step for _, step in found})
-    means = {key: statistics.fmean(values) for key, values in found.items()}
+    layers = list(dict.fromkeys(layer for layer, _ in values))
+    steps = sorted({step for _, step in values})
+    means = {key: statistics.fmean(numbers) for key, numbers in values.items()}
     return layers, steps, [[means.get((layer, step), math.nan) for step in steps] for layer in layers]
 
 

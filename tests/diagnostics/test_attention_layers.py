@@ -1,18 +1,16 @@
 """Attention found in any model, and the weights of its heads."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
+import attnzoo.diagnostics.layers as al
 from attnzoo.diagnostics.heads.observe import capture
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo
 
 LINEAR_IN_VALUES = ("mha", "mqa", "gqa", "gta", "kha-linear", "kha-gta", "moh", "moh-norm")
-al = importlib.import_module("attnzoo.diagnostics.layers")  # the function has its module's name
 COMMON = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 31,
     "max_position_embeddings": 64,

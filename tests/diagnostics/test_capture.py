@@ -8,6 +8,11 @@ import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.adapters import TorchMultiheadAttention
 from attnzoo.diagnostics.heads.observe import KINDS, capture, observe
+from attnzoo.masks import Visibility
+from attnzoo.ops import softmax_attention as softmax
+from attnzoo.ops.composed_attention import Composition
+from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.score_rules import ScoreRules
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo
 from tests.diagnostics.test_attention_layers import DECODERS, FAMILIES, _hf, _shaken
@@ -33,7 +38,7 @@ def _alone(model, *args, **options):
 def _gates(module, x):
     """Factors (B, H, T, 1) of the heads' outputs after attention."""
     if isinstance(module, attnzoo.MixtureOfHeadAttention):
-        return module.gates(x, module.project(x, None)[0])[0].transpose(1, 2)[..., None]
+        return module.gates(x, module.project(x, x, x)[0])[0].transpose(1, 2)[..., None]
     if isinstance(module, attnzoo.MixtureOfAttentionHeads):
         gates = module._gates(module.router_logits(x))[1]
         return gates.repeat_interleave(module.heads_per_expert, -1).transpose(1, 2)[..., None]
@@ -134,7 +139,7 @@ def test_decoding_shows_the_row_of_the_full_pattern(name, window):
     p, expected = last.pattern(), whole.pattern()[:, :, T - 1 :]
     if window:
         # The ring holds keys of the window alone, in its own order.
-        p = torch.zeros_like(expected).index_add_(-1, last.rules.key_positions.clamp(min=0), p)
+        p = torch.zeros_like(expected).index_add_(-1, last.view.key_positions.clamp(min=0), p)
     torch.testing.assert_close(p, expected)
     torch.testing.assert_close(last.outputs, whole.outputs[:, :, T - 1 :])
 
@@ -151,28 +156,76 @@ def test_gradients_are_those_of_the_model_alone():
 
 
 def test_everything_is_as_before_afterwards():
-    from attnzoo.modules import dcmha, gqa, talking_heads
-
-    before = (gqa.softmax_attention, dcmha.composed_attention, dcmha._heads_composed, talking_heads.composed_attention)
-    model = nn.ModuleList([zoo.build("gqa"), zoo.build("dcmha"), zoo.build("talking-heads")])
+    model = nn.ModuleList([zoo.build("gqa"), zoo.build("dcmha"), zoo.build("linear")])
 
     def state():
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-        names = (gqa.softmax_attention, dcmha.composed_attention, dcmha._heads_composed,
-                 talking_heads.composed_attention)  # fmt: skip
-        return hooks, names
-
-    assert state() == (0, before)
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), current_observer()
 
     def interrupted():
-        with capture(model):
-            assert state()[0] > 0
-            assert state()[1] != before
+        with capture(model, ["outputs"]):
+            hooks, observer = state()
+            assert hooks > 0
+            assert observer is not None
             raise RuntimeError("stop")
 
+    assert state() == (0, None)
     with pytest.raises(RuntimeError, match="stop"):
         interrupted()
-    assert state() == (0, before)
+    assert state() == (0, None)
+
+
+def test_modules_of_users_are_seen_whatever_they_call_the_operation_by():
+    attend = softmax.softmax_attention
+
+    class Mine(attnzoo.GroupedQueryAttention):
+        """No rotation, a window, and the operation by another name."""
+
+        def forward(self, x, **_):
+            q, k, v = (
+                self.q_proj(x).unflatten(2, (4, 8)),
+                *(p(x).unflatten(2, (2, 8)) for p in (self.k_proj, self.v_proj)),
+            )
+            return self.o_proj(attend(q, k, v, Visibility(window=3), scale=0.7).flatten(2))
+
+    module = Mine(zoo.E, 4, 2, dtype=torch.float64)
+    x = torch.randn(B, T, zoo.E, dtype=torch.float64)
+    (call,), out = _calls(module, x)
+    assert torch.equal(out, _alone(module, x))
+    p = call.pattern()
+    torch.testing.assert_close(p @ call.values_by_head(), call.outputs)
+    assert not p.tril(-3).any()
+
+
+def test_the_operation_that_delegates_is_the_one_that_counts():
+    class Composed(attnzoo.GroupedQueryAttention):
+        """Outputs of plain attention, mixed over heads; its observation says so before the operation's own."""
+
+        def forward(self, x, **_):
+            q, k, v = (p(x).unflatten(2, (4, 8)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            mix = Composition(torch.eye(4, dtype=x.dtype).flip(0)[None], residual=False)
+            observer = current_observer()
+            if observer is not None:
+                view, rules = Visibility(), ScoreRules(0.7)
+                same = v[:, :, :1].expand_as(v)
+                observer(Observation("composed_attention", q, k, same, view, rules, post=mix))
+            out = softmax.softmax_attention(q, k, v[:, :, :1].expand_as(v), scale=0.7)
+            return self.o_proj(out.flip(2).flatten(2))
+
+    module = Composed(zoo.E, 4, 4, dtype=torch.float64)
+    (call,), _ = _calls(module, torch.randn(B, T, zoo.E, dtype=torch.float64))
+    torch.testing.assert_close(call.pattern() @ call.values_by_head(), call.outputs)
+
+
+def test_heads_of_a_cluster_have_one_pattern():
+    module = attnzoo.ClusteredHeadAttention(zoo.build("gqa"), 2).eval()
+    x = torch.randn(B, T, zoo.E, dtype=torch.float64)
+    (call,), out = _calls(module, x)
+    assert torch.equal(out, _alone(module, x))
+    p = call.pattern()
+    torch.testing.assert_close(p @ call.values_by_head(), call.outputs)
+    shared = module.representatives.gather(1, module.labels)
+    torch.testing.assert_close(p, p[torch.arange(B)[:, None], shared])
+    assert len(set(shared[0].tolist())) == 2
 
 
 def test_captures_can_be_nested():
@@ -364,7 +417,7 @@ def test_a_module_whose_parts_are_used_by_another_has_outputs_alone():
     with capture(model, ["outputs"]) as captured:
         model(x)
     assert torch.equal(captured.last("outputs")[0].transpose(1, 2).flatten(2), x)
-    refused = pytest.raises(ValueError, match="no attention patterns: the forward of GroupedQueryAttention was passed")
+    refused = pytest.raises(ValueError, match="no attention patterns: the forward of GroupedQueryAttention was not called")
     with refused, capture(model):
         model(x)
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from attnzoo.diagnostics.pruning.curves import masked_heads
 from attnzoo.diagnostics.pruning.gates import HeadGates
+from attnzoo.diagnostics.pruning.masks import masked_heads
 from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads
 from tests import golden_decoder
 from tests.golden_decoder import WITHIN, next_token_losses

@@ -10,13 +10,9 @@ from torch import nn
 import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.diagnostics.heads import similarity as s
+from attnzoo.diagnostics.heads.measures import MEASURES
 from attnzoo.diagnostics.heads.observe import capture
-from attnzoo.diagnostics.heads.report import (
-    MEASURES,
-    composition_table,
-    head_report,
-    to_bertviz,
-)
+from attnzoo.diagnostics.heads.report import composition_table, head_report, to_bertviz
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo_recipes.lm import DecoderLM
 from tests import zoo

@@ -12,16 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnzoo.diagnostics.pruning.curves import (
-    ablate_heads,
-    head_gradients,
-    head_importance,
-    head_mask,
-    head_pruning_curve,
-    masked_heads,
-    sort_heads,
-)
-from attnzoo.diagnostics.pruning.structural import prune_heads, pruning_speed
+from attnzoo.diagnostics.pruning.ablation import ablate_heads
+from attnzoo.diagnostics.pruning.curves import head_pruning_curve, sort_heads
+from attnzoo.diagnostics.pruning.importance import head_gradients, head_importance
+from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
+from attnzoo.diagnostics.pruning.speed import pruning_speed
+from attnzoo.diagnostics.pruning.structural import prune_heads
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ORDERS = ("greedy_l2", "greedy_raw", "random0", "random1", "reverse_l2", "iterative_l2")

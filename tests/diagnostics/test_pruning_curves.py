@@ -13,14 +13,10 @@ from torch import nn
 import attnzoo
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.pruning import paired_tests as stats
-from attnzoo.diagnostics.pruning.curves import (
-    ablate_heads,
-    head_gradients,
-    head_importance,
-    head_mask,
-    head_pruning_curve,
-    masked_heads,
-)
+from attnzoo.diagnostics.pruning.ablation import ablate_heads
+from attnzoo.diagnostics.pruning.curves import head_pruning_curve
+from attnzoo.diagnostics.pruning.importance import head_gradients, head_importance
+from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
 from tests import golden_decoder
 from tests.golden_decoder import WITHIN, next_token_losses, pairs, real_tokens
 from tests.zoo import E, build, names

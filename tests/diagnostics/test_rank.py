@@ -162,7 +162,7 @@ def test_report_of_a_module(G):
     rows = attention_rank_report(attn, x)
     assert [(row.layer, row.head, row.head_dim, row.tokens) for row in rows] == [(0, h, 6, 14) for h in range(4)]
     assert rows[0].ratio == 6 / 14
-    q, k, _ = attn.project(x)
+    q, k, _ = attn.project(x, x, x)
     table = rotary_table(attn.rope, 6, torch.arange(14), dtype=torch.float64, device="cpu")
     q, k = (rotate(z, *table, attn.rope.style).transpose(1, 2) for z in (q, k))
     logits = q @ k.repeat_interleave(4 // G, 1).mT * attn.scale

@@ -8,8 +8,10 @@ import torch
 
 import attnzoo
 from attnzoo.diagnostics.layers import attention_layers
-from attnzoo.diagnostics.pruning.curves import head_importance, head_mask, masked_heads
-from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads, pruning_speed
+from attnzoo.diagnostics.pruning.importance import head_importance
+from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
+from attnzoo.diagnostics.pruning.speed import pruning_speed
+from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads
 from attnzoo_recipes.lm import DecoderLM
 from tests import golden_decoder
 from tests.golden_decoder import WITHIN, next_token_losses, pairs
@@ -290,6 +292,17 @@ def test_heads_that_are_gone_are_refused():
         for heads in ({0: [1]}, {1: [2]}):
             with pytest.raises(ValueError, match="is pruned already"):
                 prune_heads(model, heads)
+
+
+def test_a_single_module_keeps_a_head():
+    """Nothing could replace it in the model around it."""
+    attn = attention_layers(hugging_face("llama"))[0].module
+    with pytest.raises(ValueError, match="heads must leave at least one of a model that is a single attention module"):
+        prune_heads(attn, {0: range(6)})
+    assert pruned_heads(attn) == {}
+    assert attn.q_proj.out_features == 48
+    prune_heads(attn, {0: range(1, 6)})
+    assert attention_layers(attn)[0].num_heads == 1
 
 
 def test_joint_norms_are_refused_unless_asked_for():

@@ -1,11 +1,12 @@
 """The low-rank bottleneck: what head width D allows of T x T logits (Bhojanapalli et al. 2020, arXiv:2002.07028).
 
-Logits of a head, Q K^T / sqrt(D) with Q, K (T, D), have rank D at most, whatever the weights; rotation keeps that, and
-so do masks if the unmasked logits are meant. Additive biases and mixing across heads lift it. Theorem 1: D >= T reaches
-every positive row-stochastic pattern, D < T does not. Softmax ignores one number a row, so D = T - 1 is enough.
+Logits of a head, Q K^T / sqrt(D) with Q, K (T, D), have rank D at most, whatever the weights; rotation does not change
+that, and masks do not concern it: the unmasked logits are meant. Additive biases and mixing across heads lift it.
+Theorem 1: D >= T reaches every positive row-stochastic pattern, D < T does not. Softmax ignores one number per row, so
+D = T - 1 is enough.
 
-A pattern, a softmax of logits, is generically of full rank, and a causal one always: read its effective rank, not its
-numerical rank, which says what the tolerance is. Nor does the theorem say that a head of low rank works badly.
+A pattern, a softmax of logits, is generically of full rank, and a causal one always: its effective rank is informative,
+while its numerical rank only reflects the tolerance. The theorem does not say that a head of low rank works badly.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from attnzoo.diagnostics.heads.attention_call import HeadCall
+from attnzoo.diagnostics.heads.attention_call import AttentionCall
+from attnzoo.diagnostics.heads.observe import observe
 
 _ROW_SUM = 1e-6
 
@@ -43,7 +44,7 @@ class MatrixRank:
 
 @dataclass(frozen=True)
 class RankNumbers:
-    """As `MatrixRank`, of one head and averaged over a batch."""
+    """The figures of `MatrixRank` for one head, averaged over a batch."""
 
     rank: float
     stable_rank: float
@@ -77,15 +78,15 @@ class HeadRank:
 
     @property
     def ratio(self) -> float:
-        """D / T: below 1 the bottleneck is there."""
+        """D / T; below 1 there is a bottleneck."""
         return self.head_dim / self.tokens
 
 
 def attention_rank(matrix: Tensor, rtol: float | None = None) -> MatrixRank:
     """Ranks of matrices (..., T, S), of logits or of patterns.
 
-    One singular value decomposition each, in float64 for float64 and else in float32: use T <= 512, and for logits
-    rather `logit_singular_values`.
+    One singular value decomposition each, in float64 for float64 and else in float32: use T <= 512, and
+    `logit_singular_values` for logits.
 
     Args:
         matrix: (..., T, S).
@@ -138,7 +139,7 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
 
     Args:
         model: any model that `attention_layers` understands; run once, without gradients.
-        batch: what the model takes: a tensor, a tuple of arguments or a mapping of them. Take T <= 512.
+        batch: what the model takes: a tensor, a tuple of arguments or a mapping of them. T <= 512 is advisable.
         rtol: as in `attention_rank`.
 
     Returns:
@@ -147,11 +148,9 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
     Raises:
         ValueError: for a layer without softmax patterns.
     """
-    from attnzoo.diagnostics.heads.observe import observe
-
     rows: list[HeadRank] = []
 
-    def visit(call: HeadCall) -> None:
+    def visit(call: AttentionCall) -> None:
         pattern = call.pattern()
         assert call.queries is not None
         assert call.keys is not None
@@ -164,7 +163,7 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
         own = attention_rank(pattern, rtol)
         for head in range(pattern.shape[1]):
             # A mechanism that composes heads has as many queries as patterns; a routed one may not.
-            source = min(head, q.shape[1] - 1) if call.rules.heads is None else call.rules.heads[head]
+            source = min(head, q.shape[1] - 1) if call.heads is None else call.heads[head]
             rows.append(
                 HeadRank(
                     call.layer.index, call.layer.name, head, q.shape[-1], q.shape[-2],
@@ -197,7 +196,7 @@ def rank_table(rows: Sequence[HeadRank]) -> list[dict[str, float | int | str]]:
 
 
 def centred_log_pattern(pattern: Tensor) -> Tensor:
-    """M = log P less its mean in each row, (..., n, n): the logits that count, of rank n - 1 at most."""
+    """M = log P minus its mean in each row, (..., n, n): logits of the pattern, of rank n - 1 at most."""
     logs = pattern.double().log()
     return logs - logs.mean(-1, keepdim=True)
 
@@ -240,11 +239,11 @@ def representation_error(
     if not dims or min(dims) < 1:
         raise ValueError(f"head_dims must be at least 1 each, got {dims}")
     u, s, vh = torch.linalg.svd(centred_log_pattern(p))
-    found = []
+    errors = []
     for d in dims:
         m = (u[..., :d] * s[..., None, :d]) @ vh[..., :d, :]
-        found.append((p * (p.log() - m.log_softmax(-1))).sum(-1).mean(-1))
-    return torch.stack(found, -1)
+        errors.append((p * (p.log() - m.log_softmax(-1))).sum(-1).mean(-1))
+    return torch.stack(errors, -1)
 
 
 def constructive_weights(tokens: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,5 +274,5 @@ def constructive_weights(tokens: Tensor, pattern: Tensor) -> tuple[Tensor, Tenso
     return inverse.mT.contiguous(), math.sqrt(n) * centred_log_pattern(pattern) @ inverse.mT
 
 
-def _numbers(found: MatrixRank, head: int) -> RankNumbers:
-    return RankNumbers(**{name: float(value[:, head].double().mean()) for name, value in vars(found).items()})
+def _numbers(ranks: MatrixRank, head: int) -> RankNumbers:
+    return RankNumbers(**{name: float(value[:, head].double().mean()) for name, value in vars(ranks).items()})

@@ -1,8 +1,9 @@
 """How many examples one attention layer memorises (Mahdavi et al. 2024, arXiv:2306.02010).
 
-A query token and a context of n tokens are to give a label. With r = min(n, head width) the paper shows that H heads
-can memorise H (r - 1) + 1 examples. Here is the task, the paper's one-layer model around any mechanism, the training
-experiment, and a test without training: with queries and keys frozen, an output at the query is linear in the features
+A label has to be predicted from a query token and a context of n tokens. With r = min(n, head width) the paper shows
+that H heads can memorise H (r - 1) + 1 examples. This file has the task, the paper's one-layer model around any
+mechanism, the training experiment, and a test without training: with queries and keys frozen, an output at the query is
+linear in the features
 
     Psi = [a_1 Z, ..., a_H Z, 1]     (N, H d + 1), a_h the weights of head h over the context, Z the context's states
 
@@ -16,14 +17,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from attnzoo.diagnostics.heads.attention_call import HeadCall
+import attnzoo
+from attnzoo.diagnostics.heads.attention_call import AttentionCall
+from attnzoo.diagnostics.heads.observe import observe
 
 CONTEXTS = ("random", "fixed", "perm")
 _BAG = 500
@@ -161,11 +162,10 @@ def baseline_attention(num_heads: int, head_dim: int | None = None, v_head_dim: 
         head_dim: width of queries and keys. Default: d, not d / H.
         v_head_dim: width of a head's value.
     """
-    from attnzoo.modules.gqa import GroupedQueryAttention
 
     def make(embed_dim: int) -> nn.Module:
         width = embed_dim if head_dim is None else head_dim
-        attn = GroupedQueryAttention(
+        attn = attnzoo.GroupedQueryAttention(
             embed_dim, num_heads, num_heads, width, v_head_dim=v_head_dim, rope=None, causal=False,
             scale=embed_dim**-0.5,
         )  # fmt: skip
@@ -224,7 +224,7 @@ def memorization_rank(
     """Rank of the features Psi, in float64: one forward pass and one decomposition of (N, H d + 1), no training.
 
     Weights must be neither uniform nor saturated (logits of standard deviation 1 to 3), else singular values fall below
-    the tolerance. The bounds suppose features of all heads at width d; queries may have biases, and norms.
+    the tolerance. The bounds assume that the features of each head have width d; queries may have biases and norms.
 
     Args:
         model: fresh or trained, around any softmax mechanism; left as it is.
@@ -266,18 +266,16 @@ def memorization_features(model: MemorizationModel, x: Tensor) -> tuple[Tensor, 
     Raises:
         ValueError: if the mechanism has no attention weights.
     """
-    from attnzoo.diagnostics.heads.observe import observe
-
     exact = copy.deepcopy(model).double().eval()
-    found: list[Tensor] = []
+    observed: list[Tensor] = []
 
-    def visit(call: HeadCall) -> None:
-        found.append(call.pattern(slice(0, 1))[:, :, 0, 1:])
+    def visit(call: AttentionCall) -> None:
+        observed.append(call.pattern(slice(0, 1))[:, :, 0, 1:])
 
     x = x.to(exact.embedding.weight)
     with observe(exact, visit):
         exact(x)
-    (weights,) = found
+    (weights,) = observed
     states = exact.embed(x)[:, 1:]
     psi = (weights @ states).flatten(1)
     return torch.cat([psi, psi.new_ones(psi.shape[0], 1)], 1), weights
@@ -319,13 +317,13 @@ def memorization_curve(
     lr: float = 3e-3,
     seed: int = 42,
 ) -> list[MemorizationPoint]:
-    """Train the model for each number of heads H and N = load * H (n - 1) examples, and see what it memorises.
+    """Train the model for each number of heads H and N = load * H (n - 1) examples, and count what it memorises.
 
     Full-batch Adam in float32, stopped when all is memorised. The defaults take minutes on a CPU; the paper's setting
     (d 64, n 32, 100 classes, up to 130 000 examples) takes days. How many examples are memorised grows with H; at the
-    paper's size accuracy against load hardly depends on H, at this one it does, since with values of width 1 the
-    outputs of one or two heads fill a line or a plane, which holds few classes apart. Accuracy beyond load 1 is no
-    contradiction: classes can be guessed, and queries and keys learn too.
+    paper's size accuracy against load hardly depends on H; at the defaults it does, since with values of width 1 the
+    outputs of one or two heads span a line or a plane, on which few classes can be separated. Accuracy beyond load 1
+    does not contradict the bound: classes can be guessed, and queries and keys learn too.
 
     Args:
         heads: numbers of heads.

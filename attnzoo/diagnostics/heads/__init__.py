@@ -1,1 +1,1 @@
-"""What single heads do: their attention, measures of it, how alike they are."""
+"""What single heads do: their attention, measures of it, and how similar they are."""

@@ -2,72 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.diagnostics.layers import AttentionLayer
-from attnzoo.masks import AttentionMask, visibility
-from attnzoo.ops.composed_attention import Composition
+from attnzoo.masks import Visibility
+from attnzoo.ops.observation import ScoreMap
+from attnzoo.ops.score_rules import ScoreRules, masked_softmax
 
 _BLOCK = 256
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How scores become a pattern; the words of `ops.softmax_attention` and `ops.composed_attention`."""
-
-    scale: float
-    causal: bool = False
-    mask: AttentionMask | None = None
-    window: int | None = None
-    sink_tokens: int = 0
-    query_start: int = 0
-    key_positions: Tensor | None = None
-    softcap: float | None = None
-    slopes: Tensor | None = None
-    sinks: Tensor | float | None = None
-    seen: Tensor | None = None
-    bias: Tensor | None = None
-    pre: Composition | None = None
-    post: Composition | None = None
-    heads: tuple[int, ...] | None = None
-
-    def visible(self, shape: tuple[int, int, int, int], rows: slice, device: torch.device) -> Tensor | None:
-        """Which keys the queries `rows` of a (B, H, T, S) call see, broadcastable to (B, H, rows, S); None: all."""
-        B, H, _, S = shape
-        if self.seen is not None:
-            return self.seen if self.seen.shape[-2] == 1 else self.seen[..., rows, :]
-        common: dict[str, Any] = {
-            "causal": self.causal, "window": self.window, "sink_tokens": self.sink_tokens,
-            "key_positions": self.key_positions, "device": device,
-        }  # fmt: skip
-        if self.mask is None:
-            count = rows.stop - rows.start
-            return visibility(None, (B, H, count, S), query_start=self.query_start + rows.start, **common)
-        whole = visibility(self.mask, shape, query_start=self.query_start, **common)
-        return whole if whole is None or whole.ndim < 2 or whole.shape[-2] == 1 else whole[..., rows, :]
-
-
 @dataclass(frozen=True, eq=False)
-class HeadCall:
+class AttentionCall:
     """One layer's attention in one forward pass, detached.
 
-    Query t stands at index query_start + t of its sequence. Mechanisms without a softmax give what their projections
-    give; mechanisms that fold a part of the keys (latent attention over a cache) give the folded form.
+    Mechanisms without a softmax give what their projections give; mechanisms that fold a part of the keys (latent
+    attention over a cache) give the folded form.
 
     Attributes:
-        layer: whose it is.
+        layer: the layer that ran.
         queries: (B, Hq, T, D) after norms and rotation, or None where they could not be read.
-        keys: (B, G, S, D), likewise.
-        values: (B, Gv, S, Dv), likewise.
+        keys: (B, G, S, D) after norms and rotation, or None.
+        values: (B, Gv, S, Dv), or None.
         outputs: (B, H, T, Dv) of every head, before the output projection; gates included.
         value_of: which of the values each of the H heads reads.
-        rules: how scores become patterns, or None.
+        view: which query sees which key, or None if there are no patterns.
+        rules: how scores become weights, or None. Their rotary parts are in queries and keys already.
+        pre: map of the scores over heads, or None.
+        post: map of the weights over heads, or None.
+        heads: which of the patterns, in which order, belong to the H heads. None: all of them.
         obstacle: why there are no patterns, or None.
     """
 
@@ -77,12 +44,16 @@ class HeadCall:
     values: Tensor | None
     outputs: Tensor
     value_of: tuple[int, ...] = ()
-    rules: Rules | None = field(default=None, repr=False)
+    view: Visibility | None = field(default=None, repr=False)
+    rules: ScoreRules | None = field(default=None, repr=False)
+    pre: ScoreMap | None = field(default=None, repr=False)
+    post: ScoreMap | None = field(default=None, repr=False)
+    heads: tuple[int, ...] | None = None
     obstacle: str | None = field(default=None, repr=False)
 
     @property
     def num_keys(self) -> int:
-        """Keys S that a query could see."""
+        """Number of keys S, visible or not."""
         return self._parts()[1].shape[2]
 
     def pattern(self, rows: slice | None = None) -> Tensor:
@@ -94,36 +65,9 @@ class HeadCall:
         Raises:
             ValueError: for a mechanism that has no such weights.
         """
-        q, k, rules = self._parts()
-        B, H, T, _ = q.shape
-        rows = slice(*(slice(None) if rows is None else rows).indices(T)[:2])
-        high = torch.promote_types(q.dtype, torch.float32)
-        k = k.to(high)
-        k = k if k.shape[1] == H else k.repeat_interleave(H // k.shape[1], dim=1)
-        s = q[:, :, rows].to(high) @ k.mT * rules.scale
-        if rules.softcap is not None:
-            s = rules.softcap * torch.tanh(s / rules.softcap)
-        if rules.bias is not None:
-            s = s + (rules.bias if rules.bias.shape[-2] == 1 else rules.bias[..., rows, :]).to(high)
-        if rules.slopes is not None:
-            i, j = self._indices(rows)
-            s = s - rules.slopes.to(high)[:, None, None] * (i[:, None] - j).abs()
-        if rules.pre is not None:
-            s = rules.pre.at(rows, slice(None))(s)
-        visible, blind = rules.visible((B, s.shape[1], T, k.shape[2]), rows, q.device), None
-        if visible is not None:
-            blind = ~visible.any(-1, keepdim=True)
-            s = s.masked_fill(~(visible | blind), -math.inf)
-        if rules.sinks is None:
-            p = torch.softmax(s, dim=-1)
-        else:
-            sink = torch.as_tensor(rules.sinks, dtype=high, device=s.device).reshape(1, -1, 1, 1)
-            p = torch.softmax(torch.cat([s, sink.expand(*s.shape[:-1], 1)], -1), -1)[..., :-1]
-        if blind is not None:
-            p = p.masked_fill(blind, 0.0)
-        if rules.post is not None:
-            p = rules.post.at(rows, slice(None))(p)
-        return p if rules.heads is None else p[:, list(rules.heads)]
+        q, k, view, rules = self._parts()
+        p = pattern_of(q, k, view, rules, rows, self.pre, self.post)
+        return p if self.heads is None else p[:, list(self.heads)]
 
     def pattern_blocks(self, block: int = _BLOCK) -> Iterator[tuple[slice, Tensor]]:
         """Query rows and their weights (B, H, block, S), from the first query to the last."""
@@ -136,9 +80,8 @@ class HeadCall:
 
     def visible_counts(self, rows: slice) -> Tensor:
         """How many keys these queries see, broadcastable to (B, H, t)."""
-        q, k, rules = self._parts()
-        shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        visible = rules.visible(shape, rows, q.device)
+        q, k, view, _ = self._parts()
+        visible = view.dense((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device, rows)
         if visible is None:
             return torch.full((rows.stop - rows.start,), k.shape[2], device=q.device)
         return visible.expand(*visible.shape[:-1], k.shape[2]).sum(-1)
@@ -149,13 +92,51 @@ class HeadCall:
             raise ValueError(f"layer {self.layer.name!r} has no values: {self.obstacle}")
         return self.values[:, list(self.value_of)]
 
-    def _indices(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Where these queries and all keys stand in their sequence."""
-        q, k, rules = self._parts()
-        i = torch.arange(rows.start, rows.stop, device=q.device) + rules.query_start
-        return i, torch.arange(k.shape[2], device=q.device) if rules.key_positions is None else rules.key_positions
-
-    def _parts(self) -> tuple[Tensor, Tensor, Rules]:
-        if self.queries is None or self.keys is None or self.rules is None:
+    def _parts(self) -> tuple[Tensor, Tensor, Visibility, ScoreRules]:
+        if self.queries is None or self.keys is None or self.view is None or self.rules is None:
             raise ValueError(f"layer {self.layer.name!r} has no attention patterns: {self.obstacle}")
-        return self.queries, self.keys, self.rules
+        return self.queries, self.keys, self.view, self.rules
+
+
+def pattern_of(
+    q: Tensor,
+    k: Tensor,
+    view: Visibility,
+    rules: ScoreRules,
+    rows: slice | None = None,
+    pre: ScoreMap | None = None,
+    post: ScoreMap | None = None,
+) -> Tensor:
+    """Attention weights (B, H', t, S) of queries q (B, H, T, D) over keys k (B, G, S, D), differentiable.
+
+    The weights of the backends' softmax, before dropout, in float32, or float64 for float64.
+
+    Args:
+        q: with their rotary part.
+        k: with their rotary part.
+        view: which query sees which key.
+        rules: their rotary parts are not used.
+        rows: the queries whose weights are computed. Default: all.
+        pre: map of the scores over heads, or None.
+        post: map of the weights over heads, or None.
+    """
+    B, H, T, _ = q.shape
+    S = k.shape[2]
+    rows = slice(*(slice(None) if rows is None else rows).indices(T)[:2])
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(compute_dtype)
+    k = k if k.shape[1] == H else k.repeat_interleave(H // k.shape[1], dim=1)
+    s = q[:, :, rows].to(compute_dtype) @ k.mT * rules.scale
+    if rules.softcap is not None:
+        s = rules.softcap * torch.tanh(s / rules.softcap)
+    if rules.bias is not None:
+        whole = rules.bias.ndim < 2 or rules.bias.shape[-2] == 1
+        s = s + (rules.bias if whole else rules.bias[..., rows, :]).to(compute_dtype)
+    if rules.alibi_slopes is not None:
+        i, j = view.indices(T, S, q.device)
+        s = s - rules.alibi_slopes.to(s)[:, None, None] * (i[rows, None] - j).abs()
+    if pre is not None:
+        s = pre.at(rows, slice(None))(s)
+    sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
+    p = masked_softmax(s, view.dense((B, s.shape[1], T, S), q.device, rows), sinks)
+    return p if post is None else post.at(rows, slice(None))(p)

@@ -1,4 +1,4 @@
-"""What single heads do, and how alike heads are.
+"""Measures of what single heads do, and of how similar heads are.
 
 Patterns are (B, H, T, T) or (H, T, T), rows of probabilities of queries over keys. `mask` (B, T) says which queries
 count, True = counts; averages are over all of them together. Logarithms are natural. Everything is float64.
@@ -167,11 +167,11 @@ def attention_correlation(pattern: Tensor, mask: Tensor | None = None) -> Tensor
     p, m = _rows(pattern, mask, probabilities=False)
     T = p.shape[-1]
     seen = torch.ones(T, T, dtype=torch.bool, device=p.device).tril()
-    found = []
+    correlations = []
     for one, valid in zip(p, m[:, 0], strict=True):
         entries = one[:, seen & valid[:, None]]
-        found.append(torch.corrcoef(entries))
-    return torch.stack(found).mean(0)
+        correlations.append(torch.corrcoef(entries))
+    return torch.stack(correlations).mean(0)
 
 
 def attention_kl(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -189,11 +189,11 @@ def attention_js(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
     p, m = _rows(pattern, mask)
     entropy = _entropy(p)
     heads = p.shape[1]
-    found = p.new_zeros(heads, heads)
+    divergence = p.new_zeros(heads, heads)
     for a in range(heads):
         middle = _entropy((p + p[:, a : a + 1]) / 2) - (entropy + entropy[:, a : a + 1]) / 2
-        found[a] = _mean(middle, m)
-    return found
+        divergence[a] = _mean(middle, m)
+    return divergence
 
 
 def output_cosine(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -240,11 +240,11 @@ def svcca(outputs: Tensor, mask: Tensor | None = None, *, variance: float = 0.99
         u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         share = s.square().cumsum(0) / s.square().sum()
         bases.append(u[:, : int((share < variance).sum()) + 1])
-    found = torch.zeros(len(bases), len(bases), dtype=torch.float64, device=outputs.device)
+    correlation = torch.zeros(len(bases), len(bases), dtype=torch.float64, device=outputs.device)
     for a, left in enumerate(bases):
         for b, right in enumerate(bases):
-            found[a, b] = torch.linalg.svdvals(left.T @ right).clamp(max=1).mean()
-    return found
+            correlation[a, b] = torch.linalg.svdvals(left.T @ right).clamp(max=1).mean()
+    return correlation
 
 
 def composition_scores(
@@ -322,7 +322,7 @@ def _four(x: Tensor) -> Tensor:
 
 
 def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> tuple[Tensor, Tensor]:
-    """Pattern (B, H, T, T) in float64 and which rows count, (B, 1, T); refuses rows that are no distribution."""
+    """Pattern (B, H, T, T) in float64 and which rows count, (B, 1, T); raises for rows that are not distributions."""
     p = _four(pattern).double()
     if p.shape[-1] != p.shape[-2]:
         raise ValueError(f"pattern must have as many keys as queries, got {tuple(pattern.shape)}")

@@ -1,145 +1,25 @@
-"""Which heads a model can do without: importance, ablations and pruning curves.
+"""Pruning curves: the loss while heads are removed in an order.
 
-After "Are Sixteen Heads Really Better than One?" (Michel, Levy and Neubig 2019, arXiv:1905.10650). Heads are masked,
-not removed: see `structural_pruning` for that. In a model that has been pruned structurally the columns of heads that
-are gone stay in every table, hold 0 (in ablations nan), and are never chosen.
+After "Are Sixteen Heads Really Better than One?" (Michel, Levy and Neubig 2019, arXiv:1905.10650). Heads are masked;
+`structural.prune_heads` removes them. In a model that has been pruned structurally, the columns of removed heads stay
+in the importance table, hold 0, and are never chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.pruning.importance import UNITS, head_gradients, head_importance
-from attnzoo.diagnostics.pruning.masks import (
-    Head,
-    LossFn,
-    check_choice,
-    evaluate,
-    head_mask,
-    head_slots,
-    masked_heads,
-    progress_bar,
-)  # fmt: skip
+from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
+from attnzoo.diagnostics.pruning.importance import head_importance
+from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, head_slots
 
-__all__ = [
-    "HeadAblation",
-    "HeadPruningCurve",
-    "PruningCurve",
-    "ablate_heads",
-    "head_gradients",
-    "head_importance",
-    "head_mask",
-    "head_pruning_curve",
-    "masked_heads",
-    "sort_heads",
-]
-
-ABLATIONS = ("one", "all_but_one", "kv_group", "layer")
 MODES = ("greedy", "iterative")
 BASELINES = ("random", "reverse")
-
-
-# Ablations
-
-
-@dataclass(frozen=True, eq=False)
-class HeadAblation:
-    """Losses with heads removed.
-
-    Attributes:
-        mode: "one", "all_but_one", "kv_group" or "layer".
-        layers: the layers of the tables' rows.
-        base_loss: mean loss of the untouched model.
-        losses: mean losses (rows, H), (rows, G) for "kv_group" or (rows, 1) for "layer"; nan where there is no head.
-        base_score: mean of the loss function's second scores, or None.
-        scores: likewise, or None.
-        base_examples: losses of the examples (N,).
-        examples: likewise of every ablation (rows, H, N), for paired tests.
-    """
-
-    mode: str
-    layers: tuple[int, ...]
-    base_loss: float
-    losses: Tensor
-    base_score: float | None
-    scores: Tensor | None
-    base_examples: Tensor = field(repr=False)
-    examples: Tensor = field(repr=False)
-
-    @property
-    def delta(self) -> Tensor:
-        """losses - base_loss; negative where the model is better without."""
-        return self.losses - self.base_loss
-
-    def best(self) -> list[tuple[int, int, float]]:
-        """Per row (layer, column of the smallest loss, its delta): for "all_but_one" the head that does it alone."""
-        filled = self.delta.nan_to_num(float("inf"))
-        return [(layer, int(row.argmin()), float(row.min())) for layer, row in zip(self.layers, filled, strict=True)]
-
-
-def ablate_heads(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn,
-    mode: str = "one",
-    *,
-    layers: Sequence[int] | None = None,
-    rescale: bool = False,
-    num_examples: int | None = None,
-    progress: bool = True,
-) -> HeadAblation:
-    """Losses with heads removed, one table entry a run over all batches, and one run for the full model.
-
-    Args:
-        model: any model that `attention_layers` knows; runs in eval mode.
-        batches: kept in a list.
-        loss_fn: see `LossFn`.
-        mode: "one" removes a head, "all_but_one" all others of its layer, "kv_group" the query heads of a
-            key/value head, "layer" all heads of a layer.
-        layers: rows to compute. Default: all.
-        rescale: multiply the layer's surviving heads by H / (number of them).
-        num_examples: use this many, and refuse if there are fewer. Default: all.
-        progress: show a bar if this takes more than a few seconds and tqdm is installed.
-
-    Raises:
-        ValueError: for an unknown mode or layer, losses that are not finite, or too few examples.
-    """
-    check_choice("mode", mode, ABLATIONS)
-    slots = head_slots(model)
-    rows = tuple(range(len(slots.layers))) if layers is None else tuple(layers)
-    if any(not 0 <= layer < len(slots.layers) for layer in rows):
-        raise ValueError(f"layers must lie between 0 and {len(slots.layers) - 1}, got {list(rows)}")
-    size = slots.group_size() if mode == "kv_group" else slots.total if mode == "layer" else 1
-    columns = slots.total // size
-    batches = list(batches)
-    base, base_scores = evaluate(model, slots, batches, loss_fn, None, num_examples)
-    examples = torch.full((len(rows), columns, len(base)), torch.nan, dtype=torch.float64)
-    scores = None if base_scores is None else examples.clone()
-    cases = [(row, column) for row in range(len(rows)) for column in range(columns)]
-    for row, column in progress_bar(cases, f"ablation {mode}", progress):
-        kept, layer = slots.kept[rows[row]], rows[row]
-        chosen = {h for h in kept if h // size == column}
-        if not chosen:
-            continue
-        removed = set(kept) - chosen if mode == "all_but_one" else chosen
-        xi = head_mask([(layer, h) for h in removed], slots.shape)
-        if rescale and len(removed) < len(kept):
-            xi[layer] *= len(kept) / (len(kept) - len(removed))
-        examples[row, column], more = evaluate(model, slots, batches, loss_fn, xi, num_examples)
-        if scores is not None and more is not None:
-            scores[row, column] = more
-    return HeadAblation(
-        mode, rows, float(base.mean()), examples.mean(-1), None if base_scores is None else float(base_scores.mean()),
-        None if scores is None else scores.mean(-1), base, examples,
-    )  # fmt: skip
-
-
-# Curves
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +51,10 @@ class HeadPruningCurve(PruningCurve):
         mode: "greedy", "iterative" or "given".
         unit: "head" or "kv_group": what order and counts count.
         total: how many of them the full model has.
-        percents: asked for.
-        min_heads_per_layer: so many best ones of every layer are protected.
+        percents: as given.
+        min_heads_per_layer: how many of the best of every layer are protected.
         base_loss: mean loss of the full model.
-        base_score: or None.
+        base_score: mean of its second scores, or None.
         importance: of the full model as it was sorted, (L, H) or (L, G); None for a given order.
         baselines: curves by name: "random0", "random1", ... by seed, and "reverse".
     """
@@ -230,7 +110,7 @@ def head_pruning_curve(
     """Loss against heads removed, the least important first (Michel et al. 2019, section 4.2).
 
     At p percent the first int(total p / 100) of the order are masked. A layer may lose all its heads. "iterative"
-    measures importance anew before each point, at the heads removed so far, and keeps those removed.
+    measures importance again before each point, at the heads removed so far, and keeps those removed.
 
     Args:
         model: any model that `attention_layers` knows; runs in eval mode.
@@ -240,14 +120,14 @@ def head_pruning_curve(
         mode: "greedy" measures importance once, "iterative" before each point.
         percents: ascending, from 0 to 100.
         granularity, normalize, unit, coupled, valid, num_examples, progress: as `head_importance`.
-        min_heads_per_layer: protect so many of the best of every layer; the last points are then shorter.
+        min_heads_per_layer: protect this many of the best of every layer; the last points then remove fewer heads.
         rescale: multiply a layer's surviving heads by H / (number of them).
-        baselines: "random" orders, one for each of `seeds`, and the "reverse" order; protected alike.
+        baselines: "random" orders, one for each of `seeds`, and the "reverse" order; the same heads are protected.
         seeds: of the random orders.
 
     Raises:
         ValueError: as `head_importance`, and for an unknown mode or baseline, percents that do not ascend, or an
-            order that repeats a head or names one that there is not.
+            order that repeats a head or names one that does not exist.
     """
     check_choice("mode", mode, MODES)
     check_choice("unit", unit, UNITS)
@@ -283,21 +163,20 @@ def head_pruning_curve(
 
     first: Tensor | None = None
     if order is not None:
-        found = [(int(layer), int(head)) for layer, head in order]
-        if len(set(found)) != len(found) or set(found) - set(units):
-            raise ValueError(f"order must name heads of the model once each, got {found}")
-        full = found
+        full = chosen = [(int(layer), int(head)) for layer, head in order]
+        if len(set(full)) != len(full) or set(full) - set(units):
+            raise ValueError(f"order must name heads of the model once each, got {full}")
     else:
         first = importance(())
         full = sort_heads(first, units)
-        found = unprotected(full, min_heads_per_layer)
+        chosen = unprotected(full, min_heads_per_layer)
         if mode == "iterative":
-            found = found[: counts[0]]
+            chosen = chosen[: counts[0]]
             for count in counts[1:]:
-                again = importance(found) if found else first
-                rest = sort_heads(again, [head for head in units if head not in found])
-                found = found + unprotected(rest, min_heads_per_layer)[: count - len(found)]
-    orders = {"": found}
+                again = importance(chosen) if chosen else first
+                rest = sort_heads(again, [head for head in units if head not in chosen])
+                chosen = chosen + unprotected(rest, min_heads_per_layer)[: count - len(chosen)]
+    orders = {"": chosen}
     if "random" in baselines:
         orders |= {f"random{seed}": unprotected(_shuffled(units, seed), min_heads_per_layer) for seed in seeds}
     if "reverse" in baselines:

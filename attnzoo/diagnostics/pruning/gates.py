@@ -19,7 +19,7 @@ from attnzoo.diagnostics.pruning.masks import head_slots, masked_heads
 class HeadGates(nn.Module):
     """A gate g in [0, 1] for every head of a model, to be trained with it; start from a trained model.
 
-        u ~ Uniform(eps, 1 - eps)                                             one a head and step
+        u ~ Uniform(eps, 1 - eps)                                             one per head and step
         training  g = clip(sigmoid((log u - log(1 - u) + a) / temperature) (high - low) + low, 0, 1)
         else      g = clip(sigmoid(a) (high - low) + low, 0, 1)               without temperature, as the authors' code
         p_open    = clip(sigmoid(a - temperature log(-low / high)), eps, 1 - eps)

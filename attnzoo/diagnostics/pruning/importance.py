@@ -8,23 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.pruning.evaluate import LossFn, check_count, evaluating, losses_of, progress_bar
 from attnzoo.diagnostics.pruning.masks import (
+    UNITS,
     HeadSlots,
-    LossFn,
     check_choice,
-    check_count,
     check_seen,
-    evaluating,
     head_slots,
     hooked,
     layer_scale,
-    losses_of,
-    progress_bar,
-)  # fmt: skip
+)
 
 GRANULARITIES = ("example", "token", "batch")
 NORMALIZATIONS = ("l2", "minmax", None)
-UNITS = ("head", "kv_group")
 
 
 def head_importance(
@@ -48,8 +44,8 @@ def head_importance(
         batch     |mean_b s_b|
 
     A linearisation: a head may have a large derivative and a small or negative effect when it is removed. Means are
-    over all examples (or tokens) together, however they are split into batches. One backward pass a batch; the first
-    batch costs one more, which finds out whether examples are coupled. With coupled=True one a example, except for
+    over all examples (or tokens) together, however they are split into batches. One backward pass per batch; the first
+    batch costs one more, which detects whether examples are coupled. With coupled=True one per example, except for
     "batch". The model runs in eval mode, and its mode is restored.
 
     Args:
@@ -62,11 +58,11 @@ def head_importance(
         head_mask: (L, H) mask at which to measure; masked heads get exactly 0.
         coupled: each loss depends on other examples of its batch, as in-batch contrastive losses do.
         valid: for "token", makes from a batch the boolean (B, T) tokens that count. Default: all.
-        num_examples: use this many, and refuse if there are fewer. Default: all.
+        num_examples: use this many; fewer are an error. Default: all.
         progress: show a bar if this takes more than a few seconds and tqdm is installed.
 
     Raises:
-        ValueError: for an unknown option, losses that are not finite or not one an example, examples that turn out
+        ValueError: for an unknown option, losses that are not finite or not one per example, examples that turn out
             to be coupled, too few examples, or an objective without gradient.
     """
     check_choice("granularity", granularity, GRANULARITIES)
@@ -113,12 +109,12 @@ def head_gradients(
     slots = head_slots(model)
     measured = _Gradients(model, slots, loss_fn, head_mask, coupled)
     with evaluating(model), torch.enable_grad():
-        found = [s.sum(1) for _, s, _ in measured.over(batches, num_examples, progress)]
-    return torch.cat(found)
+        signed = [s.sum(1) for _, s, _ in measured.over(batches, num_examples, progress)]
+    return torch.cat(signed)
 
 
 class _Gradients:
-    """s of one batch after the other, (B, T, L, H) on the CPU; of coupled examples T is 1, and taken together B too."""
+    """s batch by batch, (B, T, L, H) on the CPU; T is 1 for coupled examples, and so is B if they are summed."""
 
     def __init__(self, model: nn.Module, slots: HeadSlots, loss_fn: LossFn, mask: Tensor | None, coupled: bool,
                  together: bool = False) -> None:  # fmt: skip
@@ -171,8 +167,8 @@ class _Gradients:
 
     def _grad(self, value: Tensor, leaves: list[list[Tensor]], *, again: bool = False) -> list[list[Tensor]]:
         flat = [leaf for calls in leaves for leaf in calls]
-        found = iter(torch.autograd.grad(value, flat, retain_graph=again, materialize_grads=True))
-        return [[next(found).double().cpu() for _ in calls] for calls in leaves]
+        grads = iter(torch.autograd.grad(value, flat, retain_graph=again, materialize_grads=True))
+        return [[next(grads).double().cpu() for _ in calls] for calls in leaves]
 
     def _summed(self, leaves: list[list[Tensor]], losses: Tensor, progress: bool) -> Tensor:
         """(B, 1, L, H) by a backward pass for each loss, or (1, 1, L, H) by one for their sum."""
@@ -208,7 +204,7 @@ class _Gradients:
                 )
 
     def check_slope(self, largest: float) -> None:
-        """Refuse an objective that is stationary at the full model, exactly or but for rounding."""
+        """Raise ValueError for an objective that is stationary at the full model, exactly or up to rounding."""
         reason = "loss_fn must have a gradient at the measured mask: an objective that is smallest there (a distance "
         reason += "to the unpruned model) gives importance 0; use a task loss, or `ablate_heads`"
         if largest == 0:
@@ -222,7 +218,7 @@ class _Gradients:
 
 
 def normalize_importance(table: Tensor, how: str | None) -> Tensor:
-    """Importance (L, H) as it is (None), over its layer's norm ("l2"), or that mapped to [0, 1] ("minmax")."""
+    """Importance (L, H) unchanged (None), over its layer's norm ("l2"), or that mapped to [0, 1] ("minmax")."""
     check_choice("normalize", how, NORMALIZATIONS)
     if how is None:
         return table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.diagnostics.pruning.curves import HeadAblation
+from attnzoo.diagnostics.pruning.ablation import HeadAblation
 
 _BLOCK = 1 << 22  # sampled numbers at once
 

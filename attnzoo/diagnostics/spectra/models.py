@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.layers import AttentionLayer, Factors, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import mp_median, tracy_widom_edge
 from attnzoo.diagnostics.spectra.spectrum import (
-    Factors,
     Settings,
     SpectrumRecord,
     analyze_matrix,
@@ -67,14 +66,14 @@ def analyze_model(
         raise ValueError(f"matrices must be some of {', '.join(map(repr, MATRICES))}, got {list(matrices)}")
     layers = attention_layers(model)
     batch = _HeadBatch(Settings(**options))
-    found: list[SpectrumRecord | tuple[int, SpectrumRecord]] = []
+    entries: list[SpectrumRecord | tuple[int, SpectrumRecord]] = []
     for layer in layers if progress is None else progress(layers):
         for name in matrices:
             if name == "weights":
                 for weight, parameter in layer.module.named_parameters():
                     if parameter.ndim == 2 and min(parameter.shape) >= 2:
                         record = analyze_matrix(parameter, **options)
-                        found.append(dataclasses.replace(record, layer=layer.name, matrix=weight))
+                        entries.append(dataclasses.replace(record, layer=layer.name, matrix=weight))
                 continue
             factors = layer.qk_factors(part) if name == "qk" else [(out.T, value) for value, out in layer.ov_factors()]
             chosen = form if name == "qk" else "circuit"
@@ -83,14 +82,14 @@ def analyze_model(
             if law == "product" and per == "head":
                 blank = SpectrumRecord(0, 0.0, layer=layer.name, matrix=named)
                 numbers = batch.add(factors, chosen)
-                found += [(number, dataclasses.replace(blank, head=head)) for head, number in enumerate(numbers)]
+                entries += [(number, dataclasses.replace(blank, head=head)) for head, number in enumerate(numbers)]
                 continue
             noise = functools.partial(redrawn_factors, layer.module, name, part) if law == "simulate" else None
             for record in factor_records(factors, noise, chosen, per, law, options):
-                found.append(dataclasses.replace(record, layer=layer.name, matrix=named))
+                entries.append(dataclasses.replace(record, layer=layer.name, matrix=named))
     done = batch.records()
     records = []
-    for entry in found:
+    for entry in entries:
         if isinstance(entry, tuple):
             number, names = entry
             entry = dataclasses.replace(done[number], layer=names.layer, head=names.head, matrix=names.matrix)
@@ -103,7 +102,7 @@ class _HeadBatch:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # (triangular parts of both factors or their product, sizes, float64 inputs) a head.
+        # (triangular parts of both factors or their product, sizes, float64 inputs) per head.
         self._heads: list[tuple[Tensor, Tensor, Tensor, tuple[int, ...], bool]] = []
 
     def add(self, factors: Factors, form: str) -> list[int]:
@@ -144,8 +143,8 @@ class _HeadBatch:
             stacks.setdefault((values.numel(), key[1]), []).append((key, values))
         for (_, n_big), entries in stacks.items():
             stacked = torch.stack([values for _, values in entries])
-            found = stacked_variances(stacked, n_big, self._settings.estimator, self._settings.q)
-            variances.update(zip((key for key, _ in entries), found, strict=True))
+            sigma2 = stacked_variances(stacked, n_big, self._settings.estimator, self._settings.q)
+            variances.update(zip((key for key, _ in entries), sigma2, strict=True))
         records = []
         for values, (_, left, right, dims, exact) in zip(singular, self._heads, strict=True):
             both = (variances[id(left), max(dims[:2])], variances[id(right), max(dims[1:])])
@@ -154,7 +153,7 @@ class _HeadBatch:
 
 
 def stacked_variances(singular: Tensor, n_big: int, estimator: str, quantile: float) -> list[float]:
-    """`spectrum.variance_of` of each row of singular values (N, n), descending, for one n_big; as many steps as one."""
+    """`spectrum.variance_of` of each row of singular values (N, n), descending, for one n_big, all in parallel."""
     values = singular.square() / n_big
     if estimator not in ("bulk", "median") or bool((values == 0).any()):
         return [variance_of(row, n_big, estimator, quantile) for row in singular]
@@ -174,10 +173,10 @@ def stacked_variances(singular: Tensor, n_big: int, estimator: str, quantile: fl
 
 
 def _stacked_svdvals(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Singular values of each matrix, descending, one decomposition a shape."""
-    found: list[Tensor] = [torch.empty(0)] * len(matrices)
+    """Singular values of each matrix, descending, by one decomposition per shape."""
+    singular: list[Tensor] = [torch.empty(0)] * len(matrices)
     for shape in {matrix.shape for matrix in matrices}:
         places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
         for i, values in zip(places, torch.linalg.svdvals(torch.stack([matrices[i] for i in places])), strict=True):
-            found[i] = values.cpu()
-    return found
+            singular[i] = values.cpu()
+    return singular

@@ -1,4 +1,4 @@
-"""Spectra of weights against what randomness alone would give: outliers, gaps, ranks.
+"""Spectra of weights compared with those of random matrices: outliers, gaps, ranks.
 
 Units: lambda = s^2 / n_big for one matrix, eigenvalues of P P^T for a product. Ratios do not depend on them.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.layers import Factors, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import (
     QUANTILES,
     bbp,
@@ -28,18 +28,16 @@ from attnzoo.diagnostics.spectra.marchenko_pastur import (
     tracy_widom_edge,
     variance,
 )
-from attnzoo.modules.mla import MultiHeadLatentAttention
 
 NULLS = ("mp", "product", "simulate")
 EDGES = ("tw", "mp", "ww")
-Factors = list[tuple[Tensor, Tensor]]
 _LEAST = 8
 _DRAWS = 8
 
 
 @dataclass(frozen=True)
 class Spike:
-    """An eigenvalue above the threshold, and what planted it (see `marchenko_pastur.bbp`)."""
+    """An eigenvalue above the threshold, and the signal that explains it (see `marchenko_pastur.bbp`)."""
 
     value: float
     theta: float
@@ -74,8 +72,8 @@ class SpectrumRecord:
         layer: name of the module, where it came from a model.
         head: query head, or None for a whole layer.
         matrix: which matrix.
-        note: what a reader has to know.
-        eigenvalues: ascending, if they were asked for.
+        note: a caveat, or "".
+        eigenvalues: ascending, if they were requested.
     """
 
     hard_rank: int
@@ -168,7 +166,7 @@ def analyze_matrix(
         draws: for null "simulate", largest eigenvalues of noise from elsewhere, in place of redrawn factors.
 
     Raises:
-        ValueError: for what is not a finite matrix, or an argument outside its rule.
+        ValueError: for a matrix that is not finite, or an argument outside its rule.
     """
     factors = [matrix] if isinstance(matrix, Tensor) else list(matrix)
     check_factors(factors)
@@ -185,8 +183,8 @@ def analyze_matrix(
         return [factor_variance(factor, estimator, settings.q) for factor in factors]
 
     def largest() -> Sequence[float]:
-        found = sigma2()
-        return draws or [float(_redrawn(factors, found, seed)[0].square()) for seed in range(_DRAWS)]
+        variances = sigma2()
+        return draws or [float(_redrawn(factors, variances, seed)[0].square()) for seed in range(_DRAWS)]
 
     return record_of(product_singular_values(factors), dims, exact, null, settings, sigma2, largest)
 
@@ -236,14 +234,14 @@ def record_of(
 
 @functools.cache
 def _product_edge(dims: tuple[int, ...]) -> tuple[float, float]:
-    """`product_edge`; the heads of a model have few sizes."""
+    """`product_edge`, remembered, since the heads of a model have few sizes."""
     return product_edge(dims)
 
 
 def product_singular_values(factors: Sequence[Tensor]) -> Tensor:
     """Singular values of X_1 ... X_L, descending, in float64, at most min of all sizes of them.
 
-    Neither end's size matters: tall outer factors are replaced by their triangular parts first.
+    The cost does not depend on the outer sizes: tall outer factors are replaced by their triangular parts first.
     """
     chain = [factor.detach().to(torch.float64) for factor in factors]
     if len(chain) > 1:
@@ -273,7 +271,7 @@ def product_pdf(x: Tensor, dims: Sequence[int]) -> Tensor:
     at = x.detach().double().flatten()
     usable = at > 0
     z = torch.where(usable, at, torch.ones_like(at))
-    # Companion matrices of the monic polynomials sum_k c_k M^k - z M, one a point.
+    # Companion matrices of the monic polynomials sum_k c_k M^k - z M, one per point.
     polynomial = coefficients.expand(z.numel(), -1).clone()
     polynomial[:, 1] -= z
     companion = torch.zeros(z.numel(), degree, degree, dtype=torch.float64)
@@ -324,7 +322,7 @@ def check_factors(factors: Sequence[Tensor]) -> None:
 
 
 def _ranks(values: Tensor, singular: Tensor, of: str) -> SpectrumRecord:
-    """What needs no null; values ascending."""
+    """The figures that need no null, from ascending eigenvalues."""
     n = values.numel()
     if n == 0:
         return SpectrumRecord(hard_rank=0, lambda_max=0.0, note="a matrix of zeros")
@@ -380,7 +378,7 @@ def factor_variance(factor: Tensor, estimator: str, quantile: float) -> float:
 
 
 def variance_of(singular: Tensor, n_big: int, estimator: str, quantile: float) -> float:
-    """The same from singular values, descending."""
+    """Estimated variance of a factor's entries from its singular values, descending."""
     values = singular.square().flip(0) / n_big
     return variance(values[values > 0], n_big, estimator, quantile) if bool((values > 0).any()) else 0.0
 
@@ -465,7 +463,7 @@ def factor_records(
     null: str,
     options: dict[str, Any],
 ) -> list[SpectrumRecord]:
-    """One record a head, or one of the layer. noise draws factors without signal for a seed, of null "simulate"."""
+    """One record per head, or one of the layer. noise draws factors without signal for a seed, of null "simulate"."""
     if per == "layer":
         pairs: list[tuple[int | None, tuple[Tensor, Tensor]]] = [(None, pair_of(*_layer(factors, form), form))]
     else:
@@ -474,8 +472,8 @@ def factor_records(
     for seed in range(_DRAWS) if noise is not None else ():
         drawn = noise(seed) if noise is not None else []
         whole = [_layer(drawn, form)] if per == "layer" else drawn
-        for found, (query, key) in zip(largest, whole, strict=True):
-            found.append(float(product_singular_values(pair_of(query, key, form))[0].square()))
+        for values, (query, key) in zip(largest, whole, strict=True):
+            values.append(float(product_singular_values(pair_of(query, key, form))[0].square()))
     records = []
     for (head, pair), draws in zip(pairs, largest, strict=True):
         # A single matrix against the Marchenko-Pastur law has to be formed; products stay factored.
@@ -487,7 +485,8 @@ def factor_records(
 
 def default_null(module: nn.Module) -> str:
     """The null of an attention module's products."""
-    return "simulate" if isinstance(module, MultiHeadLatentAttention) else "product"
+    # A Hugging Face module's factors are matrices of its own.
+    return "simulate" if getattr(module, "factored_circuits", False) else "product"
 
 
 def check_form(form: str, per: str) -> None:
@@ -522,7 +521,7 @@ def pair_of(query: Tensor, key: Tensor, form: str) -> tuple[Tensor, Tensor]:
 
 
 def _layer(factors: Sequence[tuple[Tensor, Tensor]], form: str) -> tuple[Tensor, Tensor]:
-    """All heads' factors as one pair, each key of a group once, so that what is independent stays so.
+    """All heads' factors as one pair, with each key of a group once, so that independent entries stay independent.
 
     The sum over heads of "circuit" adds the queries of a group; the blocks of "gram" with a repeated key have the
     singular values of those with it once, times the root of the group's size.

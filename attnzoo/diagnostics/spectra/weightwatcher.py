@@ -1,7 +1,7 @@
 """WeightWatcher's columns (Martin and Mahoney, arXiv:1810.01075; version 0.7.7) under their own names.
 
-Units are WeightWatcher's: eigenvalues are s^2. For analyses of one's own, `spectrum.analyze_matrix` is the better
-choice: its variance estimate and its edge are those of random-matrix theory.
+Units are WeightWatcher's: eigenvalues are s^2. For new analyses prefer `spectrum.analyze_matrix`,
+whose variance estimate and edge are those of random-matrix theory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit
         mp_fit: whether to fit the bulk.
 
     Raises:
-        ValueError: for what is no finite matrix, or one with fewer than 8 singular values.
+        ValueError: for a matrix that is not finite, or has fewer than 8 singular values.
     """
     values = eigenvalues(matrix)
     record = spectral_columns(values, max(matrix.shape)) | power_law(values) | determinant_columns(values)
@@ -110,7 +110,7 @@ def power_law(values: Tensor) -> dict[str, Any]:
 
 
 def determinant_columns(values: Tensor) -> dict[str, Any]:
-    """Where the product of the largest eigenvalues, rescaled to mean 1, falls below 1; names as there."""
+    """Where the product of the largest eigenvalues, rescaled to mean 1, falls below 1, under WeightWatcher's names."""
     n = values.numel()
     scaled = values * n / values.sum()
     tails = scaled.clamp(min=1e-300).log().flip(0).cumsum(0).flip(0)

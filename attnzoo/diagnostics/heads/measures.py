@@ -1,0 +1,176 @@
+"""The measures of a report, summed up over query blocks and batches for one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.diagnostics.heads import similarity
+from attnzoo.diagnostics.heads.attention_call import AttentionCall
+from attnzoo.diagnostics.layers import AttentionLayer
+
+MEASURES = (
+    "entropy", "normalized_entropy", "distance", "distance_argmax", "confidence", "sink", "previous_token",
+    "current_token",
+)  # fmt: skip
+"""Measures that every report holds, as `similarity` defines them."""
+
+_TOLERANCE = 1e-3
+_OF_DISTRIBUTIONS = ("entropy", "normalized_entropy", "distance", "distance_argmax")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Figures of one layer's heads, on the CPU in float64; NaN where a measure is not defined.
+
+    Attributes:
+        name: of the layer inside the model.
+        index: of the layer.
+        measures: (H,) by name: those of `MEASURES`, "detect_<kind>" for kinds of `similarity.DETECTABLE` if the batches
+            have token numbers, and "induction_stripe" if a period was given.
+        pair_cosine: (H, H) cosine of whole patterns, mean over examples.
+        output_cosine: (H, H) mean cosine of head outputs of a token.
+        sink_rate: share of heads whose mean weight on the first key exceeds 0.3.
+        note: why measures are missing.
+    """
+
+    name: str
+    index: int
+    measures: Mapping[str, Tensor]
+    pair_cosine: Tensor
+    output_cosine: Tensor
+    sink_rate: float
+    note: str = ""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads H."""
+        return self.pair_cosine.shape[0]
+
+
+class RunningMeasures:
+    """Running sums of one layer's measures.
+
+    Args:
+        layer: the layer, whose calls are added.
+        period: adds "induction_stripe" for a period of this many tokens, unless None.
+        block: queries at once.
+    """
+
+    def __init__(self, layer: AttentionLayer, period: int | None, block: int) -> None:
+        self.layer = layer
+        self.period = period
+        self.block = block
+        self.queries = 0
+        self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+        self.note = ""
+        self.composed = False
+
+    def add(self, call: AttentionCall, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Add one call; tokens (B, T) or None, mask (B, T) of the queries that count or None."""
+        B, H, T, _ = call.outputs.shape
+        if call.num_keys != T:
+            raise ValueError(f"batches must need no cache and no context, got {T} queries and {call.num_keys} keys")
+        device = call.outputs.device
+        real = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+        if real.shape != (B, T):
+            raise ValueError(f"mask must have shape {(B, T)}, got {tuple(real.shape)}")
+        if tokens is not None and tokens.shape != (B, T):
+            raise ValueError(f"tokens must have shape {(B, T)}, that of the queries, got {tuple(tokens.shape)}")
+        tokens = None if tokens is None else tokens.to(device)
+        self.queries += int(real.sum())
+        gram = torch.zeros(B, H, H, dtype=torch.float64, device=device)
+        kinds = torch.zeros(len(similarity.DETECTABLE), B, H, dtype=torch.float64, device=device)
+        weight = torch.zeros(B, H, dtype=torch.float64, device=device)
+        for rows, pattern in call.pattern_blocks(self.block):
+            p, m = pattern.double(), real[:, rows]
+            flat = (p * m[:, None, :, None]).flatten(2)
+            gram += flat @ flat.mT
+            self._check(call, p, m)
+            self._single(call, p, m, rows)
+            if tokens is not None:
+                self._kinds(p, tokens, rows, kinds, weight)
+        scale = gram.diagonal(dim1=1, dim2=2).sqrt()
+        self._put("pair_cosine", (gram / (scale[:, :, None] * scale[:, None])).sum(0), B)
+        self._put("output_cosine", similarity.output_cosine(call.outputs, real) * real.sum(), float(real.sum()))
+        if tokens is not None:
+            for kind, sums in zip(similarity.DETECTABLE, kinds, strict=True):
+                share = torch.where(weight > 0, sums / weight, torch.zeros_like(sums))
+                self._put(f"detect_{kind}", share.sum(0), B)
+
+    def _check(self, call: AttentionCall, p: Tensor, m: Tensor) -> None:
+        """Note whether rows are not distributions."""
+        if call.post is not None:
+            self.composed = True
+            self.note = "weights are composed over heads and may be negative, so heads have cosines alone"
+        elif bool(((p.sum(-1) - 1).abs() > _TOLERANCE)[m[:, None].expand(p.shape[:3])].any()):
+            self.note = "rows do not add up to 1, so they have no entropy and no distance"
+
+    def _single(self, call: AttentionCall, p: Tensor, m: Tensor, rows: slice) -> None:
+        """Add the measures of single heads, of p (B, H, t, T) with counting rows m (B, t)."""
+        T = p.shape[-1]
+        i = torch.arange(rows.start, rows.stop, device=p.device)
+        j = torch.arange(T, device=p.device)
+        entropy = -torch.xlogy(p.clamp(min=0), p.clamp(min=0)).sum(-1)
+        seen = call.visible_counts(rows).double().expand(p.shape[:-1])
+        many = m[:, None] & (seen > 1)
+        relative = torch.where(many, entropy / seen.log().clamp(min=1e-30), torch.zeros_like(entropy))
+        self._put("normalized_entropy", relative.sum((0, 2)), many.sum((0, 2)).double())
+        for name, values in {
+            "entropy": entropy,
+            "distance": (p * (i[:, None] - j).abs()).sum(-1),
+            "distance_argmax": (i - p.argmax(-1)).abs().double(),
+            "confidence": p.amax(-1),
+            "sink": p[..., 0],
+        }.items():
+            self._put(name, (values * m[:, None]).sum((0, 2)), float(m.sum()))
+        offsets = {"current_token": 0, "previous_token": 1}
+        if self.period is not None:
+            offsets["induction_stripe"] = self.period - 1
+        for name, offset in offsets.items():
+            if not 0 <= offset < T:
+                raise ValueError(f"period must lie between 1 and the {T} tokens, got {self.period}")
+            at = i - offset
+            there = (at >= 0) & m
+            index = at.clamp(min=0)[:, None].expand(*p.shape[:-1], 1)
+            values = p.gather(-1, index)[..., 0]
+            self._put(name, (values * there[:, None]).sum((0, 2)), float(there.sum()))
+
+    def _kinds(self, p: Tensor, tokens: Tensor, rows: slice, kinds: Tensor, weight: Tensor) -> None:
+        """Add to kinds (3, B, H) and weight (B, H) what `similarity.detect_head` sums, without the first key."""
+        T = p.shape[-1]
+        i = torch.arange(rows.start, rows.stop, device=p.device)[:, None]
+        j = torch.arange(T, device=p.device)
+        same = tokens[:, rows, None] == tokens[:, None, :]
+        after = torch.zeros_like(same)
+        after[:, :, 1:] = same[:, :, :-1] & (j[:-1] < i) & (j[1:] <= i)
+        wanted = ((i - j == 1).expand_as(same), same & (j < i), after)
+        p = p * (j > 0)
+        weight += p.sum((-1, -2))
+        for sums, where in zip(kinds, wanted, strict=True):
+            sums += (p * where[:, None]).sum((-1, -2))
+
+    def _put(self, name: str, total: Tensor, count: Any) -> None:
+        self.totals[name] = total if name not in self.totals else self.totals[name] + total
+        self.counts[name] = count if name not in self.counts else self.counts[name] + count
+
+    def report(self) -> LayerReport:
+        """The averages so far."""
+        means = {name: (total / self.counts[name]).cpu() for name, total in self.totals.items()}
+        pairs = {name: means.pop(name) for name in ("pair_cosine", "output_cosine")}
+        for name, values in means.items():
+            if self.composed or (self.note and name in _OF_DISTRIBUTIONS):
+                means[name] = torch.full_like(values, math.nan)
+        order = [name for name in MEASURES if name in means]
+        measures = {name: means[name] for name in (*order, *(name for name in means if name not in order))}
+        sink = measures["sink"]
+        rate = math.nan if self.composed else float((sink > 0.3).double().mean())
+        return LayerReport(
+            self.layer.name, self.layer.index, measures, pairs["pair_cosine"], pairs["output_cosine"], rate, self.note
+        )

@@ -1,0 +1,210 @@
+"""Removing heads of Hugging Face attention modules for good, which transformers 5 no longer offers itself.
+
+Modules with separate query, key, value and output projections can be pruned (Llama, Mistral, Qwen, Gemma and
+relatives), and those of BERT and its relatives.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.diagnostics.layers import AttentionLayer, register_family
+from attnzoo.modules.heads import HeadLayout, head_rows, keep_columns, keep_entries, keep_rows
+
+RAGGED = "attnzoo_ragged"
+"""Name of the attention function that gathers key/value heads for query heads in uneven groups."""
+
+
+def _parts(layer: AttentionLayer) -> tuple[Any, nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """The module that calls attention, and its four projections."""
+    module: Any = layer.module
+    if layer.family == "bert":
+        inner = module.self
+        return inner, inner.query, inner.key, inner.value, module.output.dense
+    return module, module.q_proj, module.k_proj, module.v_proj, layer.projection  # type: ignore[return-value]
+
+
+def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact: bool) -> None:
+    """Raise ValueError where these heads cannot be removed; numbers are original ones.
+
+    Args:
+        layer: of a Hugging Face model.
+        numbers: heads to remove.
+        allow_inexact: accept norms that run over all heads together.
+    """
+    left = layer.heads.prune(numbers)
+    if not layer.num_heads:
+        return
+    if layer.family not in ("separate", "bert", "pruned"):
+        raise ValueError(
+            "prune_heads knows zoo modules, BERT and models with separate projections, got "
+            f"{type(layer.module).__name__}"
+        )
+    inner, query, key, value, out = _parts(layer)
+    if not all(isinstance(linear, nn.Linear) for linear in (query, key, value, out)):
+        raise ValueError(f"prune_heads needs linear projections, got {type(query).__name__} in layer {layer.name!r}")
+    for name, linear, count in (("q_norm", query, layer.num_heads), ("k_norm", key, layer.num_kv_heads)):
+        norm = getattr(inner, name, None)
+        weight = getattr(norm, "weight", None)
+        if count > 1 and weight is not None and weight.shape[-1] == linear.out_features and not allow_inexact:
+            raise ValueError(
+                f"prune_heads needs norms of single heads, but {name} of layer {layer.name!r} runs over all heads "
+                "together; allow_inexact=True goes on all the same"
+            )
+    if not left.kept and not layer.name and layer.family != "bert":
+        raise ValueError("heads must leave at least one of a model that is a single attention module, got all of them")
+    if not left.is_regular:
+        home = sys.modules[type(inner).__module__]
+        if not (hasattr(home, "ALL_ATTENTION_FUNCTIONS") and hasattr(home, "eager_attention_forward")):
+            raise ValueError(
+                f"heads must leave even groups where {type(inner).__name__} does not call transformers' attention "
+                "interface; prune with unit='kv_group'"
+            )
+
+
+def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int], allow_inexact: bool) -> None:
+    """Remove these heads of a layer that `check_prunable` accepts; the arguments are the same, plus the whole model."""
+    layout = layer.heads.prune(numbers)
+    if layout == layer.heads:
+        return
+    inner, query, key, value, out = _parts(layer)
+    heads, groups = layer.heads.places(layout)
+    D, Dv = layer.head_dim, layer.v_head_dim
+    for name, linear, kept in (("q_norm", query, heads), ("k_norm", key, groups)):
+        norm: Any = getattr(inner, name, None)
+        if allow_inexact and norm is not None and norm.weight.shape[-1] == linear.out_features != D:
+            norm.weight = keep_entries(norm.weight, head_rows(kept, D).tolist())
+    keep_rows(query, heads, D)
+    keep_rows(key, groups, D)
+    keep_rows(value, groups, Dv)
+    keep_columns(out, heads, Dv)
+    if isinstance(getattr(inner, "sinks", None), nn.Parameter):
+        inner.sinks = keep_entries(inner.sinks, heads)
+    module: Any = layer.module
+    module.attnzoo_heads, module.pruned_heads = layout, layout.pruned
+    _set(inner, ("num_heads", "num_attention_heads"), len(heads))
+    _set(inner, ("num_key_value_heads", "num_kv_heads"), len(groups))
+    _set(inner, ("all_head_size",), len(heads) * D)
+    if not heads:
+        _empty(model, layer, inner, out)
+        return
+    _set(inner, ("num_key_value_groups",), len(heads) // len(groups) if layout.is_regular else 1)
+    if not layout.is_regular:
+        _read_unevenly(inner)
+
+
+def _set(module: Any, names: Sequence[str], value: int) -> None:
+    for name in names:
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, value)
+
+
+def _read_unevenly(module: Any) -> None:
+    """Let a module gather the key/value head of each query head after its cache, which holds each of them once."""
+    if hasattr(module, "attnzoo_config"):
+        return
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(RAGGED, _ragged_attention)
+    # The model's configuration, which decides on the masks, stays; only this module's own copy names the gathering.
+    module.attnzoo_config = module.config
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation_internal = RAGGED
+
+
+def _ragged_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    """The attention that the model is configured for, over key/value heads (B, G, S, D) gathered for H query heads."""
+    layout: HeadLayout = module.attnzoo_heads
+    if not layout.is_regular:
+        index = torch.tensor(layout.reads, device=key.device)
+        key, value = key.index_select(1, index), value.index_select(1, index)
+    home: Any = sys.modules[type(module).__module__]
+    configured = module.attnzoo_config._attn_implementation
+    function = home.ALL_ATTENTION_FUNCTIONS.get_interface(configured, home.eager_attention_forward)
+    return function(module, query, key, value, attention_mask, **options)
+
+
+class NoHeads(nn.Module):
+    """Replaces a Hugging Face attention module without heads: an output projection that adds only its bias.
+
+    Args:
+        layer_idx: its index in caches, or None.
+    """
+
+    def __init__(self, layer_idx: int | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.projection_name: str | None = None
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:
+        """hidden_states (B, T, E) -> (bias as (B, T, E), None); (B, T, 0) where another module projects."""
+        if past_key_values is not None and self.layer_idx is not None:
+            # Caches take the number of tokens from the first layer, which may be this one.
+            B, T = hidden_states.shape[:2]
+            counted = hidden_states.new_zeros(B, 1, T, 1)
+            past_key_values.update(counted, counted, self.layer_idx)
+        nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        if self.projection_name is None:
+            return nothing, None
+        return getattr(self, self.projection_name)(nothing), None
+
+
+def _empty(model: nn.Module, layer: AttentionLayer, inner: Any, out: nn.Linear) -> None:
+    empty = NoHeads(getattr(inner, "layer_idx", None))
+    empty.train(inner.training)
+    if layer.family == "bert":
+        layer.module.self = empty
+        return
+    empty.projection_name = next(name for name, child in inner.named_children() if child is out)
+    empty.add_module(empty.projection_name, out)
+    empty.attnzoo_heads, empty.pruned_heads = layer.module.attnzoo_heads, layer.module.pruned_heads
+    home, _, name = layer.name.rpartition(".")
+    setattr(model.get_submodule(home), name, empty)
+
+
+def _is_pruned(module: Any) -> bool:
+    """Whether a module's sizes no longer fit its own family."""
+    layout: HeadLayout | None = getattr(module, "attnzoo_heads", None)
+    return _is_empty(module) or (layout is not None and not layout.is_regular)
+
+
+def _is_empty(module: Any) -> bool:
+    return isinstance(module, NoHeads) or isinstance(getattr(module, "self", None), NoHeads)
+
+
+def _read_pruned(name: str, index: int, module: Any) -> AttentionLayer:
+    heads: HeadLayout = module.attnzoo_heads
+    if _is_empty(module):
+        own = isinstance(module, NoHeads)
+        projection = getattr(module, module.projection_name or "") if own else module.output.dense
+        return AttentionLayer(
+            name, index, module, 0, 0, 0, 0, projection, "pruned", heads=heads, _qk=lambda _: [], _ov=list
+        )
+    D, H, G = module.head_dim, len(heads.kept), len(heads.groups)
+    projection = module.o_proj if hasattr(module, "o_proj") else module.out_proj
+    width = projection.in_features // H
+
+    def qk(part: str) -> list[tuple[Tensor, Tensor]]:
+        if part != "full" or getattr(module, "q_norm", None) is not None:
+            raise ValueError(f"part must be 'full' for an unevenly pruned layer without query norm, got {part!r}")
+        q, k = module.q_proj.weight.detach().view(H, D, -1), module.k_proj.weight.detach().view(G, D, -1)
+        return [(q[h], k[g]) for h, g in enumerate(heads.reads)]
+
+    def ov() -> list[tuple[Tensor, Tensor]]:
+        v, out = module.v_proj.weight.detach(), projection.weight.detach()
+        return [
+            (v[g * width : (g + 1) * width], out[:, h * width : (h + 1) * width]) for h, g in enumerate(heads.reads)
+        ]
+
+    return AttentionLayer(name, index, module, H, G, D, width, projection, "pruned", heads=heads, _qk=qk, _ov=ov)
+
+
+register_family("pruned", _is_pruned, _read_pruned)
