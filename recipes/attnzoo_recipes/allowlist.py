@@ -1,8 +1,8 @@
-"""What a config or a checkpoint may have imported: an allow-list, checked on the text before anything is.
+"""What a config or a checkpoint may import: an allow-list, checked on the text before anything is imported.
 
 A `class_path` in a YAML file imports a module, which runs its top-level code, before anybody checks what kind of
-class it is. So the text of configs and of the command line is searched first; jsonargparse's own import policy,
-set to the same list, stands behind the search.
+class it is. So the text of configs, of the command line and of a checkpoint's settings is searched first.
+jsonargparse's own import policy, set to the same list, is the second line of defence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 ALLOWED = ("attnzoo", "attnzoo_recipes", "lightning", "torch")
-"""Packages that a config may name without being asked."""
+"""Packages that a config may always name."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _LARGEST_CONFIG = 1_000_000
@@ -27,17 +27,17 @@ class ImportRefusedError(ValueError):
 
 
 def check_import(path: str, allowed: Iterable[str] = ALLOWED, where: str = "the config") -> None:
-    """Raise ImportRefusedError unless the dotted import path is one of the allowed packages or lies in one."""
+    """Raise ImportRefusedError unless the dotted import path is one of the allowed packages or is inside one."""
     allowed = tuple(allowed)
     if not any(path == prefix or path.startswith(f"{prefix}.") for prefix in allowed):
         raise ImportRefusedError(
-            f"{where} names {path}, but a config may import from {', '.join(allowed)} alone; if you trust it, add "
+            f"{where} names {path}, but may import only from {', '.join(allowed)}; if you trust it, add "
             f"--allow-import {path.split('.')[0]}"
         )
 
 
 def check_arguments(args: Sequence[str], allowed: Iterable[str] = ALLOWED) -> None:
-    """Check everything that command line arguments name, in themselves and in the config files they lead to.
+    """Check everything that command line arguments name, directly and in the config files that they lead to.
 
     Raises:
         ImportRefusedError: for the first import path outside `allowed`.
@@ -47,15 +47,24 @@ def check_arguments(args: Sequence[str], allowed: Iterable[str] = ALLOWED) -> No
         search.value(key, _parsed(value), "the command line", Path.cwd())
 
 
+def check_settings(settings: Any, allowed: Iterable[str] = ALLOWED, where: str = "the config") -> None:
+    """Check everything that parsed settings name, at any depth.
+
+    Raises:
+        ImportRefusedError: for the first import path outside `allowed`.
+    """
+    _Search(tuple(allowed)).value("", settings, where, Path.cwd())
+
+
 def enforce(allowed: Iterable[str]) -> None:
-    """Make jsonargparse itself refuse to import anything else for the rest of the process."""
+    """Make jsonargparse itself refuse any other import for the rest of the process."""
     from jsonargparse import set_parsing_settings
 
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(allowed))
 
 
 class _Search:
-    """Walks parsed YAML for import paths and for further files that hold some."""
+    """Searches parsed YAML for import paths, and for names of files that contain further ones."""
 
     def __init__(self, allowed: tuple[str, ...]) -> None:
         self.allowed = allowed
@@ -78,8 +87,8 @@ class _Search:
         if is_class or _is_plain_data(key):
             return
         self.file(folder / text)
-        # A class may be given as a bare string where its type is known. Data files have dots in their names too,
-        # so a string counts only if its first part is a module.
+        # Where the type is known, a class may be given as a bare string. Names of data files contain dots too, so a
+        # string counts only if its first part is a module.
         if _DOTTED.fullmatch(text) and _is_module(text.split(".")[0]):
             check_import(text, self.allowed, where)
 
@@ -96,7 +105,7 @@ class _Search:
 
 
 def _options(args: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """(key, value) pairs of a command line: --key=value, --key value and lone words."""
+    """(key, value) pairs of a command line: --key=value, --key value and single words."""
     key = ""
     for word in args:
         if word.startswith("-") and "=" in word:

@@ -1,53 +1,54 @@
 """Checkpoints that survive kill -9 at any instruction, a full disk and damaged bytes.
 
-Beside each checkpoint NAME lies a sidecar NAME.json with the SHA-256 and size of *each* version that NAME may be at
-this moment: one, or two while a save is under way. A save
+Next to each checkpoint NAME there is a sidecar NAME.json with the SHA-256 and size of *each* version that NAME may be
+at this moment: one, or two while a save is in progress. A save
 
 1. streams the checkpoint to NAME.tmp-PID in the same folder, hashing as it writes, and syncs it to the disk;
 2. replaces the sidecar by one that lists the new version and the one in place;
 3. replaces NAME by NAME.tmp-PID;
-4. replaces the sidecar by one that lists the new version alone.
+4. replaces the sidecar by one that lists only the new version.
 
-Each replacement is one atomic rename, followed by a sync of the folder. Killed before 2, the old checkpoint has its
-old sidecar. Killed between 2 and 4, the sidecar lists both, and NAME is one of them, whole. After 3 the new one is in
-place. So NAME is never half written and never without a line that vouches for it. What a kill leaves is a file
-NAME.tmp-PID; the next save into the folder removes those whose process is gone. One machine at a time may save into
-a folder.
+Each replacement is one atomic rename, followed by a sync of the folder (`files.replacing`). Killed before 2, the old
+checkpoint has its old sidecar. Killed between 2 and 4, the sidecar lists both, and NAME is one of them, complete.
+After 3 the new one is in place. So NAME is never half written and never without a record that vouches for it. A kill
+can leave a file NAME.tmp-PID behind; the next save into the folder removes those whose process has ended. Only one
+machine at a time may save into a folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from importlib import metadata
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from attnzoo_recipes import files
+
 SUFFIX = ".ckpt"
-"""How the names of checkpoints end, as Lightning has it."""
+"""File extension of checkpoints, the one that Lightning uses."""
 
 _TEMPORARY = re.compile(r".+\.tmp-(\d+)")
 _LARGEST_SIDECAR = 1_000_000
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves as the module's docstring says; loads what its sidecar vouches for, and never runs code from a file.
+    """Saves as described in the module's docstring; loads what a sidecar vouches for, and never runs code from a file.
 
-    A save that fails with an OSError, such as a full disk, leaves the old checkpoint as it was, and training goes on
-    until the next one. While saves fail, no older checkpoint is removed.
+    A save that fails with an OSError, such as a full disk, leaves the old checkpoint as it was, and training continues
+    until the next save. While saves fail, no older checkpoint is removed.
 
     Args:
-        failures_allowed: training steps in a row whose save may fail; the last of them raises its OSError.
+        failures_allowed: number of consecutive training steps whose save fails before the OSError is raised.
 
     Raises:
         ValueError: if failures_allowed is less than 1.
@@ -67,7 +68,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
         Raises:
             OSError: if this is the last failure that is allowed.
-            ValueError: if the path is not local, or storage_options are given.
+            ValueError: if the path is not local or storage_options is given.
         """
         if storage_options is not None:
             raise ValueError(f"storage_options must be None: checkpoints are local files, got {storage_options!r}")
@@ -78,7 +79,7 @@ class AtomicCheckpointIO(CheckpointIO):
             _sweep(target.parent)
             _save(checkpoint, target, step)
         except OSError as error:
-            # Two files saved in one step, such as the best and the last, fail for one reason.
+            # Two files saved in one step, such as the best and the last, count as one failure.
             if step is None or step != self._failed_step:
                 self._failures += 1
             self._failed_step = step
@@ -86,7 +87,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise
             rank_zero_warn(
                 f"{target} could not be saved ({error}), failure {self._failures} of {self.failures_allowed} that "
-                "would end the run; the older checkpoints are kept and training goes on."
+                "would end the run; the older checkpoints are kept and training continues."
             )
             return
         self._failures, self._failed_step = 0, None
@@ -99,14 +100,14 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint, or the newest valid one of its folder, with a warning, if it is not valid.
+        """Load a checkpoint; if it is not valid, warn and load the newest valid one in its folder.
 
-        A folder means its newest valid checkpoint.
+        The path of a folder stands for the newest valid checkpoint in it.
 
         Raises:
             FileNotFoundError: if there is no such file or folder.
-            ValueError: if no checkpoint is valid, or the valid one holds something else than tensors and plain
-                values; if weights_only is False.
+            ValueError: if no checkpoint is valid, if the valid one holds anything but tensors and plain values, or if
+                weights_only is False.
         """
         if weights_only is False:
             raise ValueError("weights_only must not be False: loading a checkpoint must not run code")
@@ -122,13 +123,13 @@ class AtomicCheckpointIO(CheckpointIO):
         other = newest_valid(target.parent, recursive=False)
         if other is None:
             raise ValueError(f"{wrong}, and no other checkpoint in its folder is valid")
-        rank_zero_warn(f"{wrong}; loading {other}, the newest valid checkpoint beside {target}, instead.")
+        rank_zero_warn(f"{wrong}; loading {other}, the newest valid checkpoint in its folder, instead.")
         return read_checkpoint(other, map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint and its sidecar; a file elsewhere than in a folder saved into before is left alone.
+        """Remove a checkpoint and its sidecar, but only from a folder that this object has saved into.
 
-        Lightning takes the names of files to remove from checkpoints too, which anybody may have written.
+        Lightning also takes names of files to remove from checkpoints, which anybody may have written.
         """
         target = _local(path)
         if self._failures:
@@ -140,7 +141,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def verify(path: str | Path) -> str | None:
-    """None if the checkpoint is what was saved, by size and SHA-256, else one sentence that says what is wrong."""
+    """None if the checkpoint is what was saved, by size and SHA-256; otherwise one sentence that says what is wrong."""
     target = _local(path)
     if not target.is_file():
         return f"there is no checkpoint {target}"
@@ -149,22 +150,23 @@ def verify(path: str | Path) -> str | None:
 
 
 def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
-    """The checkpoint of a folder that was saved last among those that `verify` accepts, or None."""
+    """The most recently saved checkpoint of a folder among those that `verify` accepts, or None."""
     folder = _local(folder)
-    found = [path for path in (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}") if path.is_file()]
-    # A link to a checkpoint counts as old as the checkpoint; the file itself goes before links to it.
-    for path in sorted(found, key=lambda path: (_saved_at(path), not path.is_symlink(), str(path)), reverse=True):
+    paths = [path for path in (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}") if path.is_file()]
+    # A link has the age of the checkpoint that it links to; the file itself comes before links to it.
+    for path in sorted(paths, key=lambda path: (_saved_at(path), not path.is_symlink(), str(path)), reverse=True):
         if verify(path) is None:
             return path
     return None
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The verified content of a checkpoint, or of the newest valid one below a folder; tensors and plain values.
+    """The verified content of a checkpoint, or of the newest valid one below a folder: tensors and plain values.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        ValueError: in one sentence, if it is not valid, no checkpoint below the folder is, or it holds anything else.
+        ValueError: in one sentence, if it is not valid, no checkpoint below the folder is, or it holds anything but
+            tensors and plain values.
     """
     target = _local(path)
     if target.is_dir():
@@ -185,7 +187,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 class _HashingFile:
-    """What torch.save writes to: keeps the SHA-256 and size of what went through, and the first OSError."""
+    """What torch.save writes to: keeps the SHA-256 and size of the bytes written, and the first OSError."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -195,7 +197,7 @@ class _HashingFile:
 
     def write(self, data: Any) -> int:
         try:
-            _write_all(self.file, data)
+            files.write_all(self.file, data)
         except OSError as error:
             self.error = self.error or error
             raise
@@ -208,12 +210,12 @@ class _HashingFile:
 
 
 def _save(checkpoint: dict[str, Any], target: Path, step: Any) -> None:
-    with _replacing(target) as file:
+    with files.replacing(target) as file:
         hashing = _HashingFile(file)
         try:
-            torch.save(checkpoint, hashing)
+            torch.save(checkpoint, cast(IO[bytes], hashing))
         except RuntimeError as error:
-            # The writer's own complaint about a write that failed says nothing of a full disk.
+            # torch's own error about a failed write does not mention a full disk.
             if hashing.error is None:
                 raise
             raise hashing.error from error
@@ -224,13 +226,13 @@ def _save(checkpoint: dict[str, Any], target: Path, step: Any) -> None:
             "saved_at_ns": time.time_ns(),
             "versions": {name: _version(name) for name in ("torch", "lightning", "attnzoo")},
         }
-        _sync(file)
+        files.sync(file)
         _write_sidecar(target, [record, *_in_place(target)])
     _write_sidecar(target, [record])
 
 
 def _in_place(target: Path) -> list[dict[str, Any]]:
-    """The record of the checkpoint as it is; where a killed save has left two, the file's hash decides."""
+    """The record of the checkpoint in place; where a killed save has left two, the file's hash decides."""
     records = _records(target)
     if len(records) < 2 or not target.is_file():
         return records[:1]
@@ -240,46 +242,11 @@ def _in_place(target: Path) -> list[dict[str, Any]]:
 
 
 def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:
-    with _replacing(_sidecar(target)) as file:
-        _write_all(file, json.dumps({"may_be": records}, indent=1).encode())
-        _sync(file)
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the target's place once the block is through, and is gone if it is not."""
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            yield file
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_all(file: BinaryIO, data: Any) -> None:
-    """An unbuffered file may take less than it is given."""
-    rest = memoryview(data).cast("B")
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.write_atomically(_sidecar(target), json.dumps({"may_be": records}, indent=1))
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the temporary files of processes that are gone; those of this one are left from a namesake."""
+    """Remove temporary files of processes that have ended; a file with this process's id is of an earlier process."""
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match and path.is_file() and not path.is_symlink():
@@ -324,7 +291,7 @@ def _sidecar(target: Path) -> Path:
 
 
 def _records(target: Path) -> list[dict[str, Any]]:
-    """What the sidecar of a checkpoint, or of the one that it links to, lists; empty if it cannot be read."""
+    """The records in the sidecar of a checkpoint, or of the one that it links to; empty if it cannot be read."""
     sidecar = _sidecar(target.resolve())
     try:
         if sidecar.stat().st_size > _LARGEST_SIDECAR:
@@ -336,7 +303,7 @@ def _records(target: Path) -> list[dict[str, Any]]:
 
 
 def _saved_at(target: Path) -> int:
-    """When the checkpoint was saved, in ns, by the record of its size, so that copying a run changes nothing."""
+    """When the checkpoint was saved, in ns, from the record of its size, so that copying a run changes nothing."""
     try:
         size = target.stat().st_size
     except OSError:
@@ -345,7 +312,8 @@ def _saved_at(target: Path) -> int:
     return max((time for time in times if isinstance(time, int)), default=0)
 
 
-def _wrong(target: Path, file: BinaryIO) -> str | None:
+def _wrong(target: Path, file: BufferedReader) -> str | None:
+    """One sentence that says why the opened file is not what was saved, or None."""
     records = _records(target)
     if not records:
         return f"{target} cannot be verified: its sidecar {_sidecar(target).name} is missing or unreadable"
@@ -363,7 +331,7 @@ def _wrong(target: Path, file: BinaryIO) -> str | None:
 
 
 def _load(target: Path, file: BinaryIO, map_location: Any) -> dict[str, Any]:
-    """Read from the very file that was verified, whatever its name stands for by now."""
+    """Read the file that was verified, even if its name belongs to another file by now."""
     file.seek(0)
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True)

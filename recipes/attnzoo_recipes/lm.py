@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo import AttentionMask
+from attnzoo.modules.protocol import missing_members
+
+_CALL = ("mask", "positions", "cache")
 
 
 class SwiGLU(nn.Module):
@@ -30,7 +34,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, E) -> (B, T, E)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class DecoderBlock(nn.Module):
@@ -38,15 +43,16 @@ class DecoderBlock(nn.Module):
 
     Args:
         embed_dim: width E.
-        attention: a causal attention module of the zoo.
+        attention: a causal mechanism (`attnzoo.modules.protocol`).
         mlp: the feed-forward layer.
         norm_eps: added to the mean square in both norms.
-        dropout: probability of dropping an element of either branch's output.
+        dropout: probability of dropping an element of the output of either branch.
     """
 
-    def __init__(
-        self, embed_dim: int, attention: nn.Module, mlp: nn.Module, *, norm_eps: float, dropout: float
-    ) -> None:
+    attn: Any  # an nn.Module with the members of the protocol
+    mlp: SwiGLU
+
+    def __init__(self, embed_dim: int, attention: nn.Module, mlp: SwiGLU, *, norm_eps: float, dropout: float) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
         self.attn = attention
@@ -55,7 +61,7 @@ class DecoderBlock(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, mask: AttentionMask | Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
-        """x (B, T, E) -> (B, T, E); mask, positions and cache as the attention module takes them."""
+        """x (B, T, E) -> (B, T, E); mask, positions and cache are those of the attention module."""
         x = x + self._dropped(self.attn(self.attn_norm(x), mask=mask, positions=positions, cache=cache))
         return x + self._dropped(self.mlp(self.mlp_norm(x)))
 
@@ -64,28 +70,30 @@ class DecoderBlock(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """Pre-norm decoder: embedding, L blocks of attention and SwiGLU, a last RMSNorm, logits. No biases.
+    """Pre-norm decoder: embedding, L blocks of attention and SwiGLU, a final RMSNorm, logits. No biases.
 
-    The attention modules initialise themselves: the decoder calls their `reset_parameters(std=, out_std=)` and
-    touches no parameter of theirs, since identity and zero starts are part of a mechanism. Its own weights are
-    normal with init_std, projections back into the residual stream with init_std / sqrt(2 L). They are drawn
-    before the attention's, so that with one seed they are the same for every mechanism.
+    The attention modules initialise themselves: the decoder calls their `reset_parameters(std=, out_std=)` and never
+    sets their parameters, since identity and zero initialisations are part of a mechanism. Its own weights are normal
+    with init_std, projections back into the residual stream with init_std / sqrt(2 L). They are drawn before those of
+    the attention, so that with the same seed they are the same for every mechanism.
 
     Args:
         vocab_size: number of token ids V.
-        attention: makes one attention module from embed_dim; called once a layer.
+        attention: makes an attention module from embed_dim; called once per layer.
         embed_dim: width E.
         num_layers: blocks L.
         mlp_dim: hidden width of the SwiGLU. Default: 8/3 E, rounded to a multiple of 64.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.
-        dropout: probability of dropping an element of the embedding and of each branch's output; dropout of
+        dropout: probability of dropping an element of the embedding and of the output of each branch; dropout of
             attention weights is an option of the attention module.
         init_std: standard deviation of the initialisation.
-        activation_checkpointing: in training keep a block's input only and recompute the block backward.
+        activation_checkpointing: in training, store only the input of each block and recompute the block in the
+            backward pass.
 
     Raises:
-        ValueError: for a size below 1, dropout outside [0, 1), or an attention module that is not causal.
+        ValueError: for a size below 1, dropout outside [0, 1), or an attention module that is not causal or lacks
+            members of the protocol.
     """
 
     def __init__(
@@ -125,11 +133,16 @@ class DecoderLM(nn.Module):
         mlps = [SwiGLU(embed_dim, mlp_dim) for _ in range(num_layers)]
         self._reset_own(mlps)
         self.blocks = nn.ModuleList(
-            DecoderBlock(embed_dim, _causal(attention(embed_dim)), mlp, norm_eps=norm_eps, dropout=dropout)
+            DecoderBlock(embed_dim, _checked(attention(embed_dim)), mlp, norm_eps=norm_eps, dropout=dropout)
             for mlp in mlps
         )
         self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
         self._reset_attention()
+
+    @property
+    def layers(self) -> list[DecoderBlock]:
+        """The blocks."""
+        return [cast(DecoderBlock, block) for block in self.blocks]
 
     @property
     def out_std(self) -> float:
@@ -138,13 +151,13 @@ class DecoderLM(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained numbers; tied embeddings count once."""
+        """Number of elements of all parameters; tied embeddings count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, the decoder's own first."""
-        self._reset_own([block.mlp for block in self.blocks])
-        for norm in (self.norm, *(n for block in self.blocks for n in (block.attn_norm, block.mlp_norm))):
+        """Draw all parameters again, the decoder's own first."""
+        self._reset_own([block.mlp for block in self.layers])
+        for norm in (self.norm, *(n for block in self.layers for n in (block.attn_norm, block.mlp_norm))):
             nn.init.ones_(norm.weight)
         self._reset_attention()
 
@@ -158,7 +171,7 @@ class DecoderLM(nn.Module):
             nn.init.normal_(mlp.down_proj.weight, std=self.out_std)
 
     def _reset_attention(self) -> None:
-        for block in self.blocks:
+        for block in self.layers:
             block.attn.reset_parameters(std=self.init_std, out_std=self.out_std)
 
     def forward(
@@ -172,14 +185,14 @@ class DecoderLM(nn.Module):
         """tokens (B, T) integers -> logits (B, T, V).
 
         Args:
-            tokens: with caches, the new tokens only. Ids are checked on CPU tensors.
+            tokens: with caches, only the new tokens. Ids of CPU tensors are checked.
             mask: one for all layers; True = may attend. See the attention modules.
-            positions: (T,) or (B, T) integers. Default: continue the caches, else 0 .. T-1, restarting in each
+            positions: (T,) or (B, T) integers. Default: continue the caches, otherwise 0 .. T-1, restarting in each
                 packed document.
             caches: from `init_caches`; filled in place.
 
         Raises:
-            ValueError: for tokens of a wrong shape or type, an id outside the vocabulary, or a wrong number of
+            ValueError: for tokens of the wrong shape or type, an id outside the vocabulary, or the wrong number of
                 caches.
         """
         self._check(tokens, caches)
@@ -194,7 +207,8 @@ class DecoderLM(nn.Module):
             else:
                 x = block(x, mask, positions, cache)
         x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        logits: Tensor = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        return logits
 
     def _check(self, tokens: Tensor, caches: list[Any] | None) -> None:
         if tokens.ndim != 2:
@@ -202,7 +216,7 @@ class DecoderLM(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if caches is not None and len(caches) != self.num_layers:
-            raise ValueError(f"caches must hold one cache a layer, got {len(caches)} for {self.num_layers} layers")
+            raise ValueError(f"caches must hold one cache per layer, got {len(caches)} for {self.num_layers} layers")
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
             low, high = tokens.aminmax()
             if low < 0 or high >= self.vocab_size:
@@ -216,30 +230,41 @@ class DecoderLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[Any]:
-        """One cache a layer for max_length tokens; device and dtype default to those of the weights."""
-        return [block.attn.init_cache(batch_size, max_length, device, dtype) for block in self.blocks]
+        """One cache per layer for max_length tokens; device and dtype default to those of the weights."""
+        return [block.attn.init_cache(batch_size, max_length, device, dtype) for block in self.layers]
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that the caches of all layers grow by with each token of a sequence."""
-        return sum(block.attn.cache_bytes_per_token(dtype) for block in self.blocks)
+        """Bytes by which the caches of all layers grow with each token of a sequence."""
+        return sum(int(block.attn.cache_bytes_per_token(dtype)) for block in self.layers)
 
     def flops(self, T: int) -> int:
-        """Forward FLOPs of one sequence of T tokens: attention, matrices of the MLPs, logits. Norms are left out."""
+        """Forward FLOPs of one sequence of T tokens: attention, matrices of the MLPs, logits. Norms are not counted."""
         mlp = 2 * T * 3 * self.embed_dim * self.mlp_dim
-        attention = sum(block.attn.flops(T, T) for block in self.blocks)
+        attention = sum(int(block.attn.flops(T, T)) for block in self.layers)
         return attention + self.num_layers * mlp + 2 * T * self.embed_dim * self.vocab_size
 
 
 def default_mlp_dim(embed_dim: int) -> int:
-    """8/3 E rounded to a multiple of 64: three matrices of that width hold what two of width 4 E would."""
+    """8/3 E rounded to a multiple of 64: three matrices of that width have as many elements as two of width 4 E."""
     return max(64, 64 * round(8 * embed_dim / (3 * 64)))
 
 
-def _causal(attention: nn.Module) -> nn.Module:
-    """The module, or ValueError: one token that sees a later one makes the loss meaningless."""
+def _checked(attention: nn.Module) -> nn.Module:
+    """The module, or ValueError in one sentence if it is not causal or lacks what a decoder needs of a mechanism."""
     if not isinstance(attention, nn.Module):
         raise ValueError(f"attention must make an nn.Module from embed_dim, got {attention!r}")
-    if getattr(attention, "causal", False) is not True:
-        state = f"causal={attention.causal}" if hasattr(attention, "causal") else "no attribute causal"
-        raise ValueError(f"attention must be causal=True in a decoder, got {type(attention).__name__} with {state}")
+    name = type(attention).__name__
+    missing = missing_members(attention)
+    missing += [] if hasattr(attention, "causal") or "causal" in missing else ["causal"]
+    parameters = inspect.signature(attention.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        missing += [f"argument {keyword} of forward" for keyword in _CALL if keyword not in parameters]
+    if missing:
+        raise ValueError(
+            f"attention must have the members of attnzoo.modules.protocol, got {name} without {', '.join(missing)}"
+        )
+    # One token that sees a later one makes the loss meaningless.
+    causal: Any = attention.causal
+    if causal is not True:
+        raise ValueError(f"attention must be causal=True in a decoder, got {name} with causal={causal}")
     return attention

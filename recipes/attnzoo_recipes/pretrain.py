@@ -7,37 +7,51 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from attnzoo import BackendUnavailable
-from attnzoo_recipes.allowlist import ALLOWED, check_arguments, enforce
+from attnzoo_recipes.allowlist import ALLOWED, check_arguments
 from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Samples, StepProgress, Throughput
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.callbacks.summary import Report
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data.module import TextDataModule
+from attnzoo_recipes.options import one_sentence, take_allowed_imports
 from attnzoo_recipes.training import Pretraining
 
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
-"""Where named configs lie: in an installed wheel, and in the repository."""
+"""Folders of named configs: in an installed wheel, and in the repository."""
 
 _EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",  # a block is a slice of a memory map, which no worker would make faster
-    ".*LeafSpec.*is deprecated.*",  # Lightning's own use of a class that torch is about to remove
+    ".*does not have many workers.*",  # reading a slice of a memory map does not get faster with workers
+    ".*LeafSpec.*is deprecated.*",  # Lightning uses a class that torch is about to remove
+)
+_EPILOG = (
+    f"--allow-import PACKAGE,...: packages that configs and checkpoints may name besides {', '.join(ALLOWED)}; "
+    "importing runs their code."
 )
 
 
 class PretrainCLI(LightningCLI):
-    """LightningCLI with this recipe's loggers, callbacks, checkpoint writer and precision."""
+    """LightningCLI with this recipe's loggers, callbacks, checkpoint writer and precision.
+
+    Args:
+        allowed: packages that a checkpoint may name.
+        arguments: of LightningCLI.
+    """
+
+    def __init__(self, *arguments: Any, allowed: Iterable[str] = ALLOWED, **options: Any) -> None:
+        self.allowed = tuple(allowed)
+        super().__init__(*arguments, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -45,29 +59,30 @@ class PretrainCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; without the base's warning about a command line beside `args`, which main has made from it."""
+        """Parse, without the base's warning that `args` and a command line are given: main makes one from the other."""
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's settings replace none here: `Pretraining.on_load_checkpoint` compares them instead."""
+        """Do nothing: settings of a checkpoint are not used, but compared by `Pretraining.on_load_checkpoint`."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the precision where the user did not: bf16 on a GPU that has it."""
+        """Choose the precision if the user did not: bf16 on a GPU that supports it."""
         trainer = self.config[self.subcommand]["trainer"]
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(trainer["accelerator"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of the callbacks that every run has."""
+        """Add options of the callbacks that every run has."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(Samples, "samples")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, which always logs to CSV and writes checkpoints in one piece."""
+        """The trainer, which always logs to CSV and writes checkpoints atomically."""
         trainer = self._get(self.config_init, "trainer")
         csv = CSVLogger(trainer["default_root_dir"] or "runs", name="")
-        always = [RandomStates(), Throughput(), LossCurve(), Report(), GracefulStop()]
+        report = Report(allowed=self.allowed)
+        always = [RandomStates(), Throughput(), LossCurve(), report, GracefulStop()]
         if trainer["enable_progress_bar"] is not False:
             always.append(StepProgress(refresh_rate=10))
         return super().instantiate_trainer(
@@ -83,17 +98,17 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
     try:
+        words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
         words = find_configs(words)
         check_arguments(words, allowed)
-        enforce(allowed)
-        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "epilog": _EPILOG}
         PretrainCLI(
             Pretraining,
             TextDataModule,
+            allowed=allowed,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={**strict, **dict.fromkeys(PretrainCLI.subcommands(), strict)},
@@ -115,26 +130,13 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def take_allowed_imports(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Split `--allow-import PREFIX` (repeatable) off a command line; returns the rest and the whole allow-list."""
-    rest, allowed = [], list(ALLOWED)
-    pending = iter(words)
-    for word in pending:
-        name, equals, value = word.partition("=")
-        if name == "--allow-import":
-            allowed.append(value if equals else next(pending, ""))
-        else:
-            rest.append(word)
-    return rest, tuple(prefix for prefix in allowed if prefix)
-
-
 def find_configs(words: list[str]) -> list[str]:
-    """Replace the name of each `--config` that is no file by the path of the packaged config of that name.
+    """Replace the name of each `--config` that is not a file by the path of the packaged config of that name.
 
     Raises:
         ValueError: if there is neither.
     """
-    found, is_config = [], False
+    replaced, is_config = [], False
     for word in words:
         name, equals, value = word.partition("=")
         if is_config:
@@ -142,12 +144,12 @@ def find_configs(words: list[str]) -> list[str]:
         elif equals and name in ("--config", "-c"):
             word = f"{name}={config_path(value)}"
         is_config = word in ("--config", "-c")
-        found.append(word)
-    return found
+        replaced.append(word)
+    return replaced
 
 
 def config_path(name: str) -> str:
-    """The file itself if it exists, else the packaged config of that name (with or without configs/ before it)."""
+    """The file itself if it exists, otherwise the packaged config of that name, with or without the prefix configs/."""
     if Path(name).is_file() or name.lstrip().startswith("{"):
         return name
     relative = name.removeprefix("configs/")
@@ -159,13 +161,13 @@ def config_path(name: str) -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """bf16-mixed where the run is on a GPU with bfloat16, else 32-true."""
+    """bf16-mixed for a run on a GPU with bfloat16, otherwise 32-true."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def is_user_mistake(error: Exception) -> bool:
-    """Whether this is a refusal meant for the user: a parser's, Lightning's, or a ValueError that our code raised."""
+    """Whether an exception is meant for the user: a parser's, Lightning's, or a ValueError raised by this project."""
     if isinstance(error, ArgumentError | MisconfigurationException | BackendUnavailable):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -173,13 +175,8 @@ def is_user_mistake(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError) and raised_by.split(".")[0] in ("attnzoo", "attnzoo_recipes")
 
 
-def one_sentence(error: Exception) -> str:
-    """The message on one line."""
-    return " ".join(str(error).split())
-
-
 def _listed(value: Any) -> list[Any]:
-    """A trainer argument that may be absent, single or a list, as a list."""
+    """A trainer argument, which may be absent, a single value or a list, as a list."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

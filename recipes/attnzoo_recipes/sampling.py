@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from attnzoo_recipes.data.tokenizers import Tokenizer
 from attnzoo_recipes.lm import DecoderLM
+
+
+class Sampling(TypedDict, total=False):
+    """Options of `generate` that say how a token is drawn."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
 
 
 @torch.inference_mode()
@@ -25,11 +34,11 @@ def generate(
 ) -> Tensor:
     """Continue a prompt (B, T) of token ids, T at least 1; returns the new ids (B, n), n at most max_new_tokens.
 
-    The prompt is read once and every new token costs one step with the cache. The global random state is neither
+    The prompt is processed once, and every new token takes one step with the cache. The global random state is neither
     used nor changed.
 
     Args:
-        model: the decoder; its mode is put back afterwards.
+        model: the decoder; it is in its previous mode, training or evaluation, afterwards.
         prompt: int64 ids.
         max_new_tokens: n.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -52,22 +61,22 @@ def generate(
     model.eval()
     try:
         caches = model.init_caches(prompt.shape[0], prompt.shape[1] + max_new_tokens)
-        tokens, made = prompt, []
+        tokens, new = prompt, []
         for _ in range(max_new_tokens):
             logits = model(tokens, caches=caches)[:, -1]
             tokens = choose(logits, temperature, top_k, top_p, random)[:, None]
-            made.append(tokens)
+            new.append(tokens)
             if torch.isin(tokens, stopping).all():
                 break
     finally:
         model.train(was_training)
-    return torch.cat(made, dim=1)
+    return torch.cat(new, dim=1)
 
 
 def choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
 ) -> Tensor:
-    """One token id a row of logits (B, V), (B,). `random` is a generator of the CPU, where the draw is made."""
+    """One token id for each row of logits (B, V) -> (B,). `random` is a CPU generator: tokens are drawn on the CPU."""
     if temperature == 0:
         return logits.argmax(-1)
     ranked, order = (logits.double().cpu() / temperature).sort(dim=-1, descending=True)
@@ -82,7 +91,7 @@ def choose(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for settings outside their rules."""
+    """Raise ValueError for a setting outside its rule."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -92,11 +101,17 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def continue_text(
-    model: DecoderLM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, seed: int = 0, **sampling: float | int
+    model: DecoderLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    **sampling: Unpack[Sampling],
 ) -> str:
-    """What the model writes after a prompt at the beginning of a document, until the document ends."""
+    """What the model writes after a prompt at the beginning of a document, up to the end of the document."""
     ids = [tokenizer.document_id, *tokenizer.encode(prompt)]
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
-    made = generate(model, tokens, max_new_tokens, seed=seed, stop=[tokenizer.document_id], **sampling)
-    return tokenizer.decode(made[0].tolist())
+    new = generate(model, tokens, max_new_tokens, seed=seed, stop=[tokenizer.document_id], **sampling)
+    return tokenizer.decode(new[0].tolist())

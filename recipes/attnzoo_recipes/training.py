@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -12,43 +12,46 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 import attnzoo
 from attnzoo_recipes.data.module import IGNORED
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention
+from attnzoo_recipes.trainer import log_interval
 
 
 class Pretraining(L.LightningModule):
-    """Next-token prediction with a decoder whose attention mechanism is given from outside.
+    """Next-token prediction with a decoder whose attention mechanism is an argument.
 
-    A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, where documents are
+    A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, if documents are
     packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token), lr, val_loss and
-    val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, so that tokenisers compare); test likewise.
+    val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, which makes tokenisers comparable), test_loss and
+    test_bits_per_byte.
 
     Args:
-        attention: the mechanism; makes one attention module from embed_dim.
+        attention: the mechanism; makes an attention module from embed_dim.
         vocab_size: number of token ids. Default: that of the data module's tokenizer.
         embed_dim: width E.
         num_layers: blocks L.
         mlp_dim: hidden width of the SwiGLU. Default: 8/3 E, rounded to a multiple of 64.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.
-        dropout: of the embedding and the branches; that of attention weights is the attention's own option.
+        dropout: of the embedding and the branches; dropout of attention weights is an option of the attention.
         init_std: standard deviation of the initialisation.
         lr: peak learning rate.
         betas: AdamW's moment factors.
         adam_eps: AdamW's epsilon.
-        weight_decay: of matrices. Norms, biases, sinks, everything else of one dimension and what a mechanism
-            names as undecayed are not decayed.
-        knock_weight_decay: of knocking-heads maps, whose decay pulls to 0 and not to their start, the identity.
+        weight_decay: of matrices. Parameters of one dimension (norms, biases, sinks, ...) are not decayed, nor are
+            those that a mechanism names in `no_weight_decay()`.
+        knock_weight_decay: of knocking-heads maps; decay pulls them to 0, not to the identity that they start from.
             Default: weight_decay.
         warmup_steps: optimiser steps of linear warm-up.
         min_lr_ratio: the cosine ends at this fraction of lr, at the trainer's last step.
-        aux_loss_weight: factor of the mechanism's auxiliary losses; their own coefficients are in them already.
+        aux_loss_weight: factor of the mechanism's auxiliary losses, which already include their own coefficients.
         compile: torch.compile the decoder.
-        activation_checkpointing: recompute blocks in the backward pass instead of storing them.
+        activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
 
     Raises:
         ValueError: for an argument outside its rule.
@@ -114,7 +117,7 @@ class Pretraining(L.LightningModule):
     # model
 
     def configure_model(self) -> None:
-        """Build the decoder, once; the data module knows the vocabulary by now."""
+        """Build the decoder, once; the size of the vocabulary is known by now."""
         if "model" in self._modules:
             return
         if self.vocab_size is None:
@@ -124,7 +127,7 @@ class Pretraining(L.LightningModule):
             self.model.compile()
 
     def model_config(self) -> dict[str, Any]:
-        """What `model_config.build_model` makes the same decoder from; plain types."""
+        """The arguments of `model_config.build_model` for the same decoder, as plain types."""
         return {"vocab_size": self.vocab_size, **self.sizes, "attention": describe_attention(self.attention)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -136,7 +139,7 @@ class Pretraining(L.LightningModule):
         checkpoint[KEY] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another mechanism, of other sizes or of another tokenizer, in one sentence."""
+        """Raise, in one sentence, for a checkpoint of another mechanism, of other sizes or of another tokenizer."""
         if KEY not in checkpoint:
             raise ValueError("the checkpoint was not written by attnzoo-pretrain: it names no attnzoo model")
         self.configure_model()
@@ -154,14 +157,16 @@ class Pretraining(L.LightningModule):
     # loss
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T); options as `DecoderLM.forward` takes them."""
-        return self.model(tokens, **options)
+        """Logits (B, T, V) of tokens (B, T); options are those of `DecoderLM.forward`."""
+        logits: Tensor = self.model(tokens, **options)
+        return logits
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put parameters that have bounds back between them, before each step that uses them."""
+        """Move parameters that have bounds back into them, before each step that uses them."""
         for module in self.model.modules():
-            if hasattr(module, "project_parameters"):
-                module.project_parameters()
+            project: Callable[[], None] | None = getattr(module, "project_parameters", None)
+            if project is not None:
+                project()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the predicted tokens, plus auxiliary losses."""
@@ -171,8 +176,9 @@ class Pretraining(L.LightningModule):
         if aux is not None:
             self.log("train_aux_loss", aux.detach())
             loss = loss + self.aux_loss_weight * aux
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            self.log("lr", self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"])
+        if self.global_step % log_interval(self.trainer) == 0:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self.log("lr", optimizer.param_groups[0]["lr"])
         return loss
 
     def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
@@ -186,7 +192,7 @@ class Pretraining(L.LightningModule):
     def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the predicted tokens of all processes, so that the average of the gradients is its gradient.
 
-        Processes hold differently many of them where targets are ignored, so a mean of means would be off.
+        Where targets are ignored, processes have different numbers of them, and a mean of means would be wrong.
         """
         if self.trainer.world_size == 1:
             return self._cross_entropy(batch, "mean")
@@ -221,8 +227,8 @@ class Pretraining(L.LightningModule):
         self._log_totals("test")
 
     def _start_totals(self) -> None:
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self._totals = torch.zeros(3, dtype=wide, device=self.device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._totals = torch.zeros(3, dtype=dtype, device=self.device)
         self._token_bytes = self._data().token_bytes.to(self.device)
 
     def _count(self, batch: dict[str, Tensor]) -> None:
@@ -240,9 +246,9 @@ class Pretraining(L.LightningModule):
 
     # optimiser
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the decay groups, linear warm-up and cosine, one scheduler step an optimiser step."""
-        # The fused step unscales gradients by itself, which float16's gradient scaler does not leave room to clip.
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over the parameter groups; linear warm-up and cosine, with one scheduler step per optimiser step."""
+        # The fused step unscales gradients itself, so that with float16's gradient scaler they could not be clipped.
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
             self.parameter_groups(), lr=self.lr, betas=self.betas, eps=self.adam_eps, fused=fused
@@ -252,19 +258,16 @@ class Pretraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Named groups "decay", "no_decay" and "knock"; one without parameters is left out."""
-        knock = {
-            id(parameter)
-            for module in self.model.modules()
-            if hasattr(module, "knock_parameters")
-            for parameter in module.knock_parameters()
-        }
-        undecayed = {
-            id(parameter)
-            for module in self.model.modules()
-            if hasattr(module, "undecayed_parameters")
-            for parameter in module.undecayed_parameters()
-        }
+        """Named groups "decay", "no_decay" and "knock", without those that are empty."""
+        knock: set[int] = set()
+        undecayed: set[int] = set()
+        for module in self.model.modules():
+            knocked: Callable[[], Iterable[nn.Parameter]] | None = getattr(module, "knock_parameters", None)
+            if knocked is not None:
+                knock |= {id(parameter) for parameter in knocked()}
+            named: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
+            if named is not None:
+                undecayed |= {id(module.get_parameter(name)) for name in named()}
         groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "knock": []}
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
@@ -287,7 +290,7 @@ class Pretraining(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip; Lightning refuses fused AdamW in mixed precision, though bfloat16 has no gradient scaler."""
+        """Clip gradients; Lightning refuses to with fused AdamW in mixed precision, even without a gradient scaler."""
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -305,7 +308,7 @@ class Pretraining(L.LightningModule):
 
 
 def warmup_cosine(warmup_steps: int, last_step: int, min_ratio: float) -> Callable[[int], float]:
-    """Factor of the learning rate in each step: (step + 1) / warmup_steps, then a half cosine from 1 to min_ratio."""
+    """Factor of the learning rate at each step: (step + 1) / warmup_steps, then half a cosine from 1 to min_ratio."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -5,6 +5,8 @@ import sys
 import pytest
 
 from attnzoo_recipes.allowlist import ImportRefusedError, check_arguments, check_import
+from attnzoo_recipes.compare.plan import attention_of
+from attnzoo_recipes.model_config import build_attention
 
 MARK = "attnzoo_tests_imported_module"
 
@@ -70,3 +72,20 @@ def test_data_settings_are_no_import_paths():
     check_arguments(words)
     with pytest.raises(ImportRefusedError):
         check_arguments([*words, "--model.name=json.tool"])
+
+
+@pytest.mark.parametrize("rope", [{"class_path": f"{MARK}.Thing"}, f"{MARK}.Thing", [{"class_path": f"{MARK}.Thing"}]])
+def test_the_options_of_a_checkpoint_cannot_import(rope, module):
+    description = {"class_path": "attnzoo.MultiHeadAttention", "init_args": {"num_heads": 4, "rope": rope}}
+    with pytest.raises(ImportRefusedError, match=f"the checkpoint names {MARK}.Thing.*--allow-import {MARK}"):
+        build_attention(description)
+
+
+def test_the_options_of_a_compared_mechanism_cannot_import(module):
+    config = module / "mine.yaml"
+    config.write_text(
+        "model:\n  attention:\n    class_path: attnzoo.MultiHeadAttention\n"
+        f"    init_args:\n      rope: {{class_path: {MARK}.Thing}}\n"
+    )
+    with pytest.raises(ImportRefusedError, match=f"mine.yaml names {MARK}.Thing"):
+        attention_of(config)

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from attnzoo_recipes import checkpointing
+from attnzoo_recipes import checkpointing, files
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 
 pytestmark = [
@@ -80,10 +80,8 @@ def test_the_sidecar_says_what_was_saved(tmp_path):
 
 def test_saving_makes_no_copy_in_memory(tmp_path, monkeypatch):
     largest = []
-    original = checkpointing._write_all
-    monkeypatch.setattr(
-        checkpointing, "_write_all", lambda file, data: (largest.append(len(data)), original(file, data))
-    )
+    original = files.write_all
+    monkeypatch.setattr(files, "write_all", lambda file, data: (largest.append(len(data)), original(file, data)))
     half = torch.zeros(1_000_000)
     AtomicCheckpointIO().save_checkpoint({"a": half, "b": torch.ones(1_000_000)}, tmp_path / "a.ckpt")
     assert max(largest) == half.nbytes, "tensors go to the file one by one, not the checkpoint as a whole"
@@ -134,12 +132,13 @@ def test_kill_while_saving_leaves_a_valid_checkpoint(tmp_path, place):
 
 
 def save_and_die(path, step, lines):
-    """Save with kill -9 before the given executed line of checkpointing.py, beside those that only write bytes."""
+    """Save with kill -9 before the given executed line of the save, leaving out those that only write bytes."""
     left = lines
+    sources = (checkpointing.__file__, files.__file__)
 
     def trace(frame, event, argument):
         nonlocal left
-        if frame.f_code.co_filename != checkpointing.__file__ or frame.f_code.co_name in ("write", "_write_all"):
+        if frame.f_code.co_filename not in sources or frame.f_code.co_name in ("write", "write_all"):
             return None
         if event == "line":
             left -= 1
@@ -193,7 +192,7 @@ def test_files_of_living_processes_are_not_swept(tmp_path):
 
 def full_disk(monkeypatch, after):
     """Let every file take so many bytes and no more."""
-    original = checkpointing._write_all
+    original = files.write_all
     written = {}
 
     def limited(file, data):
@@ -202,7 +201,7 @@ def full_disk(monkeypatch, after):
             raise OSError(errno.ENOSPC, "No space left on device")
         original(file, data)
 
-    monkeypatch.setattr(checkpointing, "_write_all", limited)
+    monkeypatch.setattr(files, "write_all", limited)
 
 
 @pytest.mark.parametrize("after", [0, 300, 1500, 4500])

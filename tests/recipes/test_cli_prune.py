@@ -8,12 +8,15 @@ import pytest
 import tiny_hugging_face
 import torch
 
-from attnzoo.diagnostics.pruning.curves import ablate_heads, head_importance, head_mask, head_pruning_curve
-from attnzoo.diagnostics.pruning.masks import masked_heads
+from attnzoo.diagnostics.pruning.ablation import ablate_heads
+from attnzoo.diagnostics.pruning.curves import head_pruning_curve
+from attnzoo.diagnostics.pruning.importance import head_importance
+from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
 from attnzoo_recipes.diagnose.load_model import load_model
+from attnzoo_recipes.diagnose.losses import decode, logits_of, next_token_losses, retrieval_losses
 from attnzoo_recipes.diagnose.prune import main, parse
 from attnzoo_recipes.diagnose.prune_study import Point, Task, drawn, greedy_curves
-from attnzoo_recipes.diagnose.texts import decode, logits_of, next_token_losses, pair_batches, reader, retrieval_losses
+from attnzoo_recipes.diagnose.texts import pair_batches, reader
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_key_value_groups_of_a_hugging_face_model(tiny_llama, words_file, tmp_pa
     out = tmp_path / "out"
     main([str(folder), "--data", str(words_file), "--out", str(out), "--length", "12", "--examples", "3",
           "--unit", "kv_group", "--percents", "25,50", "--normalize", "none", "--rounds", "1", "--seeds", "",
-          "--min_heads_per_layer", "1", "--speed", "0,25,75"])  # fmt: skip
+          "--min-heads-per-layer", "1", "--speed", "0,25,75"])  # fmt: skip
     content, _ = read(out)
     (curve,) = content["curves"].values()
     assert curve["total"] == 4
@@ -241,7 +244,7 @@ def test_mistakes_end_in_one_sentence(tiny_llama, tiny_encoder, words_file, pair
         ([encoder, *data, "--length", 10], 'data must hold lines {"query".* in line 1'),
         ([folder, *pairs], "data must be a text for a model that predicts tokens, got lines of pairs in"),
         ([encoder, "--data", half, "--length", 10], "data must hold lines .* in line 2"),
-        ([encoder, *pairs, "--length", 10, "--batch_size", 1], "batch_size must be at least 2 for pairs, .* got 1"),
+        ([encoder, *pairs, "--length", 10, "--batch-size", 1], "batch_size must be at least 2 for pairs, .* got 1"),
         (
             [encoder, *pairs, "--length", 10, "--granularity", "token"],
             "granularity 'token' needs examples that are not",
@@ -257,9 +260,9 @@ def test_mistakes_end_in_one_sentence(tiny_llama, tiny_encoder, words_file, pair
         ([folder, *data, "--unit", "x"], "unit must be one of .* got 'x'"),
         ([folder, *data, "--seeds", "0.5"], "seeds must be whole numbers, got 0.5"),
         ([folder, *data, "--rounds", 0], "rounds must be at least 1, got 0"),
-        ([folder, *data, "--min_heads_per_layer", -1], "min_heads_per_layer must not be negative, got -1"),
+        ([folder, *data, "--min-heads-per-layer", -1], "min_heads_per_layer must not be negative, got -1"),
         ([folder, *data, "--decoded", -1], "decoded must not be negative, got -1"),
-        ([folder, *data, "--batch_size", 0], "batch_size must be at least 1, got 0"),
+        ([folder, *data, "--batch-size", 0], "batch_size must be at least 1, got 0"),
         ([folder, *data, "--device", "x"], "device must be one that torch knows"),
     ):
         assert re.search(message, refused([*words, *out], capsys)), message

@@ -102,7 +102,7 @@ def test_a_run_folder_and_its_checkpoint(arguments, run, tmp_path, capsys):
     assert loaded.tokenizer is not None
     assert not loaded.model.training
     capsys.readouterr()
-    main([str(folder), "--out", str(tmp_path / "out"), "--drawn", "0", "--save_eigenvalues", "true"])
+    main([str(folder), "--out", str(tmp_path / "out"), "--drawn", "0", "--save-eigenvalues", "true"])
     content = json.loads((tmp_path / "out" / "spectrum.json").read_text())
     assert content["facts"]["class"] == "DecoderLM"
     expected = analyze_model(loaded.model, keep_eigenvalues=True)
@@ -186,12 +186,12 @@ def test_mistakes_end_in_one_sentence(weights, tmp_path, capsys):
         ([broken, "--num_heads", 6], ".*broken.safetensors' is no safetensors file"),
         ([other, "--num_heads", 6], "must hold attention weights named q_proj, k_proj, v_proj and o_proj"),
         ([hugging], "the Hugging Face model in .* cannot be loaded"),
-        ([path], "does not say how many heads its layers have: give --num_heads"),
-        ([path, "--num_heads", 5], r"num_heads must fit the weights of model.layers.0.self_attn, .*, got 5 query"),
-        ([path, "--num_heads", 6, "--matrices", "qk,x"], r"matrices must be some of .* got \['qk', 'x'\]"),
-        ([path, "--num_heads", 6, "--null", "x"], "null must be one of .* got 'x'"),
-        ([path, "--num_heads", 6, "--device", "x"], "device must be one that torch knows, .* got 'x'"),
-        ([path, "--num_heads", 6, "--drawn", -1], "drawn must not be negative, got -1"),
+        ([path], "does not say how many heads its layers have: give --num-heads"),
+        ([path, "--num-heads", 5], r"num_heads must fit the weights of model.layers.0.self_attn, .*, got 5 query"),
+        ([path, "--num-heads", 6, "--matrices", "qk,x"], r"matrices must be some of .* got \['qk', 'x'\]"),
+        ([path, "--num-heads", 6, "--null", "x"], "null must be one of .* got 'x'"),
+        ([path, "--num-heads", 6, "--device", "x"], "device must be one that torch knows, .* got 'x'"),
+        ([path, "--num-heads", 6, "--drawn", -1], "drawn must not be negative, got -1"),
     ):
         assert re.search(message, refused([*words, *(out if "--drawn" not in words else out[:2])], capsys)), message
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from attnzoo_recipes.compare.cli import main, parse
-from attnzoo_recipes.compare.plan import Settings, attention_of, cell_key, plan
+from attnzoo_recipes.compare.plan import Settings, attention_of, plan, run_key
 from attnzoo_recipes.compare.table import as_csv, draw_losses, draw_quality, markdown, summarise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -174,10 +174,10 @@ def test_another_setting_is_another_cell():
     (mha,) = plans("none", ["mha"])
     settings = Settings.checked("mha", 1, "none", "x", {"model": {"lr": 1e-3}})
     other = Settings.checked("mha", 1, "none", "x", {"model": {"lr": 2e-3}})
-    keys = {cell_key(mha, 0, settings, []), cell_key(mha, 1, settings, []), cell_key(mha, 0, other, []),
-            cell_key(mha, 0, settings, ["--model.lr=1"])}  # fmt: skip
+    keys = {run_key(mha, 0, settings, []), run_key(mha, 1, settings, []), run_key(mha, 0, other, []),
+            run_key(mha, 0, settings, ["--model.lr=1"])}  # fmt: skip
     assert len(keys) == 4
-    assert cell_key(mha, 0, Settings.checked("mha,kha", 2, "none", "y", settings.train), []) in keys
+    assert run_key(mha, 0, Settings.checked("mha,kha", 2, "none", "y", settings.train), []) in keys
 
 
 def test_a_run_that_diverges_is_a_row_that_says_so(small, tmp_path):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import attnzoo
-from attnzoo.diagnostics.pruning.curves import head_importance, masked_heads
+from attnzoo.diagnostics.pruning.importance import head_importance
+from attnzoo.diagnostics.pruning.masks import masked_heads
 from attnzoo_recipes.callbacks.head_mask import HeadMask, masked, most_important
 from attnzoo_recipes.lm import DecoderLM
 from tests import golden_decoder

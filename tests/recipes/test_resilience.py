@@ -399,7 +399,7 @@ def test_a_failed_save_is_said(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("attnzoo_recipes.checkpointing._write_all", full)
+    monkeypatch.setattr("attnzoo_recipes.files.write_all", full)
     with (
         pytest.warns(UserWarning, match="No space left"),
         pytest.raises(RunStoppedError, match="no checkpoint could be saved"),

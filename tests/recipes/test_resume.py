@@ -18,14 +18,15 @@ OPTIONS = ["--model.dropout=0.1", "--checkpoints.every_n_train_steps=3", "--trai
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys
-from attnzoo_recipes import checkpointing, pretrain
-synced, sync = [], checkpointing._sync
+from attnzoo_recipes import files, pretrain
+synced, sync = [], files.sync
 def killing(file):
     sync(file)
-    synced.append(file)
+    if ".ckpt" in file.name:
+        synced.append(file)
     if len(synced) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpointing._sync = killing
+files.sync = killing
 pretrain.main(sys.argv[2:])
 """
 

@@ -12,13 +12,13 @@ def test_two_steps_on_the_kernels_are_two_steps_on_the_definition(mechanism, arg
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("about the interpreter on a CPU; float32 on a GPU trains in another order of sums")
-    from attnzoo.ops import expert_projection, head_routing
+    from attnzoo_kernels import expert_projection, head_routing
     from attnzoo_recipes.callbacks import summary as report
 
     # The closing sample is decoded token by token, which takes the interpreter minutes.
     monkeypatch.setattr(report, "WRITTEN", 0)
     owner, name = {
-        "moh": (head_routing, "fused_routed_attention"), "moa": (expert_projection, "fused_expert_linear"),
+        "moh": (head_routing, "routed_attention"), "moa": (expert_projection, "expert_linear"),
     }[mechanism]  # fmt: skip
     original, calls = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(name) or original(*args, **kwargs))

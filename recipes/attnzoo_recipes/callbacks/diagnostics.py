@@ -1,13 +1,12 @@
 """Callbacks that record, while a model trains, the spectra of its heads and what the heads attend to.
 
-Each writes JSON lines into the run's folder, logs means and pictures to the run's loggers, and leaves pictures of all
-layers and steps at the end. Only the first process works; nothing is drawn from the training's random states.
+Each writes JSON lines into the run's folder, logs means and pictures to the run's loggers, and writes pictures of all
+layers and steps at the end. Only the first process does so, and the random states of training are not used.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -22,31 +21,33 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 import attnzoo
-from attnzoo.diagnostics.heads.report import MEASURES, head_report
+from attnzoo.diagnostics.heads.measures import MEASURES
+from attnzoo.diagnostics.heads.report import head_report
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.spectra.spectrum import analyze_attention
 from attnzoo.diagnostics.training_records import read_records, to_line
-from attnzoo_recipes.callbacks.progress import run_folder
+from attnzoo_recipes.files import write_atomically
+from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data
 
 PRESETS = ("jha_reagen",)
 
 
 class Recorder(L.Callback, ABC):
-    """What both callbacks share: when a record is due, the file of JSON lines, loggers, pictures, resuming.
+    """Base of both callbacks: when a record is due, the file of JSON lines, loggers, pictures, resuming.
 
-    A checkpoint holds where the file lies. A resumed run takes the lines up to its step over from there, so its own
-    file tells the whole training once; a file that is gone is warned about.
+    Checkpoints contain the path of the file. A resumed run copies the lines up to its step from there, so that its own
+    file has the whole training exactly once; if the file is missing, it warns.
 
     Args:
         every_n_steps: optimiser steps between two records.
         also_at: further steps; 0 is before the first.
-        path: of the JSON lines; a relative one lies in the run's folder.
-        drawn: figures of the rows that are drawn, layers by steps.
+        path: of the JSON lines, relative to the run's folder.
+        drawn: figures of the rows that are drawn as layers by steps.
 
     Raises:
-        ValueError: for an argument outside its rule; when training starts, if parameters are sharded over processes
-            or the file exists already and the run does not resume.
+        ValueError: for an argument outside its rule; when training starts, if parameters are sharded over processes,
+            or if the file exists although the run does not resume.
     """
 
     name = "records"
@@ -61,7 +62,7 @@ class Recorder(L.Callback, ABC):
         self.path = path
         self.drawn = tuple(drawn)
         self.seconds = 0.0
-        """Time that records and pictures have taken."""
+        """Time spent on records and pictures."""
         self.seconds_at_end = 0.0
         """The part of it after the last step."""
         self._rows: list[dict[str, Any]] = []
@@ -75,26 +76,26 @@ class Recorder(L.Callback, ABC):
 
     @abstractmethod
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """What loggers get of one record's rows."""
+        """The scalars of one record's rows for the loggers."""
 
     def groups(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        """Rows that are drawn together, by name."""
+        """The rows of each picture, by name."""
         return {self.name: list(rows)}
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the file lies and the last recorded step."""
+        """The path of the file and the last recorded step."""
         return {"file": None if self._file is None else str(self._file.resolve()), "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue that file when training starts."""
+        """Remember the file, which is continued when training starts."""
         self._resumed = dict(state_dict)
 
     # hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse parameters that no process holds as a whole."""
+        """Raise ValueError if parameters are sharded over processes."""
         sharded = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
         if stage == "fit" and sharded:
             raise ValueError(
@@ -103,7 +104,7 @@ class Recorder(L.Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open or continue the file, and record step 0."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_dry_run(trainer):
             return
         self._file = run_folder(trainer) / self.path
         self._begin(trainer.global_step)
@@ -113,13 +114,13 @@ class Recorder(L.Callback, ABC):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record if this was the last batch of a step that is due."""
+        """Record if this was the last batch of a step at which a record is due."""
         step = trainer.global_step
         if self._file is not None and step != self._last and self._due(step):
             self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave pictures beside the file."""
+        """Write pictures next to the file."""
         if self._file is None or not self._rows:
             return
         from attnzoo.diagnostics import plots
@@ -134,7 +135,7 @@ class Recorder(L.Callback, ABC):
         return step in self.also_at or (step > 0 and step % self.every_n_steps == 0)
 
     def _begin(self, step: int) -> None:
-        """Start the file with the lines of the run that is resumed, if there is one."""
+        """Start the file, with the lines of the resumed run if there is one."""
         assert self._file is not None
         before, self._resumed = self._resumed, None
         self._rows, self._last = [], -1
@@ -148,10 +149,7 @@ class Recorder(L.Callback, ABC):
             return
         self._rows = [row for row in read_records(source) if row["step"] <= step]
         self._last = int(before["last"])
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_name(f"{self._file.name}.tmp-{os.getpid()}")
-        unfinished.write_text("".join(to_line(row) for row in self._rows), encoding="utf-8")
-        os.replace(unfinished, self._file)
+        write_atomically(self._file, "".join(to_line(row) for row in self._rows))
 
     @torch.no_grad()
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,11 +169,11 @@ class Recorder(L.Callback, ABC):
         self.seconds += time.perf_counter() - began
 
     def _log_pictures(self, trainer: L.Trainer, step: int) -> None:
-        """To loggers that take pictures: Weights & Biases by log_image, TensorBoard by its writer's add_image."""
+        """Log the pictures where that is possible: Weights & Biases has log_image, TensorBoard's writer add_image."""
+        loggers: list[Any] = list(trainer.loggers)
         takers = [
-            logger for logger in trainer.loggers
-            if hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
-        ]  # fmt: skip
+            logger for logger in loggers if hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
+        ]
         if not takers:
             return
         from attnzoo.diagnostics import plots
@@ -189,7 +187,7 @@ class Recorder(L.Callback, ABC):
                     logger.experiment.add_image(name, pixels, step, dataformats="HWC")
 
     def _figures(self) -> dict[str, Any]:
-        """Layers by steps of every drawn figure that has values."""
+        """A picture, layers by steps, of every drawn figure that has values."""
         from attnzoo.diagnostics import plots
 
         return {
@@ -201,21 +199,21 @@ class Recorder(L.Callback, ABC):
 
 
 class SpectrumCallback(Recorder):
-    """Records the spectra of all heads: one line for each (step, layer, head, matrix), as `SpectrumRecord.to_dict`.
+    """Records the spectra of all heads: one line for each (step, layer, head, matrix), see `SpectrumRecord.to_dict`.
 
-    Measured on the quickstart's model a record takes a small share of a second; `benchmarks/spectrum.py callbacks`
-    gives the share of the training time.
+    With the model of configs/quickstart.yaml a record takes a fraction of a second; `benchmarks/spectrum.py callbacks`
+    measures the share of the training time.
 
     Args:
         every_n_steps: optimiser steps between two records.
         also_at: further steps; 0 is before the first.
-        matrices: as in `analyze_model`: "qk", "ov", "weights".
+        matrices: as in `analyze_model`: some of "qk", "ov", "weights".
         per: "head" or "layer".
         part: of "qk".
-        presets: further records of "qk" by `analyze_attention(preset=...)`, marked by "preset": "jha_reagen".
+        presets: for further records of "qk" by `analyze_attention(preset=...)`, with the entry "preset".
         path: of the JSON lines.
-        save_eigenvalues: whether lines hold them.
-        drawn: figures that are drawn, layers by steps.
+        save_eigenvalues: whether lines contain them.
+        drawn: figures that are drawn as layers by steps.
     """
 
     name = "spectrum"
@@ -243,9 +241,9 @@ class SpectrumCallback(Recorder):
         self.save_eigenvalues = save_eigenvalues
 
     def rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[dict[str, Any]]:
-        """Spectra of the model, and of its layers by each preset."""
+        """Spectra of the model, and of its layers with each preset."""
         model = decoder(pl_module)
-        keep = {"keep_eigenvalues": self.save_eigenvalues}
+        keep: dict[str, Any] = {"keep_eigenvalues": self.save_eigenvalues}
         records = analyze_model(model, matrices=self.matrices, per=self.per, part=self.part, **keep)
         rows = [{**record.to_dict(), "preset": None} for record in records]
         for preset in self.presets:
@@ -259,35 +257,35 @@ class SpectrumCallback(Recorder):
 
     def groups(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """By matrix and preset."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             preset = "" if row["preset"] is None else f"_{row['preset']}"
-            found.setdefault(f"spectrum_{row['matrix'].replace(' ', '_')}{preset}", []).append(row)
-        return found
+            groups.setdefault(f"spectrum_{row['matrix'].replace(' ', '_')}{preset}", []).append(row)
+        return groups
 
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Means over all heads, and the largest gap."""
-        found = {}
+        scalars: dict[str, float] = {}
         for group, own in self.groups([dict(row) for row in rows]).items():
             for metric in ("stable_rank", "participation_ratio", "outlier_count", "outlier_energy"):
-                found |= _mean(f"{group}/{metric}", own, metric)
+                scalars |= _mean(f"{group}/{metric}", own, metric)
             gaps = [row["mp_gap"] for row in own if _is_number(row["mp_gap"])]
-            found |= {f"{group}/mp_gap_max": max(gaps)} if gaps else {}
-        return found
+            scalars |= {f"{group}/mp_gap_max": max(gaps)} if gaps else {}
+        return scalars
 
 
 class HeadStatisticsCallback(Recorder):
     """Records what heads attend to on the same validation samples: one line for each (step, layer, head).
 
-    A line holds the measures of `head_report` and "pair_cosine", the mean cosine with the patterns of the layer's
-    other heads. The samples keep their document boundaries.
+    A line has the measures of `head_report` and "pair_cosine", the mean cosine with the patterns of the layer's other
+    heads. Attention stays within the documents of a sample.
 
     Args:
         every_n_steps: optimiser steps between two records.
         also_at: further steps; 0 is before the first.
-        num_sequences: samples, the first of the validation split.
+        num_sequences: number of samples, the first ones of the validation split.
         path: of the JSON lines.
-        drawn: figures that are drawn, layers by steps.
+        drawn: figures that are drawn as layers by steps.
     """
 
     name = "heads"
@@ -307,7 +305,7 @@ class HeadStatisticsCallback(Recorder):
 
     def rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[dict[str, Any]]:
         """Measures of every head on the samples."""
-        blocks = trainer.datamodule.blocks("val")
+        blocks = text_data(trainer).blocks("val")
         if not len(blocks):
             raise ValueError("the validation split must hold at least one block, got none")
         batch = blocks.__getitems__(list(range(min(self.num_sequences, len(blocks)))))
@@ -325,14 +323,14 @@ class HeadStatisticsCallback(Recorder):
 
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Means over all heads."""
-        found: dict[str, float] = {}
+        scalars: dict[str, float] = {}
         for metric in (*MEASURES, "pair_cosine"):
-            found |= _mean(f"heads/{metric}", rows, metric)
-        return found
+            scalars |= _mean(f"heads/{metric}", rows, metric)
+        return scalars
 
 
 def decoder(pl_module: L.LightningModule) -> nn.Module:
-    """The model inside the recipe's module, or another module itself."""
+    """The `model` of a module of this recipe, or the module itself."""
     model = getattr(pl_module, "model", pl_module)
     return model if isinstance(model, nn.Module) else pl_module
 

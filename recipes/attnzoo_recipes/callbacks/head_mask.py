@@ -1,7 +1,7 @@
-"""HeadMask: heads that are silent for a training step, so that the others learn to do without them.
+"""HeadMask: heads that are masked for a training step, so that the others learn to do without them.
 
-"Alleviating the Inequality of Attention Heads for Neural Machine Translation" (Sun et al. 2022, arXiv:2009.09672). No
-code of the authors is public; what their text leaves open is marked as this project's choice.
+"Alleviating the Inequality of Attention Heads for Neural Machine Translation" (Sun et al. 2022, arXiv:2009.09672). The
+authors' code is not public; what their text leaves open is marked as a choice of this project.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ MODES = ("random", "important", "bernoulli")
 class HeadMask(L.Callback):
     """Zero the outputs of n heads of the whole model in every training step; in eval mode nothing is masked.
 
-        random     n heads drawn uniformly over all layers, so that a layer may lose all of its own
+        random     n heads drawn uniformly over all layers, so that a layer may lose all its heads
         important  the n heads with the largest |dL/dxi| of this batch's loss at the full model (`head_importance`,
-                   granularity "batch", not normalised). One more forward and backward pass a draw; its gradients go
-                   to the masks alone.
-        bernoulli  each head by itself with probability p, survivors times 1 / (1 - p), as in DropHead
+                   granularity "batch", not normalised). Each draw takes an additional forward and backward pass, whose
+                   gradients are those of the masks only.
+        bernoulli  each head independently with probability p, the others times 1 / (1 - p), as in DropHead
                    (Zhou et al. 2020, arXiv:2004.13342)
 
     Choices of this project: one mask for the whole batch and for all micro-batches of an optimiser step ("important"
-    measures each micro-batch); a drawn mask stays for every_n_steps; no layer normalisation of importance. Masks
-    come from a generator of its own, which travels in the checkpoint, so that a resumed run masks the same heads; all
-    processes mask the same ones. In "important" mode processes average their derivatives; random states and buffers
-    are what they would be without the first pass, and what it logs is dropped.
+    measures each micro-batch); a mask is used for every_n_steps; importance is not normalised per layer. Masks are
+    drawn from a separate generator, which is saved in checkpoints, so that a resumed run masks the same heads; all
+    processes mask the same ones. In "important" mode processes average their derivatives; the additional pass leaves
+    random states and buffers as they were, and what it logs is dropped.
 
     Args:
         num_masked: n. Default: by fraction.
         fraction: n as a share of all heads that may be masked, rounded. Default: 0.125, the paper's 18 of 144.
-        mode: see above.
+        mode: "random", "important" or "bernoulli".
         p: probability in bernoulli mode.
-        rescale: multiply survivors by heads / (heads - n).
+        rescale: multiply the heads that are not masked by heads / (heads - n).
         every_n_steps: optimiser steps between two draws.
         seed: of the generator.
         exclude_layers: indices of attention layers that are never masked.
 
     Raises:
         ValueError: for an argument outside its rule; when training starts, for an n that leaves no head, a layer
-            that is not there, a model without hookable attention, or mode "important" with accumulated gradients and
-            every_n_steps above 1, where a mask would come from another micro-batch.
+            that does not exist, a model whose attention takes no hooks, or mode "important" with accumulated gradients
+            and every_n_steps above 1, where a mask would come from another micro-batch.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class HeadMask(L.Callback):
         self.num_masked, self.fraction, self.mode, self.p = num_masked, fraction, mode, p
         self.rescale, self.every_n_steps, self.exclude_layers = rescale, every_n_steps, tuple(exclude_layers)
         self.mask: Tensor | None = None
-        """Factors of the heads in this step (L, H), or None before the first."""
+        """Factors of the heads in this step (L, H), or None before the first step."""
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn_at = -1
         self._slots: HeadSlots | None = None
@@ -121,7 +121,7 @@ class HeadMask(L.Callback):
     # Lightning
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the heads and put hooks on them; before compilation, which would not see them later."""
+        """Find the heads and register hooks on them, before the model is compiled: later ones would have no effect."""
         self._slots = head_slots(pl_module)
         if self._off:
             return
@@ -150,11 +150,11 @@ class HeadMask(L.Callback):
             self._set(self.mask, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._remove()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class HeadMask(L.Callback):
         return {"generator": self._generator.get_state(), "mask": self.mask, "drawn_at": self._drawn_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the masks of another run."""
+        """Continue the masks of a checkpoint."""
         self._generator.set_state(state_dict["generator"].cpu())
         self.mask, self._drawn_at = state_dict["mask"], state_dict["drawn_at"]
 
@@ -180,14 +180,14 @@ class HeadMask(L.Callback):
         return scaled
 
     def _set(self, mask: Tensor, pl_module: L.LightningModule) -> None:
-        """Put the factors where the hooks read them: a tensor a layer, an input to a compiled graph."""
+        """Put the factors where the hooks read them: one tensor per layer, which is an input of a compiled graph."""
         assert self._slots is not None
         chosen = [mask[index, list(heads)] for index, heads in enumerate(self._slots.kept)]
         self._active = [factors.to(pl_module.device, torch.float32) for factors in chosen]
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
         allowed = self.maskable()
-        if self.mode == "bernoulli":
+        if self.p is not None:
             dropped = torch.rand(allowed.shape, generator=self._generator) < self.p
             scale = 1 / (1 - self.p)
             return torch.where(allowed, torch.where(dropped, 0.0, scale), 1.0)
@@ -206,8 +206,8 @@ class HeadMask(L.Callback):
         named = inspect.signature(pl_module.training_step).parameters
         call = (batch, batch_idx) if "batch_idx" in named else (batch,)
         with _unnoticed(pl_module), torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            found = pl_module.training_step(*call)
-            loss = found["loss"] if isinstance(found, dict) else found
+            output: Any = pl_module.training_step(*call)
+            loss = output["loss"] if isinstance(output, dict) else output
         if loss is None:
             raise ValueError(f"mode 'important' needs a loss in every training step, got None in batch {batch_idx}")
         grads = torch.autograd.grad(loss, self._active, allow_unused=True)
@@ -227,7 +227,7 @@ def most_important(importance: Tensor, n: int, allowed: Tensor) -> Tensor:
 
 
 def masked(heads: Tensor, allowed: Tensor, *, rescale: bool = False) -> Tensor:
-    """Factors (L, H): 0 for these heads (n, 2), 1 for the others, or with rescale M / (M - n) for the allowed M."""
+    """Factors (L, H): 0 for these heads (n, 2), 1 for others, or with rescale M / (M - n) for the rest of M allowed."""
     mask = torch.ones(allowed.shape)
     if rescale:
         total = int(allowed.sum())
@@ -238,15 +238,16 @@ def masked(heads: Tensor, allowed: Tensor, *, rescale: bool = False) -> Tensor:
 
 @contextlib.contextmanager
 def _unnoticed(pl_module: L.LightningModule) -> Iterator[None]:
-    """A pass that logs nothing, and leaves random states and buffers as they were."""
+    """A block that logs nothing and leaves random states and buffers as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    pl_module.log = pl_module.log_dict = lambda *_, **__: None
+    silenced: Any = pl_module
+    silenced.log = silenced.log_dict = lambda *_, **__: None
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        del pl_module.log, pl_module.log_dict
+        del silenced.log, silenced.log_dict
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

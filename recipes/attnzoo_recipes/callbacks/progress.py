@@ -1,8 +1,8 @@
-"""What a run shows and leaves: progress, tokens per second, loss curve, samples, and the summary at the end."""
+"""What a run shows and writes: progress, checkpoints, tokens per second, the loss curve, and samples."""
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from attnzoo_recipes.files import write_atomically
 from attnzoo_recipes.sampling import continue_text
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """Where this run's files lie: the first logger's folder, as the first process sees it.
-
-    `Trainer.log_dir` is the same but has to be called by all processes at once.
-    """
-    folder = trainer.loggers[0].log_dir if trainer.loggers else None
-    return Path(folder or trainer.default_root_dir)
+from attnzoo_recipes.trainer import log_interval, run_folder, text_data
 
 
 class StepProgress(TQDMProgressBar):
-    """A progress bar over all steps of the run; training data have no end that it could show instead."""
+    """A progress bar over all steps of the run, since the training data have no end."""
 
     @property
     def total_train_batches(self) -> int | float:
@@ -34,7 +27,7 @@ class StepProgress(TQDMProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The metrics without the logger's version number."""
+        """The metrics, without the version number of the logger."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -44,11 +37,11 @@ class StepProgress(TQDMProgressBar):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Save every so many steps and at the end, and keep the newest.
+    """Save at regular intervals and at the end, and keep the newest checkpoints.
 
     Args:
-        every_n_train_steps: optimiser steps between two.
-        keep: number of checkpoints that stay.
+        every_n_train_steps: optimiser steps between two checkpoints.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, every_n_train_steps: int = 250, keep: int = 2) -> None:
@@ -62,7 +55,7 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: a resumed run has a folder of its own, and leaves the other run's checkpoints alone."""
+        """Do nothing: a resumed run has its own folder, and does not touch the checkpoints of the previous run."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step if it has not been saved."""
@@ -72,7 +65,7 @@ class Checkpoints(ModelCheckpoint):
 
 
 class Throughput(L.Callback):
-    """Log tokens_per_second over all devices, data and checkpoints included, validation not."""
+    """Log tokens_per_second over all devices, including the time for data and checkpoints but not for validation."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -83,7 +76,7 @@ class Throughput(L.Callback):
 
     @property
     def average(self) -> float:
-        """Tokens per second of this process's run so far."""
+        """Tokens per second so far, in this process."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,14 +86,14 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Every log_every_n_steps, log the rate since the last time."""
+        """Every log_every_n_steps, log the rate since the previous entry."""
         self._pending += batch["tokens"].numel() * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        if (batch_idx + 1) % log_interval(trainer):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        self.log("tokens_per_second", self._pending / (now - self._mark), prog_bar=True)
+        pl_module.log("tokens_per_second", self._pending / (now - self._mark), prog_bar=True)
         self.seconds += now - self._mark
         self.tokens += self._pending
         self._mark, self._pending = now, 0
@@ -110,14 +103,14 @@ class Throughput(L.Callback):
         self._validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on."""
+        """Continue the clock."""
         self._mark += time.perf_counter() - self._validation_began
 
 
 class LossCurve(L.Callback):
-    """Draw training and validation loss into loss_curve.png of the run's folder, at each validation and at the end.
+    """Draw training and validation loss into loss_curve.png in the run's folder, at each validation and at the end.
 
-    The points travel in the checkpoint, so a resumed run draws the whole curve.
+    The points are saved in checkpoints, so that a resumed run draws the whole curve.
     """
 
     def __init__(self) -> None:
@@ -129,25 +122,25 @@ class LossCurve(L.Callback):
         return {"train": self.train, "val": self.val}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a curve."""
+        """Continue the curve of a checkpoint."""
         self.train, self.val = state_dict["train"], state_dict["val"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the training loss every log_every_n_steps."""
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0 and isinstance(outputs, dict | Tensor):
+        """Add the training loss every log_every_n_steps."""
+        if (batch_idx + 1) % log_interval(trainer) == 0 and isinstance(outputs, dict | Tensor):
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
             self.train.append([trainer.global_step, float(loss)])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the validation loss, and draw."""
+        """Add the validation loss, and draw."""
         if "val_loss" in trainer.callback_metrics and trainer.state.fn == "fit":
             self.val.append([trainer.global_step, float(trainer.callback_metrics["val_loss"])])
             self.draw(run_folder(trainer) / "loss_curve.png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw what came after the last validation."""
+        """Draw the whole curve."""
         self.draw(run_folder(trainer) / "loss_curve.png")
 
     @rank_zero_only
@@ -165,18 +158,17 @@ class LossCurve(L.Callback):
         axes.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)", title="Loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}.png")
-        figure.savefig(unfinished, dpi=150)
-        os.replace(unfinished, path)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150)
+        write_atomically(path, png.getvalue())
 
 
 class Samples(L.Callback):
-    """Append what the model writes to samples.txt of the run's folder, at each validation.
+    """Append a text written by the model to samples.txt in the run's folder, at each validation.
 
     Args:
-        prompt: what it continues.
-        max_new_tokens: length.
+        prompt: the text to continue.
+        max_new_tokens: length of the continuation.
         temperature: divides the logits.
     """
 
@@ -186,13 +178,13 @@ class Samples(L.Callback):
         self.temperature = temperature
 
     @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write one; sampling has a random state of its own."""
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write one sample; sampling has its own random state."""
         if trainer.state.fn != "fit":
             return
         text = continue_text(
             pl_module.model,
-            trainer.datamodule.tokenizer,
+            text_data(trainer).tokenizer,
             self.prompt,
             self.max_new_tokens,
             temperature=self.temperature,

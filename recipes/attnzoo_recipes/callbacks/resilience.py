@@ -24,19 +24,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from attnzoo_recipes.files import write_atomically
+
 NOT_FINITE = 3
-"""Exit code of a run whose loss is not finite any more."""
+"""Exit code of a run whose loss is no longer finite."""
 
 _EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 _SAME_SIGNAL = 0.5  # seconds: timeout(1) and others signal a process and then its group, so it comes twice
 
 
 class RunStoppedError(Exception):
-    """The run ends here on purpose; the message is one sentence.
+    """The run ends deliberately; the message is one sentence.
 
     Args:
-        message: what happened and what is left.
-        exit_code: what the process is to exit with.
+        message: what happened, and how to continue.
+        exit_code: of the process.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -45,12 +47,12 @@ class RunStoppedError(Exception):
 
 
 class RandomStates(L.Callback):
-    """Saves the random states of Python, NumPy, torch and the current CUDA device, and sets them back on resuming.
+    """Saves the random states of Python, NumPy, torch and the current CUDA device, and restores them on resuming.
 
-    A checkpoint holds those of every process. A run that resumes with another number of processes is warned, and
-    seeds them from the saved states, so that it repeats itself at least. Validation draws nothing from the training's
-    states: what it draws is taken back, since a resumed run does not repeat it. Exact resuming also needs batches
-    that are a function of their number, as `data.TextDataModule` makes them.
+    A checkpoint has those of every process. A run that resumes with another number of processes warns, and seeds them
+    from the saved states, so that at least it is reproducible. Validation does not advance the states of training:
+    they are restored after it, since a resumed run does not repeat it. Exact resuming also needs batches that are a
+    function of their number, like those of `data.module.TextDataModule`.
     """
 
     def __init__(self) -> None:
@@ -68,11 +70,11 @@ class RandomStates(L.Callback):
         return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until the first step: setting up draws from them."""
+        """Keep the states until the first step, since setting up draws random numbers."""
         self._loaded = state_dict
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Set the loaded states back; any earlier, and Lightning still sets up the validation that it leaves out."""
+        """Restore the loaded states; earlier, Lightning would still set up the validation that it skips."""
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -95,15 +97,15 @@ class RandomStates(L.Callback):
         self._after_batch, self._validating = None, False
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Remember where training was, in case that validation follows."""
+        """Remember the states of training, in case validation follows."""
         self._after_batch = random_states()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A checkpoint that is saved from here on holds the states that training continues with."""
+        """From here on, checkpoints save the states with which training continues."""
         self._validating = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take back what validation drew."""
+        """Restore the states from before validation."""
         self._validating = False
         if self._after_batch is not None and not trainer.sanity_checking:
             set_random_states(self._after_batch)
@@ -125,7 +127,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """The inverse of `random_states`; what this process does not have is left out."""
+    """The inverse of `random_states`; states that this process does not have are skipped."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     torch.set_rng_state(states["torch"].cpu())
@@ -140,15 +142,17 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 class LossGuard(L.Callback):
     """Skips an optimiser step whose loss or gradient norm is not finite, and stops after too many in a row.
 
-    The gradients are dropped before the optimiser sees them, so weights and its state stay as they are; the step
-    counts, for the learning rate too. All processes skip alike. With gradient accumulation one bad batch drops the
-    whole step. float16's gradient scaler meets infinite gradients of a finite loss by itself; they do not count here.
+    The gradients are dropped before the optimiser sees them, so that weights and optimiser state do not change; the
+    step is counted, also for the learning rate. All processes skip the same steps. With gradient accumulation one bad
+    batch drops the whole step. Infinite gradients of a finite loss are left to float16's gradient scaler, if there is
+    one, and do not count.
 
-    Every skipped step leaves nonfinite-step=N-rank=R.json in the run's folder: what the batches were (their "index",
-    if they have one), losses and each parameter's gradient. Deciding costs one wait for the device a step.
+    Every skipped step writes nonfinite-step=N-rank=R.json into the run's folder: the batches (their "index", if they
+    have one), their losses, and statistics of each parameter's gradient. The decision synchronises with the device
+    once per step.
 
     Args:
-        patience: skipped steps in a row that stop the run, with exit code 3.
+        patience: number of consecutive skipped steps that stops the run, with exit code 3.
 
     Raises:
         ValueError: if patience is less than 1.
@@ -170,18 +174,18 @@ class LossGuard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which batch comes."""
+        """Note which batch this is."""
         index = batch.get("index") if isinstance(batch, Mapping) else None
         self._batches.append({"batch_idx": batch_idx, "index": index})
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Note the loss, without waiting for it."""
+        """Note the loss, without synchronising."""
         self._batches[-1]["loss"] = loss.detach() * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Drop the gradients if they, or the losses they come from, are not finite."""
+        """Drop the gradients if they or their losses are not finite."""
         batches, self._batches = self._batches, []
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -224,8 +228,7 @@ class LossGuard(L.Callback):
                 if parameter.grad is not None
             },
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         return path
 
 
@@ -237,7 +240,7 @@ def _statistics(gradient: Tensor) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
+    """A value for JSON, which has no NaN and no infinity: they become "nan", "inf" and "-inf"."""
     value = value.tolist() if isinstance(value, Tensor) else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -245,10 +248,10 @@ def _plain(value: Any) -> Any:
 class GracefulStop(L.Callback):
     """On SIGTERM, SIGINT or SIGUSR1: finish the step, save a checkpoint, and stop with exit code 143, 130 or 0.
 
-    The checkpoint is stopped-step=N.ckpt in the folder of the trainer's checkpoints. With gradient accumulation the
-    step is the optimiser's. A validation is broken off, and the resumed run does not make up for it. A second signal
-    exits at once. All processes stop after the same step, whichever of them got the signal. While the trainer fits,
-    these handlers replace Lightning's, whose SIGTERM ends in exit code 0.
+    The checkpoint is stopped-step=N.ckpt in the folder of the trainer's checkpoints. With gradient accumulation, a
+    step is one of the optimiser. Validation is interrupted, and the resumed run does not repeat it. A second signal
+    exits immediately. All processes stop after the same step, whichever of them received the signal. During fitting
+    these handlers replace those of Lightning, which exits with code 0 on SIGTERM.
 
     Raises:
         RunStoppedError: in training, after a signal.
@@ -261,12 +264,12 @@ class GracefulStop(L.Callback):
         self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals over from Lightning, which has installed its handlers just before."""
+        """Replace Lightning's handlers, which it has just installed."""
         self._trainer = trainer
         self.received = 0
         if trainer.received_sigterm:
             self.received = signal.SIGTERM
-            # Else Lightning ends the run after this step, without a checkpoint and with exit code 0.
+            # Otherwise Lightning ends the run after this step, without a checkpoint and with exit code 0.
             trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in _EXIT_CODES}
@@ -274,21 +277,21 @@ class GracefulStop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, if this was an optimiser step."""
+        """Stop here if this was an optimiser step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *arguments: Any, **keywords: Any) -> None:
-        """Stop here, if training is what runs the validation."""
+        """Stop here if this is a validation during training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -325,6 +328,6 @@ class GracefulStop(L.Callback):
 
 
 def _say(sentence: str) -> None:
-    """Written past Python's buffers, which a signal handler may find locked."""
+    """Write to stderr without Python's buffers, which may be locked in a signal handler."""
     with contextlib.suppress(OSError):
         os.write(2, f"attnzoo-pretrain: {sentence}\n".encode())

@@ -1,8 +1,9 @@
-"""What a run prints at its end."""
+"""What a run prints at its end: figures, files, and a sample."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from attnzoo_recipes.callbacks.progress import Checkpoints, Throughput, run_folder
+from attnzoo_recipes.allowlist import ALLOWED
+from attnzoo_recipes.callbacks.progress import Checkpoints, Throughput
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.sampling import continue_text
+from attnzoo_recipes.trainer import callbacks_of, is_dry_run, run_folder, text_data
 
 WRITTEN = 200  # characters
 
@@ -22,26 +25,28 @@ class Report(L.Callback):
     """Print figures, files and a sample when fitting has ended.
 
     Args:
-        prompt: what the sample continues.
+        prompt: the text that the sample continues.
         temperature: of the sample.
+        allowed: packages that the checkpoint may name when it is read again for the sample.
     """
 
-    def __init__(self, prompt: str = "def ", temperature: float = 0.8) -> None:
+    def __init__(self, prompt: str = "def ", temperature: float = 0.8, allowed: Iterable[str] = ALLOWED) -> None:
         self.prompt = prompt
         self.temperature = temperature
+        self.allowed = tuple(allowed)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print; nothing if the run was stopped before its end."""
-        if trainer.state.status != "running" or trainer.fast_dev_run:
+        """Print, unless the run was stopped before its end."""
+        if trainer.state.status != "running" or is_dry_run(trainer):
             return
         text = "\n".join(["", *self.figures(trainer, pl_module), *self.files(trainer), *self.sample(trainer), ""])
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def figures(self, trainer: L.Trainer, pl_module: Any) -> list[str]:
-        """Quality, speed and size, a line each."""
-        corpus = trainer.datamodule.packed.meta["splits"]["val"]
+        """Quality, speed and size, one line each."""
+        corpus = text_data(trainer).packed.meta["splits"]["val"]
         lines = []
         if "val_bits_per_byte" in trainer.callback_metrics:
             bits = float(trainer.callback_metrics["val_bits_per_byte"])
@@ -53,7 +58,7 @@ class Report(L.Callback):
         else:
             lines.append(_line("validation", f"none in these {trainer.global_step} steps"))
         model = pl_module.model
-        throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+        throughput = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Throughput))
         cached = model.cache_bytes_per_token(torch.float32)
         lines.append(_line("speed", f"{throughput.average:,.0f} tokens/s in training"))
         lines.append(_line("parameters", f"{model.num_parameters:,}"))
@@ -61,7 +66,7 @@ class Report(L.Callback):
         return lines
 
     def files(self, trainer: L.Trainer) -> list[str]:
-        """Where everything lies."""
+        """Where the files are."""
         folder = run_folder(trainer)
         named = {
             "checkpoint": _checkpoint(trainer),
@@ -71,14 +76,15 @@ class Report(L.Callback):
         return [_line(name, str(path)) for name, path in named.items() if path is not None and path.is_file()]
 
     def sample(self, trainer: L.Trainer) -> list[str]:
-        """What the model of the checkpoint writes, read from its file and decoded with its cache."""
+        """A text written by the model of the newest checkpoint, read from its file and decoded with its cache."""
         path = _checkpoint(trainer)
         if path is None or not path.is_file():
             return []
-        model = model_from_checkpoint(read_checkpoint(path))
-        tokenizer = trainer.datamodule.tokenizer
-        # Every token but the last of a split character is at least one character.
-        text = continue_text(model, tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature)
+        model = model_from_checkpoint(read_checkpoint(path), self.allowed)
+        # Every token is at least one character, except the last ones, which may be part of one.
+        text = continue_text(
+            model, text_data(trainer).tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature
+        )
         return [
             "",
             f"sample, {len(text[:WRITTEN])} characters after {self.prompt!r}:",
@@ -87,7 +93,7 @@ class Report(L.Callback):
 
 
 def _checkpoint(trainer: L.Trainer) -> Path | None:
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, Checkpoints):
             return Path(callback.best_model_path) if callback.best_model_path else None
     return None

@@ -5,38 +5,38 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnzoo_recipes.compare.plan import EQUAL
+from attnzoo_recipes.files import write_atomically
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
 
 
-def summarise(cells: Sequence[Mapping[str, Any]], speeds: Mapping[str, tuple[float, float]]) -> list[Row]:
-    """One row a mechanism, in the order of the cells.
+def summarise(runs: Sequence[Mapping[str, Any]], speeds: Mapping[str, tuple[float, float]]) -> list[Row]:
+    """One row per mechanism, in the order of the runs.
+
+    The difference is that to the first mechanism, paired by seed; its confidence interval is Student's with n - 1
+    degrees of freedom. With one seed there is neither an interval nor a standard error.
 
     Args:
-        cells: results: mechanism, seed, status ("finished", "diverged" or "failed"), detail, and for a finished one
-            val_bits_per_byte and the plan's figures.
-        speeds: trained and decoded tokens/s by mechanism.
-
-    The difference is to the first mechanism, paired by seed; its interval is Student's with n - 1 degrees of
-    freedom. With one seed there is neither an interval nor a standard error.
+        runs: results: mechanism, seed, status ("finished", "diverged" or "failed"), detail, and for a finished one
+            val_bits_per_byte and the figures of its plan.
+        speeds: tokens/s in training and in decoding, by mechanism.
     """
-    names = list(dict.fromkeys(cell["mechanism"] for cell in cells))
+    names = list(dict.fromkeys(run["mechanism"] for run in runs))
     bits = {
-        name: {c["seed"]: c["val_bits_per_byte"] for c in cells if c["mechanism"] == name and c["status"] == "finished"}
+        name: {c["seed"]: c["val_bits_per_byte"] for c in runs if c["mechanism"] == name and c["status"] == "finished"}
         for name in names
     }
     rows = []
     for name in names:
-        own = [cell for cell in cells if cell["mechanism"] == name]
-        finished = [cell for cell in own if cell["status"] == "finished"]
+        own = [run for run in runs if run["mechanism"] == name]
+        finished = [run for run in own if run["status"] == "finished"]
         broken = [f"seed {c['seed']} {c['status']}: {c['detail']}" for c in own if c["status"] != "finished"]
         paired = sorted(set(bits[name]) & set(bits[names[0]]))
         differences = [bits[name][seed] - bits[names[0]][seed] for seed in paired] if name != names[0] else []
@@ -63,7 +63,7 @@ def interval(differences: Sequence[float]) -> float | None:
     """Half the width of the confidence interval of the mean; None for fewer than two."""
     if len(differences) < 2:
         return None
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped]  # has no stubs
 
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
@@ -74,7 +74,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    """The table, and what it rests on."""
+    """The table, with notes on how it was obtained."""
     first = rows[0]["mechanism"]
     head = [
         "mechanism", "parameters", "MLP width", "training FLOPs/token", "cache bytes/token", "train tokens/s",
@@ -125,7 +125,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The same rows, unrounded."""
+    """The same rows, not rounded."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -133,11 +133,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def draw_losses(cells: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
-    """Validation bits per byte over steps: one line a mechanism, the mean of its seeds, with their range."""
+def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
+    """Validation bits per byte over steps: one line per mechanism, the mean over its seeds, with their range."""
     figure, axes = _figure()
-    for number, (name, own) in enumerate(_finished(cells).items()):
-        curves = [dict(cell["curve"]) for cell in own]
+    for number, (name, own) in enumerate(_finished(runs).items()):
+        curves = [dict(run["curve"]) for run in own]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
         style = _style(number)
@@ -172,13 +172,15 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
     _finish(figure, axes, path)
 
 
-def _finished(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    names = dict.fromkeys(cell["mechanism"] for cell in cells)
-    found = {name: [c for c in cells if c["mechanism"] == name and c["status"] == "finished"] for name in names}
-    return {name: own for name, own in found.items() if own}
+def _finished(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    finished: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["status"] == "finished":
+            finished.setdefault(run["mechanism"], []).append(run)
+    return finished
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; line style and marker tell the same.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line style and marker vary as well.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
 _LINES = ("-", "--", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
@@ -205,6 +207,6 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}.png")
-    figure.savefig(unfinished, dpi=150)
-    os.replace(unfinished, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write_atomically(path, png.getvalue())

@@ -1,4 +1,4 @@
-"""Where the text comes from: documents, read with Hugging Face datasets."""
+"""Sources of text: documents, read with Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Corpus:
         name: the dataset, for hub.
         subset: its configuration.
         hub_split: its split.
-        text_field: the field that holds the text, for json, parquet and hub.
-        unit: what is a document in a text file: the whole "document", a "paragraph" or a "line".
-        max_documents: stop after so many.
+        text_field: the field with the text, for json, parquet and hub.
+        unit: what counts as a document in a text file: the whole "document", a "paragraph" or a "line".
+        max_documents: largest number of documents to read.
 
     Raises:
         ValueError: for arguments that do not fit the source, or a pattern that no file matches.
@@ -57,24 +57,24 @@ class Corpus:
             raise ValueError(f"data.max_documents must be at least 1, got {self.max_documents}")
 
     def paths(self) -> list[Path]:
-        """The files, sorted; patterns expanded. None for hub."""
+        """The files, sorted, with patterns expanded; empty for hub."""
         if self.source == "hub":
             return []
         if self.source == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
-            found = [path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts)]
-            return sorted(path for path in found if path.is_file())
-        found = []
+            sources = [path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts)]
+            return sorted(path for path in sources if path.is_file())
+        paths: list[Path] = []
         for pattern in self.files:
             matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
             matches = [match for match in matches if match.is_file()]
             if not matches:
                 raise ValueError(f"data.files: there is no file {pattern!r}")
-            found += matches
-        return list(dict.fromkeys(found))
+            paths += matches
+        return list(dict.fromkeys(paths))
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """What tells one corpus from another: the settings, and the names' and contents' hash of the files."""
+        """What identifies a corpus: the settings, and a hash of the names and contents of the files."""
         content = hashlib.sha256()
         for path in self.paths():
             with path.open("rb") as file:
@@ -91,7 +91,7 @@ class Corpus:
         """The texts that are not blank, in the order of the files.
 
         Raises:
-            ValueError: if a file cannot be read as what the source says, or has no such field.
+            ValueError: if a file cannot be read as the source says, or has no such field.
         """
         from datasets.exceptions import DatasetsError, DatasetGenerationError  # noqa: I001
 
@@ -116,12 +116,12 @@ class Corpus:
             raise ValueError(f"the corpus {where} cannot be read as {self.source}: {error}") from error
 
     def _rows(self) -> Any:
-        """Rows of a streamed dataset: nothing is copied into a cache."""
+        """Rows of a streamed dataset, which is not copied into a cache."""
         from datasets import load_dataset
 
         if self.source == "hub":
             return load_dataset(self.name, self.subset, split=self.hub_split, streaming=True)
-        kind = "text" if self.source == "stdlib" else self.source
-        options = {"sample_by": self.unit} if kind == "text" else {}
+        file_format = "text" if self.source == "stdlib" else self.source
+        options = {"sample_by": self.unit} if file_format == "text" else {}
         paths = [str(path) for path in self.paths()]
-        return load_dataset(kind, data_files=paths, split="train", streaming=True, **options)
+        return load_dataset(file_format, data_files=paths, split="train", streaming=True, **options)

@@ -1,4 +1,4 @@
-"""The text as a LightningDataModule: packed blocks of tokens with the boundaries of their documents."""
+"""Text as a LightningDataModule: packed blocks of tokens with the boundaries of their documents."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from attnzoo_recipes.data.packing import PackedCorpus, pack
 from attnzoo_recipes.data.tokenizers import Tokenizer
 
 IGNORED = -100
-"""Target of a token that is not predicted, as torch.nn.functional.cross_entropy has it."""
+"""Target of a token that is not predicted, the default ignore_index of torch.nn.functional.cross_entropy."""
 
 _STAGES = {"train": "training", "val": "validation", "test": "test"}
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Blocks of T tokens of one split, each with the T tokens that follow one place later.
+    """Blocks of T tokens of one split, each with the same tokens shifted by one as targets.
 
     Args:
         tokens: all ids of the split.
         block_size: T.
-        document_id: the token that begins every document.
+        document_id: the token at the beginning of every document.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, document_id: int) -> None:
@@ -40,7 +40,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return max(0, (len(self.tokens) - 1) // self.block_size)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Tokens and targets (B, T) int64, index (B,), cu_seqlens int32; index -1 is a row without targets."""
+        """Tokens and targets (B, T) int64, index (B,), cu_seqlens int32; index -1 gives a row without targets."""
         size = self.block_size
         filler = 1 if self.document_id == 0 else 0
         rows = np.full((len(indices), size + 1), filler, dtype=np.int64)
@@ -48,34 +48,35 @@ class Blocks(Dataset[dict[str, Tensor]]):
             if index >= 0:
                 row[:] = self.tokens[index * size : index * size + size + 1]
         tokens, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-        index = torch.tensor(indices, dtype=torch.int64)
-        targets[index < 0] = IGNORED
+        drawn = torch.tensor(indices, dtype=torch.int64)
+        targets[drawn < 0] = IGNORED
         return {
             "tokens": tokens,
             "targets": targets,
             "cu_seqlens": boundaries(tokens, self.document_id),
-            "index": index,
+            "index": drawn,
         }
 
 
 def boundaries(tokens: Tensor, document_id: int) -> Tensor:
-    """cu_seqlens of `AttentionMask.packed`: where in the B T tokens a row or a document begins, and B T; int32."""
+    """cu_seqlens of `AttentionMask.packed`: where a row or a document begins among the B T tokens, and B T; int32."""
     begins = tokens == document_id
     begins[:, 0] = True
     starts = begins.flatten().nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([tokens.numel()])]).int()
 
 
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_is(batch: Any) -> Any:
+    """Collate nothing: `Blocks.__getitems__` returns whole batches."""
     return batch
 
 
 class TextDataModule(L.LightningDataModule):
-    """Text, tokenised once into a memory-mapped file and read in a pseudo-random order without end.
+    """Text, tokenised once into a memory-mapped file and read endlessly in pseudo-random order.
 
-    The order of training samples is a function of `seed` and the number of samples drawn, so a checkpoint needs that
-    one number, and neither workers nor the number of devices change it. Documents are packed without padding;
-    attention stays within a document.
+    The order of training samples is a function of `seed` and the number of samples drawn, so that a checkpoint needs
+    only that number, and neither workers nor the number of devices change the order. Documents are packed without
+    padding; attention stays within a document.
 
     Args:
         source: "stdlib" (the source text of the running Python's standard library), "text", "json", "parquet" or "hub".
@@ -83,18 +84,18 @@ class TextDataModule(L.LightningDataModule):
         name: dataset of the Hugging Face hub, for hub; it is streamed.
         subset: its configuration.
         hub_split: its split.
-        text_field: the field that holds the text, for json, parquet and hub.
-        unit: what is a document of a text file: the whole "document", a "paragraph" or a "line".
-        max_documents: read so many documents at most.
+        text_field: the field with the text, for json, parquet and hub.
+        unit: what counts as a document in a text file: the whole "document", a "paragraph" or a "line".
+        max_documents: largest number of documents to read.
         tokenizer: "byte", "bpe" (trained on the training documents) or the path of a byte-level tokenizer.json.
         vocab_size: of "bpe".
         block_size: tokens T of a sample.
-        batch_size: samples of a step (before gradient accumulation), over all devices; their number must divide it.
-        val_fraction: share of documents for validation, by their hash.
-        test_fraction: share for testing.
+        batch_size: samples of a step (before gradient accumulation) over all devices, whose number must divide it.
+        val_fraction: share of documents for validation, chosen by their hash.
+        test_fraction: share of documents for testing.
         seed: of the order.
-        num_workers: processes that read; reading is cheap, 0 is usually right.
-        cache_dir: folder of the token files.
+        num_workers: processes that read; reading is cheap, so 0 is usually best.
+        cache_dir: folder for the token files.
 
     Raises:
         ValueError: for an argument outside its rule; in `setup`, if the text does not fill a block.
@@ -147,11 +148,11 @@ class TextDataModule(L.LightningDataModule):
         self._drawn_before = 0
         self._batches_before = 0
 
-    # what is there
+    # files
 
     @property
     def packed(self) -> PackedCorpus:
-        """The token files; made at the first call."""
+        """The token files, created by the first access."""
         if self._packed is None:
             self._packed = pack(
                 self.corpus,
@@ -165,7 +166,7 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to ids and back."""
+        """Converts text to ids and back."""
         return self.packed.tokenizer
 
     @property
@@ -174,22 +175,22 @@ class TextDataModule(L.LightningDataModule):
         return torch.from_numpy(self.tokenizer.token_bytes())
 
     def prepare_data(self) -> None:
-        """Make the token files, in one process."""
+        """Create the token files, in one process."""
         _ = self.packed
 
     def setup(self, stage: str) -> None:
         """Check that the splits of this stage fill a block.
 
         Raises:
-            ValueError: if one does not, or data.batch_size cannot be shared among the devices.
+            ValueError: if one does not, or if the number of devices does not divide data.batch_size.
         """
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in splits:
-            found = self.packed.meta["splits"][split]
+            counts = self.packed.meta["splits"][split]
             if len(self.blocks(split)) == 0:
                 raise ValueError(
                     f"the {_STAGES[split]} split must hold more than data.block_size = {self.block_size} tokens, got "
-                    f"{found['tokens']} in {found['documents']} of the corpus's documents: give more text, a larger "
+                    f"{counts['tokens']} in {counts['documents']} of the corpus's documents: give more text, a larger "
                     f"share, or smaller documents with data.unit"
                 )
         _, world_size = self._place()
@@ -206,7 +207,7 @@ class TextDataModule(L.LightningDataModule):
     # loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches without end, continuing where a restored checkpoint stopped."""
+        """Endless batches, continuing where a restored checkpoint stopped."""
         if self._restored is not None:
             self._drawn_before = self._restored["samples"]
         self._batches_before = self._batches_seen()
@@ -241,21 +242,24 @@ class TextDataModule(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _batches_seen(self) -> int:
-        """Batches that training has finished, as the trainer counts and restores them."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        """Batches that training has finished, which the trainer counts and restores."""
+        if self.trainer is None:
+            return 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples drawn so far, and which data they were drawn from."""
+        """The number of samples drawn so far, and what identifies the data."""
         drawn = self._drawn_before + (self._batches_seen() - self._batches_before) * self.batch_size
         return {"samples": drawn, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after that many samples. Any text may be used to validate or test.
+        """Continue after that many samples; other data are accepted for validation and testing.
 
         Raises:
-            ValueError: in fitting, if the checkpoint's data are not these.
+            ValueError: in fitting, if the data differ from those of the checkpoint.
         """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return

@@ -1,4 +1,4 @@
-"""The order of training samples: a permutation that is computed, not stored, so its state is one integer."""
+"""The order of training samples: a permutation that is computed, not stored, so that its state is one integer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ROUNDS = 6
 
 
 def permuted(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 .. size - 1 sends indices (n,) int64.
+    """Images of indices (n,) int64 under a pseudo-random permutation of 0 .. size - 1.
 
-    A Feistel network on the next even number of bits is a permutation of a power of 4. Whoever lands outside
-    walks on until inside, on average less than 4 times.
+    A Feistel network on the next even number of bits is a permutation of a power of 4. It is applied again to values
+    outside the range until they are inside, less than 4 times on average.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -34,20 +34,21 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Batches of block indices without end, each pass over the blocks in another order.
+    """Endless batches of block indices, with a different order in each pass over the blocks.
 
-    Sample n is block n mod N of pass n div N. A batch is batch_size samples over all processes, of which each
-    gets its own consecutive share, so the set does not depend on how many share it.
+    Sample n is the block at place n mod N of pass n div N. A batch is batch_size samples over all processes, each of
+    which gets a consecutive share, so that the samples of a batch do not depend on the number of processes.
 
     Args:
         num_blocks: N.
         batch_size: samples of a batch, over all processes.
         seed: of the order.
-        start: samples that were drawn before.
+        start: number of samples drawn before.
         rank: this process.
         world_size: number of processes; must divide batch_size.
     """
@@ -72,17 +73,17 @@ class EndlessBatches(Sampler[list[int]]):
     def blocks(self, samples: np.ndarray) -> np.ndarray:
         """The block of each sample (n,) int64."""
         passes, places = np.divmod(samples, self.num_blocks)
-        found = np.empty_like(samples)
+        blocks = np.empty_like(samples)
         for number in np.unique(passes):
             chosen = passes == number
             counter = (self.seed * 0x9E3779B97F4A7C15 + int(number)) % 2**64
             key = int(_mixed(np.array([counter], dtype=np.uint64))[0])
-            found[chosen] = permuted(places[chosen], self.num_blocks, key)
-        return found
+            blocks[chosen] = permuted(places[chosen], self.num_blocks, key)
+        return blocks
 
 
 class PaddedBatches(Sampler[list[int]]):
-    """All block indices once, in order; -1 fills the last batch, so that all processes get equally many batches.
+    """All block indices once, in order. With several processes, -1 fills the last batch of each.
 
     Args:
         num_blocks: N.

@@ -1,18 +1,17 @@
-"""Documents to files of token ids, once; a folder a corpus and tokenizer, named by the hash of what made it.
+"""Documents as files of token ids, with one folder per corpus and tokenizer, named after a hash of the settings.
 
     KEY/meta.json              settings, and for each split: tokens, documents, bytes, entropies
     KEY/tokenizer.json         the tokenizer
     KEY/{train,val,test}.bin   ids, little-endian uint16 or uint32
 
-In a file every document begins with the document token, so boundaries need no index. A folder is made under another
-name and renamed when it is whole.
+Every document in a file begins with the document token, so that boundaries need no index. A folder is created under
+another name and renamed when it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,6 +31,7 @@ from attnzoo_recipes.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
+from attnzoo_recipes.files import sync, temporary, write_atomically
 
 SPLITS = ("train", "val", "test")
 _VERSION = 1
@@ -55,7 +55,7 @@ class PackedCorpus:
         return cls(folder, meta, tokenizer)
 
     def tokens(self, split: str) -> np.ndarray:
-        """All ids of a split, mapped into memory and not to be written."""
+        """All ids of a split, mapped into memory read-only."""
         count = self.meta["splits"][split]["tokens"]
         if count == 0:
             return np.zeros(0, dtype=self.meta["dtype"])
@@ -65,18 +65,18 @@ class PackedCorpus:
 def pack(
     corpus: Corpus, tokenizer: str, vocab_size: int, val_fraction: float, test_fraction: float, cache_dir: Path
 ) -> PackedCorpus:
-    """The corpus as token files below cache_dir; made now, unless they are there.
+    """The corpus as token files below cache_dir, which are created if they do not exist.
 
     Args:
-        corpus: where the documents are.
+        corpus: source of the documents.
         tokenizer: "byte", "bpe" (trained on the training documents) or the path of a tokenizer.json.
         vocab_size: of "bpe".
-        val_fraction: share of documents, by their hash, that are for validation; equal documents go together.
-        test_fraction: likewise for testing.
-        cache_dir: folder of such folders.
+        val_fraction: share of documents for validation, chosen by their hash; equal documents are in the same split.
+        test_fraction: share of documents for testing.
+        cache_dir: folder in which the corpus gets its folder.
 
     Raises:
-        ValueError: if the corpus holds no text or cannot be read, or the tokenizer is none.
+        ValueError: if the corpus holds no text or cannot be read, or the tokenizer cannot be used.
     """
     given = load_tokenizer(Path(tokenizer)) if tokenizer not in ("byte", "bpe") else None
     settings = {
@@ -89,7 +89,7 @@ def pack(
     }
     folder = cache_dir / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if not (folder / "meta.json").is_file():
-        unfinished = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        unfinished = temporary(folder)
         unfinished.mkdir(parents=True)
         try:
             _write(unfinished, corpus, given, settings)
@@ -100,7 +100,7 @@ def pack(
 
 
 def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """train, val or test, from the document's hash alone."""
+    """train, val or test, a function of the document's hash."""
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     if place < val_fraction:
         return "val"
@@ -108,20 +108,20 @@ def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
 
 
 class ByteStatistics:
-    """Counts of bytes and of pairs, for the entropies that a language model has to beat."""
+    """Counts of bytes and of pairs of bytes, for the entropies that a language model should be below."""
 
     def __init__(self) -> None:
         self.pairs = np.zeros((257, 256), dtype=np.int64)
 
     def add(self, text: str) -> None:
-        """Count a document; its first byte follows the document's beginning."""
+        """Count a document; its first byte is a pair with the beginning of the document."""
         following = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         before = np.concatenate([[256], following[:-1]])
         counts = np.bincount(before * 256 + following, minlength=257 * 256)
         self.pairs += counts.reshape(257, 256)
 
     def entropies(self) -> dict[str, float]:
-        """Bits per byte of the best table of bytes, and of the best table of bytes given the byte before."""
+        """Bits per byte of the best model of single bytes, and of the best model of a byte given the previous one."""
         total = self.pairs.sum()
         unigram, bigram = (_bits(table).sum() for table in (self.pairs.sum(0, keepdims=True), self.pairs))
         return {"unigram_bits_per_byte": float(unigram / total), "bigram_bits_per_byte": float(bigram / total)}
@@ -141,7 +141,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: 
         if settings["tokenizer"] == "bpe":
             tokenizer = BpeTokenizer.train(_training_text(corpus, *fractions), settings["vocab_size"])
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    found: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+    counts: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
     statistics = {split: ByteStatistics() for split in ("val", "test")}
     documents = corpus.documents()
     with ExitStack() as stack:
@@ -150,21 +150,20 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: 
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 split = split_of(text, *fractions)
                 files[split].write(np.concatenate([[tokenizer.document_id], ids]).astype(dtype).tobytes())
-                found[split]["tokens"] += 1 + len(ids)
-                found[split]["documents"] += 1
-                found[split]["bytes"] += len(text.encode())
+                counts[split]["tokens"] += 1 + len(ids)
+                counts[split]["documents"] += 1
+                counts[split]["bytes"] += len(text.encode())
                 if split in statistics:
                     statistics[split].add(text)
         for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    if not any(counts["documents"] for counts in found.values()):
+            sync(file)
+    if not any(each["documents"] for each in counts.values()):
         raise ValueError("the corpus holds no text")
     for split, counted in statistics.items():
-        if found[split]["documents"]:
-            found[split] |= counted.entropies()
+        if counts[split]["documents"]:
+            counts[split] |= counted.entropies()
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    (folder / "meta.json").write_text(json.dumps({**settings, "dtype": dtype, "splits": found}, indent=1))
+    write_atomically(folder / "meta.json", json.dumps({**settings, "dtype": dtype, "splits": counts}, indent=1))
 
 
 def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:
@@ -178,7 +177,7 @@ def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:
 
 
 def _rename_unless_there(unfinished: Path, folder: Path) -> None:
-    """Another process may have made the same folder in the meantime; then that one stays."""
+    """Another process may have created the same folder in the meantime; then that one is kept."""
     try:
         unfinished.rename(folder)
     except OSError:

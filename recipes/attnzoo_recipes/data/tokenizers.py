@@ -1,4 +1,4 @@
-"""Byte and BPE tokenizers. Both have one token more, which stands before every document."""
+"""Byte and BPE tokenizers. Both have an additional token, which precedes every document."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from attnzoo_recipes.files import write_atomically
+
 DOCUMENT = "<|document|>"
 
 
 class Tokenizer(Protocol):
-    """What the recipe asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
     document_id: int
@@ -27,15 +29,15 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; document tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """The text of token ids, without document tokens; broken UTF-8 becomes U+FFFD."""
         ...
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, (V,) int64; 0 for the document token."""
+        """Number of UTF-8 bytes of each token, (V,) int64; 0 for the document token."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types that `from_dict` makes the same tokenizer of."""
+        """Plain types from which `from_dict` makes the same tokenizer."""
         ...
 
 
@@ -46,11 +48,11 @@ class ByteTokenizer:
     document_id = 256
 
     def encode(self, text: str) -> list[int]:
-        """One token a byte."""
+        """One token per byte."""
         return list(text.encode())
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """One token a byte."""
+        """One token per byte."""
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -58,11 +60,11 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """One byte each."""
+        """One byte per token."""
         return np.array([1] * 256 + [0])
 
     def to_dict(self) -> dict[str, Any]:
-        """There is nothing to set."""
+        """It has no settings."""
         return {"kind": "byte"}
 
 
@@ -70,11 +72,11 @@ class BpeTokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) by Hugging Face tokenizers.
 
     Args:
-        serialized: the tokenizer as the JSON text of tokenizers. It must be byte-level, and gets the document token
-            if it has none.
+        serialized: the tokenizer as JSON text of the package tokenizers. It must be byte-level; the document token is
+            added if it has none.
 
     Raises:
-        ValueError: if the text is none, or tokens are not made of bytes.
+        ValueError: if the text is not such a tokenizer, or its tokens are not made of bytes.
     """
 
     def __init__(self, serialized: str) -> None:
@@ -87,7 +89,7 @@ class BpeTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.add_special_tokens([DOCUMENT])
-        self.document_id = self._tokenizer.token_to_id(DOCUMENT)
+        self.document_id: int = self._tokenizer.get_vocab(with_added_tokens=True)[DOCUMENT]
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         sample = "def f(x):\n    return 'é €'  # ok\n"
         if self.decode(self.encode(sample)) != sample:
@@ -95,7 +97,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
-        """Learn merges; vocab_size counts the 256 bytes and the document token."""
+        """Learn merges; vocab_size includes the 256 bytes and the document token."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 258:
@@ -113,7 +115,7 @@ class BpeTokenizer:
         return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; the document token's own spelling in a text is encoded as text."""
+        """Token ids; where a text contains the spelling of the document token, it is encoded as text."""
         parts = text.split(DOCUMENT)
         ids: list[int] = self._tokenizer.encode(parts[0], add_special_tokens=False).ids
         for part in parts[1:]:
@@ -134,7 +136,7 @@ class BpeTokenizer:
         return text
 
     def token_bytes(self) -> np.ndarray:
-        """Byte-level tokens are spelled with one character a byte."""
+        """Byte-level tokens are spelled with one character per byte."""
         spelled = self._tokenizer.get_vocab(with_added_tokens=True)
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in spelled.items():
@@ -150,7 +152,7 @@ def from_dict(settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described.
 
     Raises:
-        ValueError: for a kind that is not known.
+        ValueError: for an unknown kind.
     """
     if settings.get("kind") == "byte":
         return ByteTokenizer()
@@ -163,7 +165,7 @@ def load_tokenizer(path: Path) -> BpeTokenizer:
     """A byte-level BPE from a tokenizer.json.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such file, or it is not such a tokenizer.
     """
     if not path.is_file():
         raise ValueError(f"data.tokenizer must be byte, bpe or a tokenizer.json, got {str(path)!r}")
@@ -172,4 +174,4 @@ def load_tokenizer(path: Path) -> BpeTokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write `to_dict` as JSON."""
-    path.write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
+    write_atomically(path, json.dumps(tokenizer.to_dict()))

@@ -1,15 +1,16 @@
-"""A report as one HTML file: text, tables and pictures inside it, nothing from elsewhere, light and dark."""
+"""A report as one self-contained HTML file: text, tables and pictures, for light and dark themes."""
 
 from __future__ import annotations
 
 import base64
 import html
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from attnzoo_recipes.files import write_atomically
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _STYLE = """
@@ -37,11 +38,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under the union of their keys, in order of appearance; a figure that a row lacks stays empty.
+    """Rows under the union of their keys, in order of appearance; a key that a row lacks gives an empty entry.
 
     Attributes:
         rows: mappings of column names to texts, numbers or None.
-        names: what the head calls a column. Default: its key.
+        names: headings of columns. Default: their keys.
         digits: significant digits of numbers.
     """
 
@@ -52,12 +53,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its description, which stands under it and serves readers who do not see it.
+    """A PNG with its description, which is both its caption and its alternative text.
 
     Attributes:
         png: the file's bytes.
         text: the description.
-        dark: the same picture for readers who prefer dark pages.
+        dark: the same picture for dark pages.
     """
 
     png: bytes
@@ -67,19 +68,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and what follows it."""
 
     title: str
     parts: Sequence[Text | Table | Picture]
 
 
 def html_report(title: str, sections: Sequence[Section], *, introduction: str = "") -> str:
-    """The whole file's text.
+    """The text of the whole file.
 
-    It holds no script and refers to nothing outside, which its content policy forbids as well; texts are escaped.
+    It contains no scripts and no external references, and its content policy forbids both; texts are escaped.
 
     Raises:
-        ValueError: for a picture that is not PNG.
+        ValueError: for a picture that is not a PNG.
     """
     body = [f"<h1>{html.escape(title)}</h1>"]
     if introduction:
@@ -101,18 +102,14 @@ def html_report(title: str, sections: Sequence[Section], *, introduction: str = 
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section], *, introduction: str = "") -> Path:
-    """Write `html_report` to a file, in one piece; makes the folder."""
+    """Write `html_report` to a file, in one piece; creates its folder."""
     path = Path(path)
-    text = html_report(title, sections, introduction=introduction)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, html_report(title, sections, introduction=introduction))
     return path
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A table's entry as text: whole numbers with separators, others with significant digits, nothing for None."""
+    """A table's entry as text: whole numbers with separators, others with significant digits, empty for None."""
     if value is None:
         return ""
     if isinstance(value, bool | str):

@@ -1,7 +1,8 @@
-"""A trained model from what a command line names: a run, a checkpoint, safetensors, or a Hugging Face folder."""
+"""A trained model from its path: a run, a checkpoint, safetensors, or a Hugging Face folder."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,11 @@ class LoadedModel:
     """A model in eval mode and what is known about it.
 
     Attributes:
-        model: the module, on the CPU unless another device was asked for.
-        name: short, for titles.
+        model: the module.
+        name: for titles.
         kind: "attnzoo" (a run or checkpoint), "huggingface", or "weights" (safetensors without a configuration).
         path: the file or folder that was read.
-        tokenizer: of an attnzoo checkpoint that holds one.
+        tokenizer: of an attnzoo checkpoint, or None.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class LoadedModel:
 def load_model(
     path: str | Path,
     *,
+    name: str | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     allowed: Iterable[str] = ALLOWED,
@@ -51,13 +53,15 @@ def load_model(
 
     Args:
         path: a .ckpt file of attnzoo-pretrain or the folder of a run (its newest valid checkpoint); a local Hugging
-            Face folder (config.json and safetensors); a .safetensors file or a folder of such. Beside a config.json
-            a safetensors file is read as that Hugging Face model. Without one only its attention layers are, found
-            by the names q_proj, k_proj, v_proj and o_proj; norms of queries and keys are left out.
-        num_heads: query heads a layer, for safetensors without config.json.
-        num_kv_heads: key/value heads a layer, likewise. Default: by the keys' rows.
+            Face folder (config.json and safetensors); a .safetensors file, or a folder of them. A safetensors file
+            next to a config.json is read as that Hugging Face model. Without a config.json, only its attention layers
+            are read: those with weights q_proj, k_proj, v_proj and o_proj, and without norms of queries and keys.
+        name: for titles. Default: that of the file or folder.
+        num_heads: query heads per layer, for safetensors without config.json.
+        num_kv_heads: key/value heads per layer, for safetensors without config.json. Default: from the number of rows
+            of the keys' weight.
         allowed: packages that a checkpoint may name.
-        device: where the model goes.
+        device: where the model is moved.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -67,20 +71,20 @@ def load_model(
     if not path.exists():
         raise FileNotFoundError(f"MODEL must be a file or folder, got {str(path)!r}, which does not exist")
     if path.is_file() and path.suffix == _TENSORS:
-        beside = path.parent / "config.json"
-        found = _hugging_face(path.parent) if beside.is_file() else _weights([path], path, num_heads, num_kv_heads)
+        configured = (path.parent / "config.json").is_file()
+        loaded = _hugging_face(path.parent) if configured else _weights([path], path, num_heads, num_kv_heads)
     elif path.is_dir() and (path / "config.json").is_file():
-        found = _hugging_face(path)
+        loaded = _hugging_face(path)
     elif path.is_dir() and sorted(path.glob(f"*{_TENSORS}")):
-        found = _weights(sorted(path.glob(f"*{_TENSORS}")), path, num_heads, num_kv_heads)
+        loaded = _weights(sorted(path.glob(f"*{_TENSORS}")), path, num_heads, num_kv_heads)
     elif path.is_dir() or path.suffix == SUFFIX:
-        found = _checkpoint(path, allowed)
+        loaded = _checkpoint(path, allowed)
     else:
         raise ValueError(
             f"MODEL must be a run folder, a {SUFFIX} or {_TENSORS} file or a Hugging Face folder, got {str(path)!r}"
         )
-    found.model.to(device).eval()
-    return found
+    loaded.model.to(device).eval()
+    return dataclasses.replace(loaded, name=name or loaded.name)
 
 
 def _checkpoint(path: Path, allowed: Iterable[str]) -> LoadedModel:
@@ -107,9 +111,9 @@ def _hugging_face(folder: Path) -> LoadedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
-        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        # Safetensors alone: other formats can hold code.
-        model = kind.from_pretrained(
+        cls: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        # Only safetensors: other formats can contain code.
+        model = cls.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, KeyError) as error:
@@ -118,7 +122,7 @@ def _hugging_face(folder: Path) -> LoadedModel:
 
 
 def _weights(files: list[Path], path: Path, num_heads: int | None, num_kv_heads: int | None) -> LoadedModel:
-    """Attention layers of a state dict, as the zoo's grouped-query attention."""
+    """The attention layers of a state dict, as grouped-query attention of the zoo."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -133,20 +137,20 @@ def _weights(files: list[Path], path: Path, num_heads: int | None, num_kv_heads:
     whole = [prefix for prefix in layers if all(f"{prefix}{p}.weight" in tensors for p in _PROJECTIONS)]
     if not whole:
         raise ValueError(
-            f"{str(path)!r} must hold attention weights named q_proj, k_proj, v_proj and o_proj, or lie beside a "
+            f"{str(path)!r} must hold attention weights named q_proj, k_proj, v_proj and o_proj, or be next to a "
             f"config.json, got neither"
         )
     if num_heads is None:
         raise ValueError(
-            f"{str(path)!r} does not say how many heads its layers have: give --num_heads, or put its config.json "
-            f"beside it"
+            f"{str(path)!r} does not say how many heads its layers have: give --num-heads, or put its config.json "
+            f"next to it"
         )
     modules = {prefix: _attention(prefix, tensors, num_heads, num_kv_heads) for prefix in whole}
     return LoadedModel(_tree(modules), path.stem, "weights", path)
 
 
 def _layer_of(name: str) -> str | None:
-    """The prefix of a projection's weight, dot included."""
+    """The prefix of a projection's weight, including the dot, or None."""
     for projection in _PROJECTIONS:
         if name.endswith(f"{projection}.weight"):
             return name.removesuffix(f"{projection}.weight")
@@ -179,7 +183,7 @@ def _attention(prefix: str, tensors: dict[str, Tensor], num_heads: int, num_kv_h
 
 
 def _tree(modules: dict[str, nn.Module]) -> nn.Module:
-    """Modules at their dotted names below one root."""
+    """A module with these modules at their dotted names."""
     root = nn.Module()
     for prefix, module in modules.items():
         *parents, last = prefix.rstrip(".").split(".") if prefix.rstrip(".") else ["attention"]
@@ -193,7 +197,7 @@ def _tree(modules: dict[str, nn.Module]) -> nn.Module:
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
-    """What a report says about a model: plain types."""
+    """What a report says about a model, as plain types."""
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return {
         "model": str(loaded.path),

@@ -1,9 +1,8 @@
-"""attnzoo-prune: which heads a model can do without, how its loss grows without them, and what that gains in speed."""
+"""attnzoo-prune: which heads a model can do without, its loss without them, and how much faster it is then."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -12,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 import attnzoo
 from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.layers import attention_layers
-from attnzoo.diagnostics.pruning.curves import ABLATIONS, MODES, HeadAblation
-from attnzoo.diagnostics.pruning.importance import GRANULARITIES, UNITS
-from attnzoo.diagnostics.pruning.masks import check_choice
+from attnzoo.diagnostics.pruning.ablation import ABLATIONS, HeadAblation
+from attnzoo.diagnostics.pruning.curves import MODES
+from attnzoo.diagnostics.pruning.importance import GRANULARITIES
+from attnzoo.diagnostics.pruning.masks import UNITS, check_choice
 from attnzoo.diagnostics.pruning.paired_tests import ablation_tests
-from attnzoo_recipes.allowlist import ALLOWED
-from attnzoo_recipes.diagnose.heads import on_device
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
+from attnzoo_recipes.diagnose.options import Options, comma_separated, comma_separated_numbers, parser_of, shared
 from attnzoo_recipes.diagnose.prune_study import Study, drawn, study, task_of
-from attnzoo_recipes.diagnose.results import Results, numbers, text_table, words
+from attnzoo_recipes.diagnose.results import Results, text_table
+from attnzoo_recipes.options import command_line, device_named, mistakes_in_one_sentence, take_allowed_imports
 
 NORMALIZATIONS = ("l2", "minmax", "none")
 _IMPORTANCE = {
@@ -43,13 +42,10 @@ _SPEED = {
 
 
 @dataclass(frozen=True)
-class Choices:
+class PruneOptions(Options):
     """What the command line asks for."""
 
-    model: str
-    name: str | None
     data: Path
-    out: Path
     percents: tuple[float, ...]
     modes: tuple[str, ...]
     normalize: tuple[str, ...]
@@ -65,129 +61,121 @@ class Choices:
     examples: int | None
     length: int
     batch_size: int | None
-    device: str
-    allowed: tuple[str, ...]
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
-    try:
-        prune(parse(list(sys.argv[1:] if args is None else args)))
-    except (ValueError, ArgumentError, OSError) as error:
-        sys.stderr.write(f"attnzoo-prune: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+    with mistakes_in_one_sentence("attnzoo-prune"):
+        prune(parse(command_line(args)))
 
 
-def parse(arguments: Sequence[str]) -> Choices:
-    """Choices from a command line."""
-    parser = ArgumentParser(
-        prog="attnzoo-prune",
-        description="Rank a model's heads by importance, measure its loss while heads are removed in that order and in "
-        "others, and the speed of the model without them: prune.json, prune.csv, pictures and report.html. Data are a "
-        'text for language models, and lines {"query": "...", "document": "..."} for encoders, which then retrieve '
-        "the document of each query.",
-        exit_on_error=False,
+def parse(words: Sequence[str]) -> PruneOptions:
+    """Options from a command line."""
+    words, allowed = take_allowed_imports(words)
+    parser = parser_of(
+        "prune",
+        "Rank a model's heads by importance, measure its loss while heads are removed in that order and in others, and "
+        "the speed of the model without them: prune.json, prune.csv, pictures and report.html. The data are a text for "
+        'language models, and lines {"query": "...", "document": "..."} for encoders, which then retrieve the document '
+        "of each query.",
+        "a run folder or .ckpt of attnzoo-pretrain, or a local Hugging Face folder",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a run folder or .ckpt of attnzoo-pretrain, or a local Hugging Face folder")
     add("--data", metavar="FILE", required=True, help="UTF-8 text, or lines of pairs")
-    add("--out", metavar="DIR", help="folder of the results (default runs/prune/NAME)")
-    add("--name", help="of the model, in titles and folders (default: that of its file or folder)")
-    add("--percents", default="10,20,30,40,50,60,70,80,90", help="of heads to remove (default 10,20,...,90)")
-    add("--modes", default="greedy", help="greedy, iterative or both: importance once, or anew before each point")
-    add("--normalize", default="l2,none", help="some of l2, minmax, none, a curve each (default l2,none)")
-    add("--granularity", default="example", help="of importance: example, token or batch (default example)")
-    add("--unit", default="head", help="head or kv_group (default head)")
+    add("--percents", default="10,20,30,40,50,60,70,80,90", help="of heads to remove")
     add(
-        "--ablate", default="none", help="some of one, all_but_one, kv_group, layer; a run for each head (default none)"
-    )
-    add("--min_heads_per_layer", type=int, default=0, help="so many of the best of each layer stay (default 0)")
-    add("--rescale", type=bool, default=False, help="whether a layer's remaining heads make up for the removed ones")
-    add("--seeds", default="0,1", help="of the random orders (default 0,1)")
-    add("--speed", default="0,25,50,75", help="percents of heads removed for the timing, or none (default 0,25,50,75)")
-    add("--rounds", type=int, default=5, help="of the timing, which keeps the fastest (default 5)")
-    add("--decoded", type=int, default=32, help="tokens of the timing of decoding; 0 leaves it out (default 32)")
-    add("--examples", type=int, help="how many; the file must hold so many (default: 32 sequences at most, all pairs)")
-    add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
-    add("--batch_size", type=int, help="examples at once (default 4 sequences, 64 pairs)")
-    add("--device", default="cpu", help="where the model runs (default cpu)")
-    add(
-        "--allow_import", type=str, default="", metavar="PREFIX,...",
-        help=f"packages that a checkpoint may name beside {', '.join(ALLOWED)}; importing runs their code",
+        "--modes", default="greedy",
+        help="greedy, iterative or both: importance is measured once, or again before each point",
     )  # fmt: skip
-    found = parser.parse_args(list(arguments))
-    return _checked(found)
+    add("--normalize", default="l2,none", help="some of l2, minmax, none; a curve for each")
+    add("--granularity", default="example", help="of importance: example, token or batch")
+    add("--unit", default="head", help="head or kv_group")
+    add(
+        "--ablate", default="none",
+        help="some of one, all_but_one, kv_group, layer; one evaluation for each head",
+    )  # fmt: skip
+    add("--min-heads-per-layer", type=int, default=0, help="number of best heads of each layer to keep")
+    add("--rescale", type=bool, default=False, help="whether a layer's remaining heads are scaled to make up for the "
+        "removed ones")  # fmt: skip
+    add("--seeds", default="0,1", help="of the random orders")
+    add("--speed", default="0,25,50,75", help="percents of heads removed for the timing, or none")
+    add("--rounds", type=int, default=5, help="of the timing, which keeps the fastest")
+    add("--decoded", type=int, default=32, help="tokens in the timing of decoding; 0 omits it")
+    add("--examples", type=int, help="number of examples, which the file must hold (default: up to 32 sequences, all "
+        "pairs)")  # fmt: skip
+    add("--length", type=int, default=128, help="tokens of a sequence")
+    add("--batch-size", type=int, help="examples processed together (default 4 sequences, 64 pairs)")
+    return _checked(parser.parse_args(words), allowed)
 
 
-def _checked(found: Any) -> Choices:
-    for name, allowed in (("modes", MODES), ("normalize", NORMALIZATIONS), ("ablate", ABLATIONS)):
-        chosen = (
-            (found.normalize,) if name == "normalize" and found.normalize == "none" else words(getattr(found, name))
-        )
-        unknown = [word for word in chosen if word not in allowed]
+def _checked(parsed: Any, allowed: tuple[str, ...]) -> PruneOptions:
+    for name, choices in (("modes", MODES), ("normalize", NORMALIZATIONS), ("ablate", ABLATIONS)):
+        given = getattr(parsed, name)
+        # "none" alone is a way to normalise; elsewhere it is an empty list.
+        chosen = ("none",) if name == "normalize" and given == "none" else comma_separated(given)
+        unknown = [word for word in chosen if word not in choices]
         if unknown or not (chosen or name == "ablate"):
-            raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {getattr(found, name)!r}")
-        setattr(found, name, chosen)
-    check_choice("granularity", found.granularity, GRANULARITIES)
-    check_choice("unit", found.unit, UNITS)
-    percents, speed, seeds = (numbers(name, getattr(found, name)) for name in ("percents", "speed", "seeds"))
+            raise ValueError(f"{name} must be some of {', '.join(choices)}, got {given!r}")
+        setattr(parsed, name, chosen)
+    check_choice("granularity", parsed.granularity, GRANULARITIES)
+    check_choice("unit", parsed.unit, UNITS)
+    percents, speed, seeds = (
+        comma_separated_numbers(name, getattr(parsed, name)) for name in ("percents", "speed", "seeds")
+    )
     for name, values in (("percents", percents), ("speed", speed)):
         if list(values) != sorted(set(values)) or any(not 0 <= value <= 100 for value in values):
-            raise ValueError(f"{name} must ascend between 0 and 100, got {getattr(found, name)}")
+            raise ValueError(f"{name} must ascend between 0 and 100, got {getattr(parsed, name)}")
     if not percents:
         raise ValueError("percents must hold at least one number, got none")
     if any(not seed.is_integer() for seed in seeds):
-        raise ValueError(f"seeds must be whole numbers, got {found.seeds}")
-    if found.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {found.rounds}")
-    if found.min_heads_per_layer < 0:
-        raise ValueError(f"min_heads_per_layer must not be negative, got {found.min_heads_per_layer}")
-    path = Path(found.model)
-    return Choices(
-        model=found.model, name=found.name, data=Path(found.data),
-        out=Path(found.out) if found.out else Path("runs") / "prune" / (found.name or path.stem or path.resolve().name),
-        percents=percents, modes=found.modes, normalize=found.normalize, granularity=found.granularity, unit=found.unit,
-        ablate=found.ablate, min_heads_per_layer=found.min_heads_per_layer, rescale=found.rescale,
-        seeds=tuple(int(seed) for seed in seeds), speed=speed, rounds=found.rounds, decoded=found.decoded,
-        examples=found.examples, length=found.length,
-        batch_size=found.batch_size, device=found.device, allowed=(*ALLOWED, *words(found.allow_import)),
+        raise ValueError(f"seeds must be whole numbers, got {parsed.seeds}")
+    if parsed.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {parsed.rounds}")
+    if parsed.min_heads_per_layer < 0:
+        raise ValueError(f"min_heads_per_layer must not be negative, got {parsed.min_heads_per_layer}")
+    return PruneOptions(
+        **shared("prune", parsed, allowed), data=Path(parsed.data), percents=percents, modes=parsed.modes,
+        normalize=parsed.normalize, granularity=parsed.granularity, unit=parsed.unit, ablate=parsed.ablate,
+        min_heads_per_layer=parsed.min_heads_per_layer, rescale=parsed.rescale,
+        seeds=tuple(int(seed) for seed in seeds), speed=speed, rounds=parsed.rounds, decoded=parsed.decoded,
+        examples=parsed.examples, length=parsed.length, batch_size=parsed.batch_size,
     )  # fmt: skip
 
 
-def prune(choices: Choices) -> None:
+def prune(options: PruneOptions) -> None:
     """Load, measure, print and write."""
-    results = Results(choices.out)
-    device = on_device(choices.device)
-    loaded = load_model(choices.model, allowed=choices.allowed, device=device)
-    loaded = dataclasses.replace(loaded, name=choices.name or loaded.name)
+    results = Results(options.out)
+    device = device_named(options.device)
+    loaded = load_model(options.model, name=options.name, allowed=options.allowed, device=device)
     attention_layers(loaded.model)
     task = task_of(
-        loaded, choices.data, length=choices.length, examples=choices.examples, batch_size=choices.batch_size,
-        decoded=choices.decoded, device=device,
+        loaded, options.data, length=options.length, examples=options.examples, batch_size=options.batch_size,
+        decoded=options.decoded, device=device,
     )  # fmt: skip
-    found = study(
-        loaded.model, task, percents=choices.percents, modes=choices.modes, normalize=choices.normalize,
-        granularity=choices.granularity, unit=choices.unit, min_heads_per_layer=choices.min_heads_per_layer,
-        rescale=choices.rescale, seeds=choices.seeds, ablate=choices.ablate, speed=choices.speed,
-        rounds=choices.rounds,
+    result = study(
+        loaded.model, task, percents=options.percents, modes=options.modes, normalize=options.normalize,
+        granularity=options.granularity, unit=options.unit, min_heads_per_layer=options.min_heads_per_layer,
+        rescale=options.rescale, seeds=options.seeds, ablate=options.ablate, speed=options.speed,
+        rounds=options.rounds,
     )  # fmt: skip
-    write_files(results, choices, loaded, found)
-    write_report(results, choices, loaded, found)
+    write_files(results, options, loaded, result)
+    write_report(results, options, loaded, result)
     results.write()
-    rows = curve_rows(found)
-    said = [verdict(found), text_table(rows, {name: name for name in rows[0]}, 4)]
-    said += [f"{ablation_verdict(ablation)}\n" for ablation in found.ablations.values()]
-    said.append(text_table(speed_rows(found), _SPEED) if found.speed else f"no speed: {found.obstacle}\n")
-    sys.stdout.write("\n".join(said) + f"written to {choices.out}: report.html, prune.json, prune.csv and pictures\n")
+    rows = curve_rows(result)
+    parts = [verdict(result), text_table(rows, {name: name for name in rows[0]}, 4)]
+    parts += [f"{ablation_verdict(ablation)}\n" for ablation in result.ablations.values()]
+    parts.append(text_table(speed_rows(result), _SPEED) if result.speed else f"no speed: {result.obstacle}\n")
+    sys.stdout.write("\n".join(parts))
+    sys.stdout.write(f"written to {options.out}: report.html, prune.json, prune.csv and pictures\n")
 
 
-def verdict(found: Study) -> str:
-    """The loss of the whole model and at the point of the first curve that is nearest to half of the heads."""
-    curve = found.first
-    whole, name = curve.base_loss, next(iter(found.curves))
+def verdict(result: Study) -> str:
+    """The loss of the whole model, and without about half of the heads according to the first curve."""
+    curve = result.first
+    whole, name = curve.base_loss, next(iter(result.curves))
     at = min(range(len(curve.counts)), key=lambda i: abs(curve.counts[i] - curve.total / 2))
     units = "heads" if curve.unit == "head" else "key/value groups"
-    text = f"{curve.total} {units}, {found.task.examples} examples, {found.task.loss} {whole:.4f}; without the "
+    text = f"{curve.total} {units}, {result.task.examples} examples, {result.task.loss} {whole:.4f}; without the "
     text += f"{curve.counts[at]} least important ones ({name}) {float(curve.losses[at]):.4f}"
     chance = [float(own.losses[at]) for key, own in curve.baselines.items() if key.startswith("random")]
     if chance:
@@ -196,7 +184,7 @@ def verdict(found: Study) -> str:
 
 
 def ablation_verdict(ablation: HeadAblation) -> str:
-    """How many removals lower the loss, and how many change it beyond chance."""
+    """How many removals lower the loss, and how many change it significantly."""
     delta = ablation.delta[ablation.delta.isfinite()]
     what = {
         "one": "heads alone", "all_but_one": "other heads of a layer", "kv_group": "key/value groups alone",
@@ -211,107 +199,105 @@ def ablation_verdict(ablation: HeadAblation) -> str:
     return text
 
 
-def curve_rows(found: Study) -> list[dict[str, Any]]:
-    """One row a number of removed heads, one column a curve."""
-    counts = sorted({point.removed for own in found.points.values() for point in own})
+def curve_rows(result: Study) -> list[dict[str, Any]]:
+    """One row per number of removed heads, one column per curve."""
+    counts = sorted({point.removed for own in result.points.values() for point in own})
     return [
         {
             "removed": count,
-            **{name: next((p.loss for p in own if p.removed == count), None) for name, own in found.points.items()},
+            **{name: next((p.loss for p in own if p.removed == count), None) for name, own in result.points.items()},
         }
         for count in counts
     ]
 
 
-def speed_rows(found: Study) -> list[dict[str, Any]]:
-    """One row a call and share of heads."""
+def speed_rows(result: Study) -> list[dict[str, Any]]:
+    """One row per call and share of removed heads."""
     return [
         {
             "call": name, "removed": speed.removed[i], "masked_ms": speed.masked_ms[i],
             "structural_ms": speed.structural_ms[i], "speedup": speed.speedup[i],
             "tokens_per_second": speed.tokens_per_second[i], "parameters": speed.parameters[i], "error": speed.error[i],
         }
-        for name, speed in found.speed.items() for i in range(len(speed.fractions))
+        for name, speed in result.speed.items() for i in range(len(speed.fractions))
     ]  # fmt: skip
 
 
-def write_files(results: Results, choices: Choices, loaded: LoadedModel, found: Study) -> None:
+def write_files(results: Results, options: PruneOptions, loaded: LoadedModel, result: Study) -> None:
     """prune.json and prune.csv."""
-    settings = {
-        key: value for key, value in dataclasses.asdict(choices).items() if key not in ("model", "name", "out", "data")
-    }
     results.json("prune.json", {
         "facts": describe(loaded) | {
-            "data": str(choices.data), "examples": found.task.examples, "loss": found.task.loss,
-            "score": found.task.score, "attnzoo": attnzoo.__version__, "torch": torch.__version__,
+            "data": str(options.data), "examples": result.task.examples, "loss": result.task.loss,
+            "score": result.task.score, "attnzoo": attnzoo.__version__, "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         },
-        "settings": settings,
-        "curves": {name: curve.to_dict() for name, curve in found.curves.items()},
+        "settings": options.settings("data"),
+        "curves": {name: curve.to_dict() for name, curve in result.curves.items()},
         "ablations": {
             mode: {
                 "layers": list(ablation.layers), "losses": ablation.losses.tolist(), "delta": ablation.delta.tolist(),
                 "scores": None if ablation.scores is None else ablation.scores.tolist(),
             }
-            for mode, ablation in found.ablations.items()
+            for mode, ablation in result.ablations.items()
         },
-        "speed": {name: dataclasses.asdict(speed) for name, speed in found.speed.items()},
-        "no_speed": found.obstacle,
+        "speed": {name: dataclasses.asdict(speed) for name, speed in result.speed.items()},
+        "no_speed": result.obstacle,
     })  # fmt: skip
     results.csv("prune.csv", [
         {"curve": name, "removed": point.removed, "loss": point.loss, "score": point.score}
-        for name, own in found.points.items() for point in own
+        for name, own in result.points.items() for point in own
     ])  # fmt: skip
 
 
-def write_report(results: Results, choices: Choices, loaded: LoadedModel, found: Study) -> None:
+def write_report(results: Results, options: PruneOptions, loaded: LoadedModel, result: Study) -> None:
     """Pictures and report.html."""
-    curve, facts = found.first, describe(loaded)
+    curve, facts = result.first, describe(loaded)
     names = [layer.name for layer in attention_layers(loaded.model)]
     unit = "heads removed" if curve.unit == "head" else "key/value groups removed"
     introduction = (
-        f"{facts['class']} with {facts['parameters']:,} parameters from {facts['model']}, on {choices.data}. "
-        f"{verdict(found)}. Importance and losses are of the same examples."
+        f"{facts['class']} with {facts['parameters']:,} parameters from {facts['model']}, on {options.data}. "
+        f"{verdict(result)}. Importance and losses are measured on the same examples."
     )
     heads = sum(layer.num_heads for layer in attention_layers(loaded.model))
     speed = {
         name: ([count * curve.total / heads for count in one.removed], list(one.speedup))
-        for name, one in found.speed.items()
+        for name, one in result.speed.items()
     }
     curves: list[Text | Table | Picture] = [
         results.picture(
             "curves", "loss over removed heads, in several orders, and the speed without them", plots.pruning_curves,
-            drawn(found.points, "loss"), speed or None, unit=unit, loss=found.task.loss, title=f"Pruning {loaded.name}",
+            drawn(result.points, "loss"), speed or None, unit=unit, loss=result.task.loss,
+            title=f"Pruning {loaded.name}",
         )
     ]  # fmt: skip
-    if found.task.score is not None:
+    if result.task.score is not None:
         curves.append(results.picture(
-            "scores", f"{found.task.score}, over removed heads", plots.pruning_curves, drawn(found.points, "score"),
-            unit=unit, loss=found.task.score, title=f"Pruning {loaded.name}",
+            "scores", f"{result.task.score}, over removed heads", plots.pruning_curves, drawn(result.points, "score"),
+            unit=unit, loss=result.task.score, title=f"Pruning {loaded.name}",
         ))  # fmt: skip
-    rows = curve_rows(found)
-    curves += [Table(rows), Text(_remark(choices))]
+    rows = curve_rows(result)
+    curves += [Table(rows), Text(_remark(options))]
     sections = [Section("Loss while heads are removed", curves)]
     importance: list[Text | Table | Picture] = []
-    for how in choices.normalize:
-        table = next(own.importance for name, own in found.curves.items() if name.endswith(f", {how}"))
+    for how in options.normalize:
+        table = next(own.importance for name, own in result.curves.items() if name.endswith(f", {how}"))
         assert table is not None
         importance.append(_map(results, f"importance-{how}", _IMPORTANCE[how], table, names))
     sections.append(Section("Importance", importance))
-    for mode, ablation in found.ablations.items():
+    for mode, ablation in result.ablations.items():
         rows_of = [names[layer] for layer in ablation.layers]
         sections.append(Section(f"Ablation: {mode}", [
             Text(f"{ablation_verdict(ablation)[0].upper()}{ablation_verdict(ablation)[1:]}."),
             _map(results, f"ablation-{mode}", "added loss", ablation.delta, rows_of, center=0.0),
         ]))  # fmt: skip
-    timing: list[Text | Table | Picture] = [Text(f"No speed: {found.obstacle}.")]
-    if found.speed:
+    timing: list[Text | Table | Picture] = [Text(f"No speed: {result.obstacle}.")]
+    if result.speed:
         timing = [
-            Table(speed_rows(found), _SPEED),
+            Table(speed_rows(result), _SPEED),
             Text(
-                "Heads are removed in the order of the first curve, and for comparison masked. Fastest of "
-                f"{choices.rounds} rounds with {torch.get_num_threads()} thread(s); difference: of the outputs of the "
-                "pruned and the masked model, relative to the largest."
+                "Heads are removed in the order of the first curve, and masked for comparison. Fastest of "
+                f"{options.rounds} rounds with {torch.get_num_threads()} thread(s); difference: between the outputs of "
+                "the pruned and the masked model, relative to the largest."
             ),
         ]
     sections.append(Section("Speed", timing))
@@ -321,21 +307,19 @@ def write_report(results: Results, choices: Choices, loaded: LoadedModel, found:
 def _map(
     results: Results, name: str, metric: str, table: Tensor, layers: Sequence[str], center: float | None = None
 ) -> Picture:
-    """Heads by layer; one column of key/value groups or of layers is drawn alike."""
-    shown = table.clone()
-    if not bool(shown.isfinite().any()):
-        shown = torch.full_like(shown, math.nan).nan_to_num(0.0)
+    """A picture of a figure by layer and head, or by layer and key/value group, or with one column for layers."""
+    shown = table if bool(table.isfinite().any()) else torch.zeros_like(table)
     return results.picture(
         name, f"{metric}, by layer and head", plots.head_map, shown, metric, center=center, layers=list(layers),
         title=metric.capitalize(),
     )  # fmt: skip
 
 
-def _remark(choices: Choices) -> str:
-    text = "Curves are named by how importance is measured and normalised within a layer; reverse: the most important "
-    text += f"ones first; random: mean and range of {len(choices.seeds)} orders."
-    if choices.min_heads_per_layer:
-        text += f" The best {choices.min_heads_per_layer} of each layer stay."
+def _remark(options: PruneOptions) -> str:
+    text = "Curves are named after how importance is measured and normalised within a layer; reverse: the most "
+    text += f"important heads first; random: mean and range of {len(options.seeds)} orders."
+    if options.min_heads_per_layer:
+        text += f" The best {options.min_heads_per_layer} heads of each layer are kept."
     return text
 
 

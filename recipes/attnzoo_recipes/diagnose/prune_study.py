@@ -12,49 +12,39 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attnzoo.diagnostics.pruning.curves import (
-    BASELINES,
-    HeadAblation,
-    HeadPruningCurve,
-    ablate_heads,
-    head_pruning_curve,
-    sort_heads,
-    unprotected,
-)
+from attnzoo.diagnostics.pruning.ablation import HeadAblation, ablate_heads
+from attnzoo.diagnostics.pruning.curves import BASELINES, HeadPruningCurve, head_pruning_curve, sort_heads, unprotected
+from attnzoo.diagnostics.pruning.evaluate import LossFn
 from attnzoo.diagnostics.pruning.importance import head_importance, normalize_importance
-from attnzoo.diagnostics.pruning.masks import Head, LossFn, head_slots
-from attnzoo.diagnostics.pruning.structural import PruningSpeed, pruning_speed
+from attnzoo.diagnostics.pruning.masks import Head, head_slots
+from attnzoo.diagnostics.pruning.speed import PruningSpeed, pruning_speed
 from attnzoo_recipes.diagnose.load_model import LoadedModel
-from attnzoo_recipes.diagnose.texts import (
-    PairBatch,
+from attnzoo_recipes.diagnose.losses import (
     decode,
     embeddings,
     logits_of,
     next_token_losses,
-    pair_batches,
     predicts_tokens,
-    reader,
-    refuse_pairs,
     retrieval_losses,
-    sequences,
 )
+from attnzoo_recipes.diagnose.texts import PairBatch, pair_batches, reader, refuse_pairs, sequences
 
 WARMUP = 1
-"""Rounds before those that count."""
+"""Rounds of the timing before those that count."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is judged by, and the calls whose time is taken.
+    """What a model is judged by, and the calls that are timed.
 
     Attributes:
         batches: of examples.
-        loss_fn: losses of a batch's examples.
-        examples: how many there are.
-        coupled: whether losses depend on other examples.
-        loss: what the loss is, with its unit.
-        score: what the second score is, or None.
-        calls: by name, a call and how many tokens it takes.
+        loss_fn: gives the losses of a batch's examples.
+        examples: their number.
+        coupled: whether an example's loss depends on other examples.
+        loss: name of the loss, with its unit.
+        score: name of the second score, or None.
+        calls: by name, a call and the number of its tokens.
     """
 
     batches: list[Any]
@@ -85,7 +75,7 @@ class Study:
         points: of all curves and baselines by name, with the whole model at 0.
         ablations: by mode.
         speed: by name of the call.
-        obstacle: why there is no speed, or None.
+        obstacle: why speed was not measured, or None.
     """
 
     task: Task
@@ -105,19 +95,20 @@ def task_of(
     loaded: LoadedModel, path: Path, *, length: int, examples: int | None, batch_size: int | None, decoded: int,
     device: torch.device,
 ) -> Task:  # fmt: skip
-    """Next-token loss on a text for language models, retrieval of documents by pairs for other Hugging Face models.
+    """Next-token loss on a text for language models, retrieval of documents from pairs for other models.
 
     Args:
         loaded: the model.
         path: of the text, or of lines {"query": ..., "document": ...}.
-        length: tokens of a sequence, or most of them in a pair's text.
-        examples: how many; the file must hold so many. Default: at most 32 sequences, all pairs.
-        batch_size: examples at once, 4 sequences or 64 pairs by default; each batch of pairs is a retrieval of its own.
-        decoded: tokens that are read one at a time for the speed of decoding; 0 leaves it out.
+        length: tokens of a sequence, or the largest number of tokens in a pair's text.
+        examples: their number, which the file must hold. Default: up to 32 sequences, or all pairs.
+        batch_size: examples processed together. Default: 4 sequences or 64 pairs. Each batch of pairs is a retrieval
+            task of its own.
+        decoded: tokens that are read one at a time in the timing of decoding; 0 omits it.
         device: of the model.
 
     Raises:
-        ValueError: for a file that does not hold this, or too little of it, or an argument outside its rule.
+        ValueError: for a file of another kind or with too few examples, or an argument outside its rule.
     """
     read = reader(loaded)
     if batch_size is not None and batch_size < 1:
@@ -127,7 +118,7 @@ def task_of(
     if predicts_tokens(loaded):
         refuse_pairs("data", path)
         tokens = sequences("data", path, read, length, examples, most=32).to(device)
-        batches = list(tokens.split(4 if batch_size is None else batch_size))
+        batches = list(torch.split(tokens, 4 if batch_size is None else batch_size))
         first = batches[0]
         calls: dict[str, tuple[Callable[[nn.Module], Tensor], int]] = {
             "prefill": (lambda model: logits_of(model, first), first.numel())
@@ -153,16 +144,16 @@ def study(
     granularity: str, unit: str, min_heads_per_layer: int, rescale: bool, seeds: Sequence[int], ablate: Sequence[str],
     speed: Sequence[float], rounds: int,
 ) -> Study:  # fmt: skip
-    """Run everything, behind progress bars.
+    """Measure everything, with progress bars.
 
     Args:
         model: in eval mode.
         task: what it is judged by.
-        percents, granularity, unit, min_heads_per_layer, rescale, seeds: as `head_pruning_curve`.
-        modes: "greedy", "iterative"; a curve for each of these and of normalize.
+        percents, granularity, unit, min_heads_per_layer, rescale, seeds: see `head_pruning_curve`.
+        modes: "greedy", "iterative"; there is a curve for each pair of a mode and an entry of normalize.
         normalize: "l2", "minmax", "none".
         ablate: modes of `ablate_heads`.
-        speed: percents of heads whose removal is timed, in the first curve's order.
+        speed: percents of heads whose removal, in the order of the first curve, is timed.
         rounds: of the timing.
     """
     common: dict[str, Any] = {"percents": percents, "unit": unit, "rescale": rescale, "coupled": task.coupled}
@@ -192,7 +183,7 @@ def greedy_curves(
     model: nn.Module, task: Task, normalize: Sequence[str], *, percents: Sequence[float], granularity: str, unit: str,
     min_heads_per_layer: int, rescale: bool, seeds: Sequence[int], coupled: bool,
 ) -> dict[str, HeadPruningCurve]:  # fmt: skip
-    """As `head_pruning_curve` for every normalisation, from one measurement of importance; baselines with the first."""
+    """`head_pruning_curve` for every normalisation from one measurement of importance; the first has baselines."""
     raw = head_importance(
         model, task.batches, task.loss_fn, granularity=granularity, normalize=None, unit=unit, coupled=coupled
     )
@@ -206,23 +197,23 @@ def greedy_curves(
             unit=unit, min_heads_per_layer=min_heads_per_layer, rescale=rescale, baselines=baselines, seeds=seeds,
         )  # fmt: skip
 
-    found: dict[str, HeadPruningCurve] = {}
+    curves: dict[str, HeadPruningCurve] = {}
     for how in normalize:
         table = normalize_importance(raw, None if how == "none" else how)
         order = sort_heads(table, units)
-        curve = replace(along(order, () if found else ("random",)), mode="greedy", importance=table)
-        if not found:
+        curve = replace(along(order, () if curves else ("random",)), mode="greedy", importance=table)
+        if not curves:
             curve = replace(curve, baselines={**curve.baselines, "reverse": along(order[::-1])})
-        found[f"greedy, {how}"] = curve
-    return found
+        curves[f"greedy, {how}"] = curve
+    return curves
 
 
 def measure_speed(
     model: nn.Module, task: Task, curve: HeadPruningCurve, percents: Sequence[float], rounds: int
 ) -> dict[str, PruningSpeed]:
-    """Time of every call of the task with heads removed in the curve's order.
+    """Time of every call of the task with heads removed in the order of the curve.
 
-    Percents that the order does not reach are left out.
+    Percents beyond the end of the order are left out.
 
     Raises:
         ValueError: if the model's heads cannot be removed.
@@ -230,19 +221,19 @@ def measure_speed(
     size = head_slots(model).group_size() if curve.unit == "kv_group" else 1
     order = [(layer, unit * size + i) for layer, unit in curve.order for i in range(size)]
     fractions = [percent / 100 for percent in percents if int(curve.total * size * percent / 100) <= len(order)]
-    found = {}
+    speeds = {}
     for name, (call, tokens) in task.calls.items():
         total = 2 * len(fractions) * (WARMUP + rounds)
         with tqdm(total=total, desc=f"speed of {name}", delay=2, leave=False, disable=None) as bar:
 
-            def shown(model: nn.Module, call: Callable[[nn.Module], Tensor] = call, bar: Any = bar) -> Tensor:
+            def counted(model: nn.Module, call: Callable[[nn.Module], Tensor] = call, bar: Any = bar) -> Tensor:
                 bar.update()
                 return call(model)
 
-            found[name] = pruning_speed(
-                model, shown, fractions=fractions, order=order, tokens=tokens, rounds=rounds, warmup=WARMUP
+            speeds[name] = pruning_speed(
+                model, counted, fractions=fractions, order=order, tokens=tokens, rounds=rounds, warmup=WARMUP
             )
-    return found
+    return speeds
 
 
 def all_points(curves: Mapping[str, HeadPruningCurve]) -> dict[str, tuple[Point, ...]]:
@@ -251,24 +242,24 @@ def all_points(curves: Mapping[str, HeadPruningCurve]) -> dict[str, tuple[Point,
     first = next(iter(curves.values()))
     start = Point(0, first.base_loss, first.base_score)
     baselines = {name.replace("random", "random "): curve for name, curve in first.baselines.items()}
-    found = {}
+    points = {}
     for name, curve in [*named.items(), *baselines.items()]:
         losses = curve.losses.tolist()
         scores = [None] * len(losses) if curve.scores is None else curve.scores.tolist()
-        points = [Point(*point) for point in zip(curve.counts, losses, scores, strict=True)]
-        found[name] = (*([start] if points[0].removed else []), *points)
-    return found
+        own = [Point(*point) for point in zip(curve.counts, losses, scores, strict=True)]
+        points[name] = (*([start] if own[0].removed else []), *own)
+    return points
 
 
 def drawn(points: Mapping[str, Sequence[Point]], what: str) -> dict[str, tuple[list[float], list[Any]]]:
-    """Curves for `plots.pruning_curves` of "loss" or "score", with the random ones as one range."""
-    found: dict[str, tuple[list[float], list[Any]]] = {}
+    """Curves of "loss" or "score" for `plots.pruning_curves`, with the random ones as one range."""
+    curves: dict[str, tuple[list[float], list[Any]]] = {}
     for name, own in points.items():
         if not name.startswith("random"):
-            found[name] = ([point.removed for point in own], [getattr(point, what) for point in own])
+            curves[name] = ([point.removed for point in own], [getattr(point, what) for point in own])
     chance = [own for name, own in points.items() if name.startswith("random")]
     if chance:
         columns = [[getattr(point, what) for point in column] for column in zip(*chance, strict=True)]
         ranges = [(min(column), statistics.fmean(column), max(column)) for column in columns]
-        found["random"] = ([point.removed for point in chance[0]], list(ranges))
-    return found
+        curves["random"] = ([point.removed for point in chance[0]], list(ranges))
+    return curves

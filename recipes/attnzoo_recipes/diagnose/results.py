@@ -1,28 +1,30 @@
-"""Files of a command: collected while it works and written at its end, so that a mistake leaves nothing half done."""
+"""The files of a command: collected while it works and written at its end, so that a mistake leaves nothing behind."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.training_records import finite
 from attnzoo_recipes.diagnose.html import Picture, Section, html_report, number
+from attnzoo_recipes.files import write_atomically
 
 
 class Results:
     """Files by name, for one folder.
 
     Args:
-        folder: made by `write`, if there is none.
+        folder: created by `write` if it does not exist.
 
     Raises:
-        ValueError: if the folder, or something on the way to it, is a file.
+        ValueError: if the folder or one of its parents is a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +41,7 @@ class Results:
         self.files[name] = (json.dumps(finite(content), indent=1, allow_nan=False) + "\n").encode()
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows under the union of their keys."""
+        """Rows under the union of their keys; floats that are not finite become empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
@@ -47,12 +49,16 @@ class Results:
         self.files[name] = text.getvalue().encode()
 
     def picture(self, name: str, text: str, draw: Callable[..., Any], *arguments: Any, **options: Any) -> Picture:
-        """draw(*arguments, **options, theme=...) in both themes: name.png and name-dark.png, and both for a report."""
-        made = {}
+        """Call draw(*arguments, **options, theme=...) for both themes.
+
+        Returns:
+            the picture for a report; its files are name.png and name-dark.png.
+        """
+        drawn = {}
         for theme, ending in (("light", ""), ("dark", "-dark")):
-            made[theme] = plots.to_png(draw(*arguments, **options, theme=theme))
-            self.files[f"{name}{ending}.png"] = made[theme]
-        return Picture(made["light"], text, made["dark"])
+            drawn[theme] = plots.to_png(draw(*arguments, **options, theme=theme))
+            self.files[f"{name}{ending}.png"] = drawn[theme]
+        return Picture(drawn["light"], text, drawn["dark"])
 
     def report(self, title: str, sections: Sequence[Section], introduction: str) -> None:
         """report.html."""
@@ -60,37 +66,22 @@ class Results:
 
     def write(self) -> None:
         """Write all files, each in one piece."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            unfinished = self.folder / f"{name}.tmp-{os.getpid()}"
-            unfinished.write_bytes(content)
-            os.replace(unfinished, self.folder / name)
+            write_atomically(self.folder / name, content)
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], digits: int = 3) -> str:
-    """Rows for a terminal: the first column to the left, the others to the right."""
-    cells = [list(names.values()), *([number(row.get(key), digits) for key in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = [
+    """Rows for a terminal: the first column aligned to the left, the others to the right."""
+    lines = [list(names.values()), *([number(row.get(key), digits) for key in names] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    aligned = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
+        for line in lines
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(aligned) + "\n"
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Words between commas; none for an empty text or "none" alone."""
-    found = tuple(word.strip() for word in text.split(",") if word.strip())
-    return () if found == ("none",) else found
-
-
-def numbers(name: str, text: str) -> tuple[float, ...]:
-    """Numbers between commas.
-
-    Raises:
-        ValueError: naming the argument, if one is none.
-    """
-    try:
-        return tuple(float(word) for word in words(text))
-    except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from None
+def finite_mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the finite values, or None if there are none."""
+    kept = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.fmean(kept) if kept else None

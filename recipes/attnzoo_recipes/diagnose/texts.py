@@ -1,4 +1,4 @@
-"""Text files as a model's input, by its own tokenizer, and the losses that pruning is judged by."""
+"""Text files as a model's input, read by its own tokenizer: sequences of one text, and pairs of texts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo_recipes.diagnose.load_model import LoadedModel
-from attnzoo_recipes.lm import DecoderLM
 
-RETRIEVAL_SCALE = 20.0
-"""Logits of `retrieval_losses` are cosines times this."""
-
-_CHARACTERS_A_TOKEN = 16
+_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -26,11 +21,11 @@ class Reader:
     """How a model reads text.
 
     Attributes:
-        encode: ids of a text, without special tokens.
-        before: ids that begin every sequence.
-        after: ids that end it.
-        padding: id that fills up shorter sequences.
-        longest: most tokens of a sequence, or None.
+        encode: gives the ids of a text, without special tokens.
+        before: ids at the beginning of every sequence.
+        after: ids at its end.
+        padding: id that shorter sequences are padded with.
+        longest: largest number of tokens in a sequence, or None.
     """
 
     encode: Callable[[str], list[int]]
@@ -41,10 +36,10 @@ class Reader:
 
 
 def reader(loaded: LoadedModel) -> Reader:
-    """The reader of a model by the tokenizer that its checkpoint or folder holds.
+    """How a model reads text, according to the tokenizer in its checkpoint or folder.
 
-    Sequences of an attnzoo checkpoint begin with its document token; those of a Hugging Face model have the special
-    tokens that its tokenizer puts around one text.
+    Sequences for an attnzoo checkpoint begin with its document token; those for a Hugging Face model have the special
+    tokens that its tokenizer puts around a single text.
 
     Raises:
         ValueError: for weights without a tokenizer.
@@ -86,7 +81,7 @@ def read_text(name: str, path: Path) -> str:
     """A file's text.
 
     Raises:
-        ValueError: naming the argument, if there is no such file or it is no UTF-8 text, or blank.
+        ValueError: naming the argument, if there is no such file, or it is not UTF-8 text, or it is blank.
     """
     if not path.is_file():
         raise ValueError(f"{name} must be a file, got {str(path)!r}, which is none")
@@ -102,40 +97,40 @@ def read_text(name: str, path: Path) -> str:
 def sequences(
     name: str, path: Path, read: Reader, length: int, count: int | None, *, most: int = 16, least: int = 1
 ) -> Tensor:
-    """The text's beginning as token ids (N, T), one sequence after the other; what does not fill the last is left out.
+    """The beginning of a text as token ids (N, T), in consecutive sequences; an incomplete last one is dropped.
 
     Args:
         name: what messages call the file.
         path: of the text.
-        read: as `reader` gives it.
-        length: T, special tokens included.
-        count: sequences N; the text must hold so many. Default: `most`, or fewer where the text is shorter.
+        read: from `reader`.
+        length: T, including special tokens.
+        count: number N of sequences, which the text must fill. Default: `most`, or fewer if the text is shorter.
         most: see count.
-        least: sequences that there must be.
+        least: smallest number of sequences if count is None.
 
     Raises:
-        ValueError: for a file that cannot be read, a length that the model does not take, or too short a text.
+        ValueError: for a file that cannot be read, a length that the model does not take, or a text that is too short.
     """
-    room = _room(read, length)
+    capacity = _capacity(read, length)
     for argument, value in (("sequences", count), ("length", length)):
         if value is not None and value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     wanted = most if count is None else count
-    ids = _first_tokens(read.encode, read_text(name, path), wanted * room)
-    found = min(len(ids) // room, wanted)
-    if found < (least if count is None else count):
-        need = least if count is None else count
+    ids = _first_tokens(read.encode, read_text(name, path), wanted * capacity)
+    filled = min(len(ids) // capacity, wanted)
+    needed = least if count is None else count
+    if filled < needed:
         raise ValueError(
-            f"{name} must fill {need} sequence{'s' if need > 1 else ''} of {length} tokens, got {len(ids)} tokens, "
-            f"which fill {found}: give a longer text, or a smaller --length"
+            f"{name} must fill {needed} sequence{'s' if needed > 1 else ''} of {length} tokens, got {len(ids)} tokens, "
+            f"which fill {filled}: give a longer text, or a smaller --length"
         )
-    rows = [[*read.before, *ids[i * room : (i + 1) * room], *read.after] for i in range(found)]
+    rows = [[*read.before, *ids[i * capacity : (i + 1) * capacity], *read.after] for i in range(filled)]
     return torch.tensor(rows)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Queries and documents that belong together in order: ids (B, T) and which tokens are real (B, T)."""
+    """Queries and their documents, in the same order: ids (B, T) and which tokens are not padding (B, T)."""
 
     queries: tuple[Tensor, Tensor]
     documents: tuple[Tensor, Tensor]
@@ -144,35 +139,35 @@ class PairBatch:
 def pair_batches(
     name: str, path: Path, read: Reader, length: int, count: int | None, batch_size: int
 ) -> list[PairBatch]:
-    """Pairs of texts, lines of JSON {"query": ..., "document": ...}, in batches of nearly equal sizes.
+    """Pairs of texts from lines of JSON {"query": ..., "document": ...}, in batches of nearly equal sizes.
 
-    Longer texts are cut off at `length` tokens.
+    Texts are truncated to `length` tokens.
 
     Raises:
-        ValueError: for a line that is no pair, or too few of them: two at least, and `count` if given.
+        ValueError: for a line that is not a pair, or too few of them: at least two are needed, and `count` if given.
     """
-    room = _room(read, length)
-    found: list[tuple[str, str]] = []
+    capacity = _capacity(read, length)
+    pairs: list[tuple[str, str]] = []
     for number, line in enumerate(read_text(name, path).splitlines(), start=1):
-        if line.strip() and (count is None or len(found) < count):
-            found.append(_pair(name, number, line))
+        if line.strip() and (count is None or len(pairs) < count):
+            pairs.append(_pair(name, number, line))
     least = 2 if count is None else max(count, 2)
-    if len(found) < least:
-        raise ValueError(f"{name} must hold at least {least} pairs, got {len(found)}")
+    if len(pairs) < least:
+        raise ValueError(f"{name} must hold at least {least} pairs, got {len(pairs)}")
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 for pairs, which are told apart, got {batch_size}")
     batches = []
-    for rows in torch.arange(len(found)).tensor_split(-(-len(found) // batch_size)):
-        sides = zip(*(found[int(row)] for row in rows), strict=True)
-        batches.append(PairBatch(*(_padded([read.encode(text)[:room] for text in side], read) for side in sides)))
+    for rows in torch.arange(len(pairs)).tensor_split(-(-len(pairs) // batch_size)):
+        sides = zip(*(pairs[int(row)] for row in rows), strict=True)
+        batches.append(PairBatch(*(_padded([read.encode(text)[:capacity] for text in side], read) for side in sides)))
     return batches
 
 
 def refuse_pairs(name: str, path: Path) -> None:
-    """Refuse a file of pairs where a text is wanted.
+    """Raise if a file contains pairs instead of a text.
 
     Raises:
-        ValueError: naming the argument, if the first line is a pair, or as `read_text`.
+        ValueError: naming the argument, if the first line is a pair, and in the cases of `read_text`.
     """
     first = read_text(name, path).lstrip().partition("\n")[0]
     try:
@@ -182,71 +177,8 @@ def refuse_pairs(name: str, path: Path) -> None:
     raise ValueError(f"{name} must be a text for a model that predicts tokens, got lines of pairs in {str(path)!r}")
 
 
-# Losses
-
-
-def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each sequence's tokens after its first, in nats: tokens (B, T) -> (B,)."""
-    logits = logits_of(model, tokens)[:, :-1].float()
-    nats: Tensor = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return nats.view(len(tokens), -1).mean(1)
-
-
-def retrieval_losses(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each query's own document among the batch's, and whether it comes first: (B,) each.
-
-    Embeddings are means of the last hidden states over real tokens, of unit length; logits are `RETRIEVAL_SCALE`
-    times their cosines. Losses are coupled: all documents of a batch enter each.
-    """
-    queries, documents = (embeddings(model, *side) for side in (batch.queries, batch.documents))
-    logits = RETRIEVAL_SCALE * queries @ documents.mT
-    own = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, own, reduction="none"), (logits.argmax(1) == own).double()
-
-
-def embeddings(model: nn.Module, ids: Tensor, real: Tensor) -> Tensor:
-    """Mean hidden states over real tokens, of unit length: ids and real (B, T) -> (B, E)."""
-    hidden: Tensor = model(input_ids=ids, attention_mask=real.long()).last_hidden_state
-    weight = real[..., None].to(hidden.dtype)
-    return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
-
-
-def predicts_tokens(loaded: LoadedModel) -> bool:
-    """Whether the model is a causal language model."""
-    if isinstance(loaded.model, DecoderLM):
-        return True
-    architectures = getattr(getattr(loaded.model, "config", None), "architectures", None) or ()
-    return type(loaded.model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and any(architectures)
-
-
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (B, T, V) of tokens (B, T)."""
-    if isinstance(model, DecoderLM):
-        return model(tokens)
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits
-
-
-def decode(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (B, V) after tokens (B, n) that are read one at a time through a cache."""
-    logits: Tensor | None = None
-    if isinstance(model, DecoderLM):
-        caches = model.init_caches(*tokens.shape)
-        for step in tokens.split(1, dim=1):
-            logits = model(step, caches=caches)
-    else:
-        cache: Any = None
-        for step in tokens.split(1, dim=1):
-            found: Any = model(input_ids=step, past_key_values=cache, use_cache=True)
-            logits, cache = found.logits, found.past_key_values
-    assert logits is not None
-    return logits[:, -1]
-
-
-# Reading
-
-
-def _room(read: Reader, length: int) -> int:
+def _capacity(read: Reader, length: int) -> int:
+    """Tokens of text in a sequence of that length."""
     special = len(read.before) + len(read.after)
     if length < special + 2:
         raise ValueError(f"length must be at least {special + 2}, got {length}")
@@ -256,8 +188,8 @@ def _room(read: Reader, length: int) -> int:
 
 
 def _first_tokens(encode: Callable[[str], list[int]], text: str, wanted: int) -> list[int]:
-    """At least so many tokens if the text has them, without reading far beyond."""
-    end = _CHARACTERS_A_TOKEN * wanted
+    """At least `wanted` tokens if the text has as many, without encoding much more of it."""
+    end = _CHARACTERS_PER_TOKEN * wanted
     while True:
         ids = encode(text[:end])
         if len(ids) > wanted or end >= len(text):

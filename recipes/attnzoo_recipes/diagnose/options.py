@@ -1,0 +1,84 @@
+"""Options that attnzoo-spectrum, attnzoo-heads and attnzoo-prune share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from attnzoo_recipes.options import add_allow_import, add_device
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every one of these commands is asked for; each adds its own fields.
+
+    Attributes:
+        model: path of the model.
+        name: of the model in titles and folders, or None for that of its file or folder.
+        out: folder of the results.
+        device: where the model runs.
+        allowed: packages that a checkpoint may name.
+    """
+
+    model: str
+    name: str | None
+    out: Path
+    device: str
+    allowed: tuple[str, ...]
+
+    def settings(self, *left_out: str) -> dict[str, Any]:
+        """The options as plain values, for the results; without the model's path and name, `out` and `left_out`."""
+        hidden = {"model", "name", "out", *left_out}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
+
+
+def parser_of(command: str, description: str, models: str) -> ArgumentParser:
+    """A parser with MODEL and the options that all commands have.
+
+    Args:
+        command: name of the command.
+        description: what it does.
+        models: what MODEL may be.
+    """
+    parser = ArgumentParser(prog=f"attnzoo-{command}", description=description, exit_on_error=False)
+    parser.add_argument("model", metavar="MODEL", help=models)
+    parser.add_argument("--out", metavar="DIR", help=f"folder of the results (default runs/{command}/NAME)")
+    parser.add_argument("--name", help="of the model, in titles and folders (default: that of its file or folder)")
+    add_device(parser, "the model runs")
+    add_allow_import(parser)
+    return parser
+
+
+def shared(command: str, parsed: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of `Options` from what such a parser returns."""
+    path = Path(parsed.model)
+    folder = parsed.name or path.stem or path.resolve().name
+    return {
+        "model": parsed.model,
+        "name": parsed.name,
+        "out": Path(parsed.out) if parsed.out else Path("runs") / command / folder,
+        "device": parsed.device,
+        "allowed": allowed,
+    }
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Words between commas; none for an empty text or for "none" alone."""
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    return () if words == ("none",) else words
+
+
+def comma_separated_numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        ValueError: naming the argument, if one of them is not a number.
+    """
+    try:
+        return tuple(float(word) for word in comma_separated(text))
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from None

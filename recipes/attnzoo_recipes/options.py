@@ -1,0 +1,110 @@
+"""What the command lines have in common: spelling, packages to import, devices, and errors in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from attnzoo_recipes.allowlist import ALLOWED, enforce
+
+
+def command_line(args: Sequence[str] | None) -> list[str]:
+    """The arguments of a command's `main`, or those of the process, with options spelled with dashes.
+
+    `--batch_size` is the same option as `--batch-size`. Keys of nested settings, such as `--data.batch_size`, are not
+    options of this kind, and what follows `--` is left as it is.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    end = words.index("--") if "--" in words else len(words)
+    return [*(_dashed(word) for word in words[:end]), *words[end:]]
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") and "." not in name else word
+
+
+def take_allowed_imports(words: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Split `--allow-import PACKAGE,...` (repeatable) off a command line; returns the rest and the whole allow-list.
+
+    It is read before anything else, and only from the command line: a config file cannot allow its own imports. For the
+    rest of the process jsonargparse refuses all other imports. If a package is added, modules in the current folder can
+    be imported as well; installed ones come first.
+
+    Raises:
+        ValueError: if a package is missing or is not a dotted name.
+    """
+    rest: list[str] = []
+    allowed = list(ALLOWED)
+    pending = iter(words)
+    for word in pending:
+        name, equals, value = word.partition("=")
+        if name not in ("--allow-import", "--allow_import"):
+            rest.append(word)
+            continue
+        given = value if equals else next(pending, "")
+        packages = [package.strip() for package in given.split(",")]
+        if not all(part.isidentifier() for package in packages for part in package.split(".")):
+            raise ValueError(f"--allow-import must be followed by the names of packages, got {given!r}")
+        allowed += packages
+    if len(allowed) > len(ALLOWED) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    enforce(allowed)
+    return rest, tuple(dict.fromkeys(allowed))
+
+
+def add_allow_import(parser: ArgumentParser) -> None:
+    """Show `--allow-import` in a command's help; `take_allowed_imports` has read it by the time the parser runs."""
+    parser.add_argument(
+        "--allow-import",
+        metavar="PACKAGE,...",
+        help=f"packages that configs and checkpoints may name besides {', '.join(ALLOWED)}; importing runs their code",
+    )
+
+
+def add_device(parser: ArgumentParser, what: str) -> None:
+    """Add `--device`, on which `what` runs."""
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help=f"where {what} (default cpu)")
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: if torch does not know such a device, or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be one that torch knows, such as cpu or cuda, got {name!r}") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"device {name!r} is not available on this machine: {reason}") from None
+    return device
+
+
+@contextlib.contextmanager
+def mistakes_in_one_sentence(command: str) -> Iterator[None]:
+    """Turn a ValueError, an OSError or an error of the parser into one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except (ArgumentError, ValueError, OSError) as error:
+        sys.stderr.write(f"{command}: error: {one_sentence(error)}\n")
+        raise SystemExit(2) from None
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of an exception on one line."""
+    return " ".join(str(error).split())
+
+
+def join_allowed(allowed: Iterable[str]) -> list[str]:
+    """The words that pass an allow-list on to another command."""
+    return [word for package in allowed if package not in ALLOWED for word in ("--allow-import", package)]

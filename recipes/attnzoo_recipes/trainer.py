@@ -1,0 +1,44 @@
+"""Facts of a Lightning trainer that its annotations leave out: it gets many of its attributes from its connectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from attnzoo_recipes.data.module import TextDataModule
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where the files of this run are: the first logger's folder, according to the first process.
+
+    `Trainer.log_dir` is the same folder, but all processes have to ask for it together.
+    """
+    folder = trainer.loggers[0].log_dir if trainer.loggers else None
+    return Path(folder or trainer.default_root_dir)
+
+
+def text_data(trainer: L.Trainer) -> TextDataModule:
+    """The data module of the run."""
+    untyped: Any = trainer
+    data: TextDataModule = untyped.datamodule
+    return data
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The callbacks, in the order in which they are called."""
+    untyped: Any = trainer
+    return list(untyped.callbacks)
+
+
+def log_interval(trainer: L.Trainer) -> int:
+    """Steps between two entries of the log."""
+    untyped: Any = trainer
+    return int(untyped.log_every_n_steps)
+
+
+def is_dry_run(trainer: L.Trainer) -> bool:
+    """Whether the trainer only tries a few batches (`fast_dev_run`)."""
+    untyped: Any = trainer
+    return bool(untyped.fast_dev_run)

@@ -1,0 +1,86 @@
+"""Spelling of options, packages that may be imported, devices, and files that are whole or not there."""
+
+import sys
+
+import pytest
+import torch
+
+from attnzoo_recipes import files
+from attnzoo_recipes.allowlist import ALLOWED
+from attnzoo_recipes.options import command_line, device_named, join_allowed, take_allowed_imports
+
+
+def test_underscores_are_dashes_in_names_of_options_only():
+    words = ["MODEL", "--batch_size", "3", "--name=a_b", "--data.batch_size=2", "-c", "x_y", "--", "--seed_everything"]
+    expected = [
+        "MODEL",
+        "--batch-size",
+        "3",
+        "--name=a_b",
+        "--data.batch_size=2",
+        "-c",
+        "x_y",
+        "--",
+        "--seed_everything",
+    ]
+    assert command_line(words) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--allow-import", "mine,other.part", "fit"],
+        ["--allow_import=mine", "fit", "--allow-import", "other.part"],
+        ["fit", "--allow-import=mine,other.part", "--allow-import", "mine"],
+    ],
+)
+def test_packages_are_taken_off_the_command_line(words, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rest, allowed = take_allowed_imports(words)
+    assert rest == ["fit"]
+    assert allowed == (*ALLOWED, "mine", "other.part")
+    assert take_allowed_imports(join_allowed(allowed)) == ([], allowed)
+
+
+def test_the_current_folder_can_be_imported_from_last_and_only_if_asked(tmp_path, monkeypatch):
+    before = [path for path in sys.path if path != ""]
+    monkeypatch.setattr(sys, "path", list(before))
+    monkeypatch.chdir(tmp_path)
+    take_allowed_imports(["fit"])
+    assert sys.path == before
+    take_allowed_imports(["fit", "--allow-import", "mine"])
+    assert sys.path == [*before, str(tmp_path)]
+
+
+@pytest.mark.parametrize("words", [["--allow-import"], ["--allow-import", "--config"], ["--allow-import=*"]])
+def test_a_package_must_be_a_name(words):
+    with pytest.raises(ValueError, match="--allow-import must be followed by the names of packages, got"):
+        take_allowed_imports(words)
+
+
+def test_a_device_that_is_not_there_is_named_in_one_sentence():
+    assert device_named("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be one that torch knows, such as cpu or cuda, got 'gpu'"):
+        device_named("gpu")
+    with pytest.raises(ValueError, match=r"^device 'cuda:77' is not available on this machine: [^\n]+$"):
+        device_named("cuda:77")
+    with pytest.raises(ValueError, match="device 'meta' is not available on this machine"):
+        device_named("meta")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.txt"
+    files.write_atomically(path, "é")
+    assert path.read_bytes() == "é".encode()
+    files.write_atomically(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+
+    def full(file, data):
+        file.write(data[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_all", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomically(path, "something else")
+    assert path.read_bytes() == b"\x00\x01"
+    assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
