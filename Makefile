@@ -21,7 +21,7 @@ pretrain: $(READY)  ## train a small knocking-heads decoder on real text (about 
 test: $(READY)  ## run the test suite (slow tests: .venv/bin/pytest -m slow)
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
-lint: $(READY)  ## ruff format and lint, mypy --strict on attnzoo
+lint: $(READY)  ## ruff format and lint, mypy --strict on all three packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -8,7 +8,7 @@ cache: bytes that the two caches take.
 peak: resident memory above that of an idle process at its highest, in a prefill.
 
 "planted" modules have groups of heads with equal queries and keys, as many as clusters: the error is that against the
-wrapped module, which clustering then does not change. "apart" modules have unlike heads and a batch whose sequences
+wrapped module, which clustering does not change. "apart" modules have unlike heads and a batch whose sequences
 cluster differently, which leaves no projection out: the error is that against a float64 run. One thread, interleaved
 rounds, minima; ratio is wrapped over clustered. The exit status is 1 if a bound is missed.
 """
@@ -29,7 +29,6 @@ import torch
 from timing import append_lines, environment, interleave, once, relative_error
 
 import attnzoo
-from attnzoo.modules.chai import ClusteredHeadAttention
 
 E, H = 512, 8
 STEPS = 10
@@ -38,7 +37,7 @@ CASES = (("planted", 1, 2), ("planted", 1, 4), ("apart", 4, 2), ("apart", 4, 4))
 """Kind of module, batch and clusters K."""
 
 
-def make(kind: str, clusters: int) -> tuple[attnzoo.MultiHeadAttention, ClusteredHeadAttention]:
+def make(kind: str, clusters: int) -> tuple[attnzoo.MultiHeadAttention, attnzoo.ClusteredHeadAttention]:
     """The two modules, with the same weights."""
     torch.manual_seed(0)
     attn = attnzoo.MultiHeadAttention(E, H, bias=False).eval()
@@ -49,7 +48,7 @@ def make(kind: str, clusters: int) -> tuple[attnzoo.MultiHeadAttention, Clustere
             if kind == "planted":
                 heads = linear.weight.view(H, -1, E)
                 heads.copy_(heads[torch.arange(H) % clusters])
-    return attn, ClusteredHeadAttention(attn, clusters)
+    return attn, attnzoo.ClusteredHeadAttention(attn, clusters)
 
 
 def error(kind: str, clusters: int, x: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from timing import ROOT, append_lines, environment
 
-from attnzoo.diagnostics.pruning.structural import pruning_speed
+from attnzoo.diagnostics.pruning.speed import pruning_speed
 
 SHAPES = ((16, 64), (4, 512), (1, 32))
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)

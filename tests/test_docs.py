@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,21 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_run(page, capsys):
+def test_examples_run(page, capsys, tmp_path, monkeypatch):
     torch.manual_seed(0)
     blocks = examples(page)
     assert blocks
+    monkeypatch.syspath_prepend(tmp_path)
+    files = []
     for block in blocks:
+        # A block that begins with the name of a file is that file, from which later blocks may import.
+        file = re.match(r"# (\w+)\.py\n", block)
+        if file:
+            (tmp_path / f"{file[1]}.py").write_text(block)
+            files.append(file[1])
         exec(compile(block, str(page), "exec"), {"__name__": "__main__"})
+    for name in files:
+        sys.modules.pop(name, None)
     # "# 10 10 5120" behind a print, and comment lines after a block's prints, are what is printed.
     printed = capsys.readouterr().out.split()
     for line in re.findall(r"print\(.*?\)  # (.*)$", "\n".join(blocks), re.MULTILINE):

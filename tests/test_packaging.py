@@ -74,7 +74,7 @@ def test_wheel_holds_the_packages_the_configs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert held == expected
-        assert not any("test" in Path(name).name for name in held)
+        assert not any(Path(name).name.startswith(("test_", "conftest")) for name in held)
         metadata = archive.read(f"attnzoo-{attnzoo.__version__}.dist-info/METADATA").decode()
         names = archive.namelist()
     assert f"attnzoo-{attnzoo.__version__}.dist-info/licenses/LICENSE" in names
@@ -147,6 +147,175 @@ def test_imports_point_one_way():
         for path in sources(package):
             for _, name in imports(parsed(path)):
                 assert name.split(".")[0] not in forbidden, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def dotted(path: Path) -> str:
+    """The module's name."""
+    name = next(name for name, folder in PACKAGES.items() if path.is_relative_to(folder))
+    parts = path.relative_to(PACKAGES[name]).with_suffix("").parts
+    return ".".join([name, *(part for part in parts if part != "__init__")])
+
+
+def arrows(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Which of these modules each of them imports, anywhere in the file."""
+    graph: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        targets = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= (inner & set(trees)) or {node.module}
+        graph[module] = {target for target in targets if target in trees and target != module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or around."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, waiting = set(), list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += graph[module]
+        reached[start] = seen
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+# Rooms of each package from the lowest up; files outside rooms carry their own names. A module imports its own room
+# and those before it.
+FLOORS = {
+    "attnzoo": [
+        {"tracing"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops"}, {"modules"},
+        {"adapters", "conversion", "costs"}, {"__init__"}, {"__main__", "diagnostics"},
+    ],
+    "attnzoo.diagnostics": [
+        {"layers", "training_records"}, {"heads"}, {"pruning", "spectra", "capacity"}, {"plots"}, {"__init__"},
+    ],
+    "attnzoo_recipes": [
+        {"__init__", "allowlist", "files"}, {"data", "lm", "model_config", "options"},
+        {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"}, {"diagnose", "generate", "pretrain"},
+        {"compare"},
+    ],
+}  # fmt: skip
+
+
+def floor_of(module: str, package: str) -> int | None:
+    """On which floor of the package a module is, None for one outside."""
+    if module != package and not module.startswith(f"{package}."):
+        return None
+    room = "__init__" if module == package else module.removeprefix(f"{package}.").split(".")[0]
+    (floor,) = (number for number, rooms in enumerate(FLOORS[package]) if room in rooms)
+    return floor
+
+
+def upward(graph: dict[str, set[str]], package: str) -> list[tuple[str, str]]:
+    """Imports that go to a higher floor of the package."""
+    return [
+        (module, target)
+        for module, targets in sorted(graph.items())
+        for target in sorted(targets)
+        if (here := floor_of(module, package)) is not None
+        and (there := floor_of(target, package)) is not None
+        and there > here
+    ]
+
+
+def import_graph() -> dict[str, set[str]]:
+    return arrows({dotted(path): parsed(path) for path in sources(*PACKAGES)})
+
+
+def test_no_imports_in_a_circle():
+    assert circles(import_graph()) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_imports_upwards(package):
+    assert upward(import_graph(), package) == []
+
+
+def test_the_checks_of_imports_see_circles_and_upward_arrows():
+    trees = {
+        "attnzoo.masks": ast.parse("def f():\n    from attnzoo.ops import softmax"),
+        "attnzoo.ops.softmax": ast.parse("import attnzoo.masks"),
+        "attnzoo.modules.gqa": ast.parse("from attnzoo.ops.softmax import attend\nimport torch"),
+    }
+    graph = arrows(trees)
+    assert circles(graph) == [["attnzoo.masks", "attnzoo.ops.softmax"]]
+    assert upward(graph, "attnzoo") == [("attnzoo.masks", "attnzoo.ops.softmax")]
+    assert graph["attnzoo.modules.gqa"] == {"attnzoo.ops.softmax"}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private methods and attributes that classes below tree define."""
+    found = set()
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(cls):
+            if isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                found.add(node.attr)
+            elif isinstance(node, ast.AnnAssign | ast.Assign) and node in cls.body:
+                targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def private_uses(tree: ast.AST, names: set[str]) -> set[str]:
+    """Those of the names that are read off anything but self, or named in a string of getattr."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) not in ("self", "cls"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
+            found.add(node.value)
+    return found
+
+
+def test_no_private_attribute_of_a_mechanism_is_named_outside_modules():
+    modules = PACKAGES["attnzoo"] / "modules"
+    names = {name for path in modules.glob("*.py") for name in private_names(parsed(path))}
+    assert "_base_arguments" in names
+    for path in sources(*PACKAGES):
+        if not path.is_relative_to(modules):
+            assert not private_uses(parsed(path), names), path.relative_to(ROOT)
+    planted = ast.parse("class A:\n    def _b(self):\n        self._c = 1\n    _d: int = 2")
+    assert private_names(planted) == {"_b", "_c", "_d"}
+    assert private_uses(ast.parse("x._b\nself._c\ngetattr(x, '_d', 1)"), {"_b", "_c", "_d"}) == {"_b", "_d"}
+
+
+def test_diagnostics_and_recipes_know_no_mechanism_by_its_class():
+    classes = {name for name in attnzoo.__all__ if name.endswith(("Attention", "Heads"))}
+    assert "GroupedQueryAttention" in classes
+    for path in [*(PACKAGES["attnzoo"] / "diagnostics").rglob("*.py"), *sources("attnzoo_recipes")]:
+        used = {node.id for node in ast.walk(parsed(path)) if isinstance(node, ast.Name)}
+        assert not used & classes, path.relative_to(ROOT)
+
+
+def test_no_function_shadows_its_module():
+    code = """
+import importlib, pkgutil, types
+for top in ("attnzoo", "attnzoo_kernels", "attnzoo_recipes"):
+    package = importlib.import_module(top)
+    for info in pkgutil.walk_packages(package.__path__, top + "."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+    for info in pkgutil.walk_packages(package.__path__, top + "."):
+        if info.name.endswith("__main__"):
+            continue
+        parent, _, name = info.name.rpartition(".")
+        thing = getattr(importlib.import_module(parent), name)
+        assert isinstance(thing, types.ModuleType), info.name
+"""
+    run(code, ROOT, ROOT / "kernels", ROOT / "recipes")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +408,8 @@ def test_every_module_class_and_public_function_is_documented():
         assert ast.get_docstring(tree), path.relative_to(ROOT)
         for node in tree.body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if "overload" in {ast.unparse(decorator) for decorator in node.decorator_list}:
                 continue
             if node.name.endswith("_kernel"):
                 # A kernel's comment above gives grid, ownership and what is never stored.
