@@ -417,7 +417,7 @@ def test_a_module_whose_parts_are_used_by_another_has_outputs_alone():
     with capture(model, ["outputs"]) as captured:
         model(x)
     assert torch.equal(captured.last("outputs")[0].transpose(1, 2).flatten(2), x)
-    refused = pytest.raises(ValueError, match="no attention patterns: the forward of GroupedQueryAttention was not called")
+    refused = pytest.raises(ValueError, match=r"no attention patterns: the forward of .* was not called")
     with refused, capture(model):
         model(x)
 
