@@ -303,6 +303,7 @@ def test_diagnostics_and_recipes_know_no_mechanism_by_its_class():
 def test_no_function_shadows_its_module():
     code = """
 import importlib, pkgutil, types
+shadowed = []
 for top in ("attnzoo", "attnzoo_kernels", "attnzoo_recipes"):
     package = importlib.import_module(top)
     for info in pkgutil.walk_packages(package.__path__, top + "."):
@@ -313,9 +314,11 @@ for top in ("attnzoo", "attnzoo_kernels", "attnzoo_recipes"):
             continue
         parent, _, name = info.name.rpartition(".")
         thing = getattr(importlib.import_module(parent), name)
-        assert isinstance(thing, types.ModuleType), info.name
+        if not isinstance(thing, types.ModuleType):
+            shadowed.append(info.name)
+print(shadowed)
 """
-    run(code, ROOT, ROOT / "kernels", ROOT / "recipes")
+    assert run(code, ROOT, ROOT / "kernels", ROOT / "recipes").strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def stored():
     return t, c, attn.double().eval()
 
 
-def close(got, expected, atol=1e-9):
+def assert_near(got, expected, atol=1e-9):
     assert got.shape == expected.shape
     assert (got - expected).abs().max() < atol
 
@@ -95,11 +95,11 @@ def close(got, expected, atol=1e-9):
 def test_stored_figures(stored):
     t, c, attn = stored
     layer = ClusteredHeadAttention(attn, c["num_clusters"], c["probe_tokens"])
-    close(layer(t["input.x"]), t["output.y"])
-    close(attn(t["input.x"]), t["output.y_mha"])
+    assert_near(layer(t["input.x"]), t["output.y"])
+    assert_near(attn(t["input.x"]), t["output.y_mha"])
     assert torch.equal(layer.labels, t["output.labels"])
     assert torch.equal(layer.representatives, t["output.representatives"])
-    close(layer.probe(t["input.x"]), t["output.probe"])
+    assert_near(layer.probe(t["input.x"]), t["output.probe"])
     official = ClusteredHeadAttention(attn, c["num_clusters"], c["probe_tokens"], probe_causal=False)
     official(t["input.x"])
     assert torch.equal(official.labels, t["output.labels_noncausal_probe"])
@@ -116,7 +116,7 @@ def test_stored_output_from_a_cache(stored, split):
     # A first part that is shorter than the probe is answered before there are clusters.
     plain = split[0] if split[0] < 5 else 0
     expected = torch.cat([t["output.y_mha"][:, :plain], t["output.y"][:, plain:]], 1)
-    close(y, expected)
+    assert_near(y, expected)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -128,7 +128,7 @@ def test_equals_plain_modules_with_copied_heads(size, option, T):
     layer = ClusteredHeadAttention(attn, K)
     y = layer(x)
     assert layer.representatives.shape == (3, K)
-    close(y, with_copied_heads(attn, layer.labels, x))
+    assert_near(y, with_copied_heads(attn, layer.labels, x))
     if K == 1:
         assert not layer.labels.any()
 
@@ -147,10 +147,10 @@ def test_more_queries_than_a_block(alike):
     attn, T = trained(), 2 * BLOCK + 5
     x = tokens(1, T).expand(2, -1, -1) if alike else tokens(2, T)
     layer = ClusteredHeadAttention(attn, 2)
-    close(layer(x), with_copied_heads(attn, layer.labels, x))
+    assert_near(layer(x), with_copied_heads(attn, layer.labels, x))
     cache = layer.init_cache(2, T)
     y = torch.cat([layer(part, cache=cache) for part in x.split([7, T - 8, 1], 1)], 1)
-    close(y, layer(x))
+    assert_near(y, layer(x))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -162,7 +162,7 @@ def test_decoding_equals_the_full_forward(size, option, split):
     cache = layer.init_cache(3, 19)
     y = torch.cat([layer(part, cache=cache) for part in x.split(split, 1)], 1)
     assert cache.length == 19
-    close(y, layer(x))
+    assert_near(y, layer(x))
 
 
 def test_as_many_clusters_as_heads_is_the_wrapped_module():
@@ -183,17 +183,17 @@ def test_duplicated_heads_are_found_and_cost_nothing():
             heads = values.view(H, D, *values.shape[1:])
             heads[4], heads[5], heads[3] = heads[0], heads[1], heads[1]
     layer = ClusteredHeadAttention(attn, 3)
-    close(layer(x), attn(x))
+    assert_near(layer(x), attn(x))
     assert layer.labels.tolist() == [[0, 1, 2, 1, 0, 1]] * 3
 
 
 def test_sequences_of_a_batch_do_not_know_each_other():
     layer, x = ClusteredHeadAttention(trained(), 3), tokens(5)
     y, labels, order = layer(x), layer.labels, torch.tensor([3, 0, 4, 2, 1])
-    close(layer(x[order]), y[order], 1e-12)
+    assert_near(layer(x[order]), y[order], 1e-12)
     assert torch.equal(layer.labels, labels[order])
     for b in range(5):
-        close(layer(x[b : b + 1]), y[b : b + 1], 1e-12)
+        assert_near(layer(x[b : b + 1]), y[b : b + 1], 1e-12)
 
 
 def test_labels_do_not_depend_on_tokens_after_the_probe():
@@ -202,7 +202,7 @@ def test_labels_do_not_depend_on_tokens_after_the_probe():
     other = torch.cat([x[:, :4], tokens(seed=5)[:, 4:]], 1)
     z = layer(other)
     assert torch.equal(layer.labels, labels)
-    close(z[:, :4], y[:, :4], 1e-12)
+    assert_near(z[:, :4], y[:, :4], 1e-12)
     layer(tokens(seed=5))
     assert not torch.equal(layer.labels, labels)
 
@@ -213,7 +213,7 @@ def test_less_than_a_probe_is_plain_attention():
     assert torch.equal(layer(x), attn(x))
     assert layer.labels is None
     cache = layer.init_cache(3, 4)
-    close(torch.cat([layer(part, cache=cache) for part in x.split(1, 1)], 1), attn(x))
+    assert_near(torch.cat([layer(part, cache=cache) for part in x.split(1, 1)], 1), attn(x))
     assert cache.clusters is None
 
 
@@ -222,9 +222,9 @@ def test_pruned_heads():
     attn.prune_heads([1, 2])
     layer = ClusteredHeadAttention(attn, 2)
     y = layer(x)
-    close(y, with_copied_heads(attn, layer.labels, x))
+    assert_near(y, with_copied_heads(attn, layer.labels, x))
     cache = layer.init_cache(3, 19)
-    close(torch.cat([layer(part, cache=cache) for part in x.split([12, 1, 6], 1)], 1), y)
+    assert_near(torch.cat([layer(part, cache=cache) for part in x.split([12, 1, 6], 1)], 1), y)
 
 
 def test_padding_on_the_left_does_not_shift_the_probe():
@@ -238,8 +238,8 @@ def test_padding_on_the_left_does_not_shift_the_probe():
              for a, b in ((0, 18), (18, 19))]  # fmt: skip
     for b, length in enumerate(lengths):
         alone = layer(x[b : b + 1, 19 - length :])
-        close(y[b : b + 1, 19 - length :], alone)
-        close(torch.cat(parts, 1)[b : b + 1, 19 - length :], alone)
+        assert_near(y[b : b + 1, 19 - length :], alone)
+        assert_near(torch.cat(parts, 1)[b : b + 1, 19 - length :], alone)
         assert torch.equal(layer.labels, labels[b : b + 1])
 
 
@@ -247,7 +247,7 @@ def test_padding_on_the_right():
     layer, x = ClusteredHeadAttention(trained(), 3), tokens()
     y = layer(x, mask=attnzoo.AttentionMask.padding([19, 9, 5]))
     for b, length in enumerate((19, 9, 5)):
-        close(y[b : b + 1, :length], layer(x[b : b + 1, :length]))
+        assert_near(y[b : b + 1, :length], layer(x[b : b + 1, :length]))
 
 
 def test_a_cache_holds_the_keys_of_representatives_only():
@@ -297,18 +297,18 @@ def test_reorder_truncate_and_reset():
     full, cache, order = layer(x), layer.init_cache(3, 19), torch.tensor([2, 0, 0])
     layer(x[:, :12], cache=cache)
     cache.reorder(order)
-    close(layer(x[order, 12:], cache=cache), full[order, 12:])
+    assert_near(layer(x[order, 12:], cache=cache), full[order, 12:])
     cache.truncate(12)
-    close(layer(x[order, 12:], cache=cache), full[order, 12:])
+    assert_near(layer(x[order, 12:], cache=cache), full[order, 12:])
     with pytest.raises(ValueError, match="length must be 0 or at least the probe_tokens 5"):
         cache.truncate(3)
     cache.truncate(0)
     assert cache.clusters is None
-    close(layer(x, cache=cache), full)
+    assert_near(layer(x, cache=cache), full)
     cache.reset()
     layer(x[:, :4], cache=cache)
     cache.reorder(order)
-    close(layer(x[order, 4:], cache=cache), full[order, 4:])
+    assert_near(layer(x[order, 4:], cache=cache), full[order, 4:])
 
 
 def test_gradients_where_they_are_asked_for():
@@ -319,7 +319,7 @@ def test_gradients_where_they_are_asked_for():
         for call in (layer, lambda x: with_copied_heads(attn, layer.labels, x)):
             leaf = x.clone().requires_grad_()
             found.append(torch.autograd.grad((call(leaf) * tokens(seed=9)).sum(), leaf)[0])
-    close(found[0], found[1])
+    assert_near(found[0], found[1])
 
 
 def test_bfloat16_is_as_good_as_the_plain_form():
@@ -399,7 +399,7 @@ def test_an_observer_sees_the_weights_of_all_heads(size, option):
     for o in seen:
         k, v = (part.repeat_interleave(H // part.shape[2], 2) for part in (o.k, o.v))
         outputs.append(softmax_attention_reference(o.q, k, v, o.view, o.rules))
-    close(layer.attn.o_proj(torch.cat(outputs, 1).flatten(2)), y)
+    assert_near(layer.attn.o_proj(torch.cat(outputs, 1).flatten(2)), y)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4, "sink_tokens": 1}])
@@ -458,7 +458,7 @@ def test_projections_that_are_not_plain_are_called(B):
 
     (y, labels), *others = [changed(change) for change in (merged, adapter, hook)]
     for z, found in others:
-        close(z, y)
+        assert_near(z, y)
         assert torch.equal(found, labels)
 
 
@@ -486,9 +486,9 @@ def test_decoding_compiles_and_a_prompt_with_graph_breaks(prompt):
     layer, x = ClusteredHeadAttention(trained(), 3), tokens()
     y, cache = layer(x), layer.init_cache(3, 19)
     first = torch.compile(layer, backend="eager") if prompt else layer
-    close(first(x[:, :9], cache=cache), y[:, :9])
+    assert_near(first(x[:, :9], cache=cache), y[:, :9])
     decode = torch.compile(layer, backend="eager", fullgraph=True)
-    close(torch.cat([decode(part, cache=cache) for part in x[:, 9:].split([1, 9], 1)], 1), y[:, 9:])
+    assert_near(torch.cat([decode(part, cache=cache) for part in x[:, 9:].split([1, 9], 1)], 1), y[:, 9:])
 
 
 def test_one_key_head_is_warned_about():
