@@ -272,7 +272,8 @@ class Mechanism(nn.Module):
     def check_prunable(self) -> None:
         """Raise ValueError if a projection was replaced, whose rows cannot be cut."""
         for name, module in self.named_children():
-            if hasattr(module, "in_features") and type(module) is not nn.Linear:
+            linear = hasattr(module, "in_features") or name.endswith(("_proj", "router", "noise"))
+            if linear and type(module) is not nn.Linear:
                 raise ValueError(f"{name} must be a plain Linear layer to be pruned, got {type(module).__name__}")
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:  # noqa: ARG002
