@@ -1,14 +1,17 @@
-"""Sources of text: documents, read with Hugging Face datasets."""
+"""Sources of text: files, and datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from attnzoo_recipes.data.readers import field_of, read_json, read_parquet, read_text
 
 SOURCES = ("stdlib", "text", "json", "parquet", "hub")
 DOCUMENT_UNITS = ("document", "paragraph", "line")
@@ -22,7 +25,8 @@ class Corpus:
     Args:
         source: "stdlib" (the source text of the running Python's standard library, without its tests), "text",
             "json" (one object a line, or a list), "parquet", or "hub" (a dataset of the Hugging Face hub, streamed).
-        files: paths or glob patterns, for text, json and parquet.
+        files: paths or glob patterns, for text, json and parquet, which may be compressed (.gz, .bz2, .xz). A path that
+            exists is taken as it is written, with any brackets.
         name: the dataset, for hub.
         subset: its configuration.
         hub_split: its split.
@@ -66,8 +70,7 @@ class Corpus:
             return sorted(path for path in sources if path.is_file())
         paths: list[Path] = []
         for pattern in self.files:
-            matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-            matches = [match for match in matches if match.is_file()]
+            matches = sorted(path for match in _matches(pattern) if (path := Path(match)).is_file())
             if not matches:
                 raise ValueError(f"data.files: there is no file {pattern!r}")
             paths += matches
@@ -93,35 +96,44 @@ class Corpus:
         Raises:
             ValueError: if a file cannot be read as the source says, or has no such field.
         """
-        from datasets.exceptions import DatasetsError, DatasetGenerationError  # noqa: I001
-
         count = 0
-        try:
-            for row in self._rows():
-                field = "text" if self.source in ("stdlib", "text") else self.text_field
-                if field not in row:
-                    raise ValueError(f"data.text_field must be one of {', '.join(row)}, got {field!r}")
-                text = row[field]
-                if not isinstance(text, str):
-                    raise ValueError(f"data.text_field {field!r} must hold text, got {type(text).__name__}")
-                if text.strip():
-                    yield text
-                    count += 1
-                if count == self.max_documents:
-                    return
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.files must be UTF-8 text: {error}") from error
-        except (DatasetsError, DatasetGenerationError, OSError) as error:
-            where = self.name if self.source == "hub" else ", ".join(self.files[:3])
-            raise ValueError(f"the corpus {where} cannot be read as {self.source}: {error}") from error
+        for text in self._texts():
+            if text.strip():
+                yield text
+                count += 1
+            if count == self.max_documents:
+                return
 
-    def _rows(self) -> Any:
+    def _texts(self) -> Iterator[str]:
+        if self.source == "hub":
+            yield from self._hub_texts()
+        for path in self.paths():
+            if self.source == "json":
+                yield from read_json(path, self.text_field)
+            elif self.source == "parquet":
+                yield from read_parquet(path, self.text_field)
+            else:
+                yield from read_text(path, self.unit)
+
+    def _hub_texts(self) -> Iterator[str]:
         """Rows of a streamed dataset, which is not copied into a cache."""
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
-        if self.source == "hub":
-            return load_dataset(self.name, self.subset, split=self.hub_split, streaming=True)
-        file_format = "text" if self.source == "stdlib" else self.source
-        options = {"sample_by": self.unit} if file_format == "text" else {}
-        paths = [str(path) for path in self.paths()]
-        return load_dataset(file_format, data_files=paths, split="train", streaming=True, **options)
+        try:
+            rows = load_dataset(self.name, self.subset, split=self.hub_split, streaming=True)
+            for number, row in enumerate(rows, 1):
+                yield field_of(row, self.text_field, f"row {number} of {self.name}")
+        except (DatasetsError, OSError) as error:
+            raise ValueError(f"the corpus {self.name} cannot be read as hub: {error}") from error
+
+
+def _matches(pattern: str) -> list[str]:
+    """What matches a pattern, of which a beginning that exists as it is written means itself."""
+    there = Path(pattern)
+    while not there.exists():
+        there = there.parent
+    if there == Path(pattern):
+        return [pattern]
+    rest = str(Path(pattern).relative_to(there))
+    return glob.glob(os.path.join(glob.escape(str(there)), rest), recursive=True)

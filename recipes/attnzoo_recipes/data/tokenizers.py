@@ -13,6 +13,16 @@ from attnzoo_recipes.files import write_atomically
 
 DOCUMENT = "<|document|>"
 
+_UNCHANGED = "data.tokenizer must be byte-level BPE, which returns every text unchanged"
+_SAMPLES = (
+    "def f(x):\n    return 'é €'  # ok\n",
+    " Upper LOWER  two  spaces\t\r\n\n\n   123,456.78 -- \x00\x1f\x7f",
+    "A\u030a \u212b \u1112\u1161\u11ab \ufb01 \u00bd \u200b\ufeff\u3000\U0001f469\u200d\U0001f52c \u0130\u00df",
+    # All bytes that UTF-8 has.
+    "".join(map(chr, [*range(256), *range(0x100, 0x800, 0x40), 0x800, *range(0x1000, 0xD800, 0x1000), 0xE000, 0xF000])),
+    "".join(map(chr, range(0x10000, 0x110000, 0x10000))),
+)
+
 
 class Tokenizer(Protocol):
     """The interface of a tokenizer."""
@@ -88,12 +98,23 @@ class BpeTokenizer:
             raise ValueError(f"data.tokenizer is no tokenizer of Hugging Face tokenizers: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.add_special_tokens([DOCUMENT])
-        self.document_id: int = self._tokenizer.get_vocab(with_added_tokens=True)[DOCUMENT]
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        sample = "def f(x):\n    return 'é €'  # ok\n"
-        if self.decode(self.encode(sample)) != sample:
-            raise ValueError("data.tokenizer must be byte-level BPE, which returns every text unchanged")
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        size = max(vocabulary.values(), default=-1) + 1
+        if DOCUMENT not in vocabulary and size == len(vocabulary):
+            self._tokenizer.add_special_tokens([DOCUMENT])
+        # The package numbers an added token by how many there are, so in a vocabulary with gaps it could be another's.
+        known = self._tokenizer.token_to_id(DOCUMENT)
+        self.document_id: int = size if known is None else known
+        self.vocab_size = max(size, self.document_id + 1)
+        self._spellings = _spellings(self._tokenizer, self.vocab_size)
+        self._spellings[self.document_id] = b""
+        if json.loads(self._tokenizer.to_str())["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
+            raise ValueError(f"{_UNCHANGED}, got one with a normalizer")
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            if token.lstrip or token.rstrip:
+                raise ValueError(f"{_UNCHANGED}, got one that strips spaces beside {token.content!r}")
+        for sample in _SAMPLES:
+            self.encode(sample)
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
@@ -117,48 +138,66 @@ class BpeTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids; where a text contains the spelling of the document token, it is encoded as text."""
         parts = text.split(DOCUMENT)
-        ids: list[int] = self._tokenizer.encode(parts[0], add_special_tokens=False).ids
-        for part in parts[1:]:
-            for piece in ("<", DOCUMENT[1:] + part):
-                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
-        return ids
+        pieces = [parts[0], *(piece for part in parts[1:] for piece in ("<", DOCUMENT[1:] + part))]
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return self._checked(text, [i for encoding in encodings for i in encoding.ids])
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """As `encode`, on all cores."""
         if any(DOCUMENT in text for text in texts):
             return [np.array(self.encode(text), dtype=np.int64) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        ids = (self._checked(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True))
+        return [np.array(each, dtype=np.int64) for each in ids]
+
+    def _checked(self, text: str, ids: list[int]) -> list[int]:
+        """The ids, or ValueError if they don't spell the text."""
+        if b"".join([self._spellings[i] for i in ids]) != text.encode():
+            raise ValueError(f"{_UNCHANGED}, got one that changes {text[:40]!r}")
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text."""
-        text: str = self._tokenizer.decode([i for i in ids if i != self.document_id], skip_special_tokens=False)
-        return text
+        return b"".join([self._spellings[i] for i in ids]).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Byte-level tokens are spelled with one character per byte."""
-        spelled = self._tokenizer.get_vocab(with_added_tokens=True)
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in spelled.items():
-            lengths[index] = 0 if index == self.document_id else len(token)
-        return lengths
+        """Lengths of the tokens' spellings; 0 where the vocabulary has a gap."""
+        return np.array([len(spelling) for spelling in self._spellings], dtype=np.int64)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tokenizer as text."""
         return {"kind": "bpe", "serialized": self._tokenizer.to_str()}
 
 
+def _spellings(tokenizer: Any, size: int) -> list[bytes]:
+    """The bytes of each id: the text of added tokens, and the bytes that the letters of the others stand for."""
+    # The alphabet of GPT-2 (Radford et al. 2019): printable bytes are themselves, the others follow from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
+    added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    spellings = [b""] * size
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index in added:
+            spellings[index] = added[index].encode()
+        elif all(ord(letter) in letters for letter in token):
+            spellings[index] = bytes(letters[ord(letter)] for letter in token)
+        else:
+            raise ValueError(f"{_UNCHANGED}, got the token {token!r}, which stands for no bytes")
+    return spellings
+
+
 def from_dict(settings: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, or "bpe" without its text.
     """
     if settings.get("kind") == "byte":
         return ByteTokenizer()
-    if settings.get("kind") == "bpe":
+    if settings.get("kind") == "bpe" and isinstance(settings.get("serialized"), str):
         return BpeTokenizer(settings["serialized"])
-    raise ValueError(f"tokenizer kind must be byte or bpe, got {settings.get('kind')!r}")
+    raise ValueError(f"tokenizer kind must be byte or bpe, with its text, got {settings.get('kind')!r}")
 
 
 def load_tokenizer(path: Path) -> BpeTokenizer:
@@ -169,7 +208,10 @@ def load_tokenizer(path: Path) -> BpeTokenizer:
     """
     if not path.is_file():
         raise ValueError(f"data.tokenizer must be byte, bpe or a tokenizer.json, got {str(path)!r}")
-    return BpeTokenizer(path.read_text(encoding="utf-8"))
+    try:
+        return BpeTokenizer(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.tokenizer must be UTF-8 text, got {str(path)!r}: {error}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
