@@ -3,6 +3,7 @@
 Every mechanism has the same call, `y = attn(x)` with x (B, T, E) -> (B, T, E); see the README.
 """
 
+import torch.distributed
 from torch import Tensor, nn
 
 from attnzoo import adapters, conversion
@@ -51,6 +52,7 @@ __all__ = [
     "aux_loss",
     "conversion",
     "cost",
+    "sync_aux_loss",
     "__version__",
 ]
 
@@ -62,3 +64,25 @@ def aux_loss(model: nn.Module) -> Tensor | None:
     """
     losses = [loss for module in model.modules() if isinstance(loss := getattr(module, "aux_loss", None), Tensor)]
     return sum(losses[1:], losses[0]) if losses else None
+
+
+def sync_aux_loss(model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Take the auxiliary losses of a model's routers over the batch of all data-parallel processes.
+
+    The papers define them by means over the batch, and a product of means is not the mean of products: without this,
+    each process balances its own part. With it every training forward of such a layer sums a vector over the processes,
+    `aux_loss` and `routing` are the same in all, and gradients averaged over the processes are those of one process
+    with the whole batch. A copied or unpickled module is of one process again.
+
+    Args:
+        model: with `MixtureOfHeadAttention` or `MixtureOfAttentionHeads` layers; others are left alone.
+        group: the data-parallel processes. Default: all.
+
+    Raises:
+        RuntimeError: if torch.distributed is not initialized.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("sync_aux_loss needs torch.distributed to be initialized: call init_process_group first")
+    for module in model.modules():
+        if hasattr(module, "aux_loss_group"):
+            setattr(module, "aux_loss_group", torch.distributed.group.WORLD if group is None else group)  # noqa: B010

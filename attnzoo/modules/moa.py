@@ -91,6 +91,7 @@ class MixtureOfAttentionHeads(Mechanism):
     """
 
     routing: Routing | None = None
+    aux_loss_group: Any = None
     o_bias: nn.Parameter | None
 
     def __init__(
@@ -263,16 +264,14 @@ class MixtureOfAttentionHeads(Mechanism):
         if is_exported():
             return
         self.aux_loss, self.routing = None, None
-        if self.training and logits.numel():
-            terms = router_losses(logits, chosen, gates, real)
+        if self.training:
+            terms, routing = router_losses(logits, chosen, gates, real, self.aux_loss_group)
             weighted = [self.coefficients[name] * terms[name] for name in AUX_LOSSES[self.aux_loss_kind]]
-            self.aux_loss = sum(weighted[1:], weighted[0]) if weighted else None
-            share = torch.zeros_like(logits).scatter(-1, chosen, torch.full_like(gates, 1 / self.num_experts_per_tok))
-            self.routing = Routing.of(share, logits.softmax(-1), real)
+            self.aux_loss, self.routing = sum(weighted[1:], weighted[0]) if weighted else None, routing.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left, which belongs to its graph."""
-        return {**self.__dict__, "aux_loss": None, "routing": None}
+        """Without what the last forward left, which belongs to its graph, and without a process group."""
+        return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """Forward FLOPs, with grouped projections, of "projections", "router" and "attention"."""

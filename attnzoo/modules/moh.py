@@ -83,6 +83,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
     """
 
     routing: Routing | None = None
+    aux_loss_group: Any = None
     routed_router: nn.Linear | None
     shared_router: nn.Linear | None
     type_router: nn.Linear | None
@@ -196,13 +197,13 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         if is_exported():
             return
         self.aux_loss, self.routing = None, None
-        if self.training and probability.numel():
-            self.aux_loss = self.aux_loss_coef * load_balance_loss(active, probability, real)
-            self.routing = Routing.of(active, probability, real)
+        if self.training and probability.shape[-1]:
+            routing = Routing.of(active, probability, real, self.aux_loss_group)
+            self.aux_loss, self.routing = self.aux_loss_coef * load_balance_loss(routing), routing.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left, which belongs to its graph."""
-        return {**self.__dict__, "aux_loss": None, "routing": None}
+        """Without what the last forward left, which belongs to its graph, and without a process group."""
+        return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
 
     def _runs_sparse(self, q: Tensor, v: Tensor, call: Call) -> bool:
         if self.sparse is False or call.cache is not None:

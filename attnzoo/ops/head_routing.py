@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -81,50 +84,28 @@ def top_heads(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, torch.ones_like(chosen, dtype=torch.bool))
 
 
-def token_mean(x: Tensor, real: Tensor | None) -> Tensor:
-    """Mean (N,) of x (B, T, N) over the real tokens (B, T), or over all; 0 if there is none."""
-    valid = torch.ones_like(x[..., :1]) if real is None else real[..., None].to(x.dtype)
-    return (x * valid).sum((0, 1)) / valid.sum().clamp(min=1)
+def token_means(values: Sequence[Tensor], real: Tensor | None, group: Any = None) -> tuple[Tensor, ...]:
+    """Mean (N,) of each (B, T, N) over the real tokens (B, T), or over all; 0 if there is none.
 
-
-def load_balance_loss(selected: Tensor, probability: Tensor, real: Tensor | None) -> Tensor:
-    """R sum_i P_i f_i over real tokens: mean probability times how often head i is selected; K when balanced."""
-    frequency = token_mean(selected.to(probability.dtype), real)
-    return probability.shape[-1] * (token_mean(probability, real) * frequency).sum()
-
-
-def router_losses(logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-    """Losses of a router of experts without coefficients, over the real tokens of the batch.
-
-        switch = N sum_e (P_e / sum P) (f_e / sum f)               1 when balanced
-        z      = mean logsumexp(l)^2
-        cv     = Var(I / sum I) / (mean^2 + 1e-10), I_e the sum of gates
-        mi     = mean_t H(p_t) - H(mean_t p_t)                     -log N .. 0
-
-    Args:
-        logits: (B, T, N).
-        chosen: (B, T, k) experts, all different.
-        gates: (B, T, k).
-        real: (B, T) boolean, or None if all tokens are.
+    With a process group the means are over the tokens of all its processes. What flows back to a process is the
+    gradient of its own tokens times the number of processes, so that gradients averaged over the processes are those
+    of the means.
     """
-    N, p, nothing = logits.shape[-1], logits.softmax(-1), torch.zeros_like(logits)
-    mean = token_mean(p, real)
-    frequency = token_mean(nothing.scatter(-1, chosen, torch.ones_like(gates)), real)
-    importance = token_mean(nothing.scatter(-1, chosen, gates), real)
-    share = importance / importance.sum().clamp(min=1e-30)
-    spread = share.var() if N > 1 else share.new_zeros(())
-    entropy = -(p * logits.log_softmax(-1)).sum(-1, keepdim=True)
-    return {
-        "switch": N * (mean / mean.sum().clamp(min=1e-30) * frequency / frequency.sum().clamp(min=1)).sum(),
-        "z": token_mean(logits.logsumexp(-1, keepdim=True).square(), real)[0],
-        "cv": spread / (share.mean().square() + 1e-10),
-        "mi": token_mean(entropy, real)[0] + (mean * (mean + 1e-8).log()).sum(),
-    }
+    x = torch.cat(list(values), dim=-1)
+    valid = torch.ones_like(x[..., :1]) if real is None else real[..., None].to(x.dtype)
+    total, count = (x * valid).sum((0, 1)), valid.sum()
+    if group is not None:
+        everywhere = torch.cat([total.detach(), count[None]])
+        dist.all_reduce(everywhere, group=group)
+        total = everywhere[:-1] + dist.get_world_size(group) * (total - total.detach())
+        count = everywhere[-1]
+    means: tuple[Tensor, ...] = (total / count.clamp(min=1)).split([value.shape[-1] for value in values])
+    return means
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router did in a training forward, detached, for diagnostics; N counts routed heads or experts.
+    """What a router did in a training forward; N counts routed heads or experts.
 
     Attributes:
         load: (N,) how often each was selected by a real token; of experts, its share of all choices.
@@ -137,11 +118,60 @@ class Routing:
     entropy: Tensor
 
     @classmethod
-    def of(cls, selected: Tensor, probability: Tensor, real: Tensor | None) -> Routing:
-        """Means over the real tokens (B, T) of what was selected and of the probabilities, both (B, T, N)."""
-        p = probability.detach()
-        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1, keepdim=True)
-        return cls(token_mean(selected.to(p.dtype), real), token_mean(p, real), token_mean(entropy, real)[0])
+    def of(cls, selected: Tensor, probability: Tensor, real: Tensor | None, group: Any = None) -> Routing:
+        """Means, as `token_means`, of what was selected and of the probabilities, both (B, T, N)."""
+        entropy = -(probability * probability.clamp(min=1e-30).log()).sum(-1, keepdim=True)
+        load, mean, entropy = token_means([selected.to(probability.dtype), probability, entropy], real, group)
+        return cls(load, mean, entropy[0])
+
+    def detach(self) -> Routing:
+        """Without gradients."""
+        return Routing(self.load.detach(), self.probability.detach(), self.entropy.detach())
+
+
+def load_balance_loss(routing: Routing) -> Tensor:
+    """R sum_i P_i f_i: mean probability times how often head i is selected; K when balanced."""
+    return routing.probability.shape[-1] * (routing.probability * routing.load).sum()
+
+
+def router_losses(
+    logits: Tensor, chosen: Tensor, gates: Tensor, real: Tensor | None, group: Any = None
+) -> tuple[dict[str, Tensor], Routing]:
+    """Losses of a router of experts without coefficients, over the real tokens of the batch, and its statistics.
+
+        switch = N sum_e (P_e / sum P) (f_e / sum f)               1 when balanced
+        z      = mean logsumexp(l)^2
+        cv     = Var(I / sum I) / (mean^2 + 1e-10), I_e the sum of gates
+        mi     = mean_t H(p_t) - H(mean_t p_t)                     -log N .. 0
+
+    Args:
+        logits: (B, T, N).
+        chosen: (B, T, k) experts, all different.
+        gates: (B, T, k).
+        real: (B, T) boolean, or None if all tokens are.
+        group: processes that the batch is spread over, as in `token_means`.
+    """
+    N, p, nothing = logits.shape[-1], logits.softmax(-1), torch.zeros_like(logits)
+    mean, frequency, importance, squares, entropy = token_means(
+        [
+            p,
+            nothing.scatter(-1, chosen, torch.ones_like(gates)),
+            nothing.scatter(-1, chosen, gates),
+            logits.logsumexp(-1, keepdim=True).square(),
+            -(p * logits.log_softmax(-1)).sum(-1, keepdim=True),
+        ],
+        real,
+        group,
+    )
+    share = importance / importance.sum().clamp(min=1e-30)
+    spread = share.var() if N > 1 else share.new_zeros(())
+    losses = {
+        "switch": N * (mean / mean.sum().clamp(min=1e-30) * frequency / frequency.sum().clamp(min=1)).sum(),
+        "z": squares[0],
+        "cv": spread / (share.mean().square() + 1e-10),
+        "mi": entropy[0] + (mean * (mean + 1e-8).log()).sum(),
+    }
+    return losses, Routing(frequency / chosen.shape[-1], mean, entropy[0])
 
 
 def routed_attention(

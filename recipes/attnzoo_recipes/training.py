@@ -26,9 +26,9 @@ class Pretraining(L.LightningModule):
     """Next-token prediction with a decoder whose attention mechanism is an argument.
 
     A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, if documents are
-    packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token), lr, val_loss and
-    val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, which makes tokenisers comparable), test_loss and
-    test_bits_per_byte.
+    packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token of all processes), lr,
+    val_loss and val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, which makes tokenisers comparable), test_loss
+    and test_bits_per_byte.
 
     Args:
         attention: the mechanism; makes an attention module from embed_dim.
@@ -154,6 +154,11 @@ class Pretraining(L.LightningModule):
         """The trainer's data module, or None."""
         return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
 
+    def on_fit_start(self) -> None:
+        """Balance routers over the batch of all processes."""
+        if self.trainer.world_size > 1:
+            attnzoo.sync_aux_loss(self.model)
+
     # loss
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
@@ -171,10 +176,10 @@ class Pretraining(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the predicted tokens, plus auxiliary losses."""
         loss = self._mean_loss(batch)
-        self.log("train_loss", loss.detach(), prog_bar=True)
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
         aux = attnzoo.aux_loss(self.model)
         if aux is not None:
-            self.log("train_aux_loss", aux.detach())
+            self.log("train_aux_loss", aux.detach(), sync_dist=True)
             loss = loss + self.aux_loss_weight * aux
         if self.global_step % log_interval(self.trainer) == 0:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)

@@ -61,7 +61,7 @@ def test_stored_figures(backend):
         results = gradients(attn, x, t["input.w"].to(dtype))
         found = {"output.y": results.pop("y"), **{f"grad.{key}": value for key, value in results.items()}}
         logits = attn.router_logits(x)
-        terms = router_losses(logits, *attn._gates(logits), None)
+        terms, _ = router_losses(logits, *attn._gates(logits), None)
         found["output.router_logits"] = logits.detach()
         for name in ("switch", "z"):
             (grad,) = torch.autograd.grad(terms[name], attn.router.weight, retain_graph=True)
@@ -175,7 +175,7 @@ def test_gate_modes_differ_in_their_gradient():
 def test_losses_at_their_ends():
     def losses(logits):
         attn = make()
-        return router_losses(logits, *attn._gates(logits), None)
+        return router_losses(logits, *attn._gates(logits), None)[0]
 
     flat = losses(torch.zeros(2, 10, 5, dtype=torch.float64))
     assert flat["switch"].item() == pytest.approx(1)

@@ -12,7 +12,7 @@ from attnzoo import AttentionMask, MixtureOfHeadAttention
 from attnzoo.conversion import to_moh
 from attnzoo.masks import Visibility
 from attnzoo.modules.call import begin
-from attnzoo.ops.head_routing import load_balance_loss, query_norm_gates, routed_attention, top_heads
+from attnzoo.ops.head_routing import Routing, load_balance_loss, query_norm_gates, routed_attention, top_heads
 from attnzoo.ops.observation import observing
 from tests.zoo import gradients
 
@@ -71,7 +71,7 @@ def test_stored_figures(options):
         found |= {"output.y": results.pop("y"), **{f"grad.{key}": value for key, value in results.items()}}
         x = x.clone().requires_grad_()
         gates, selected, probability = attn.gates(x, attn.project(x, x, x)[0])
-        loss = load_balance_loss(selected, probability, None)
+        loss = load_balance_loss(Routing.of(selected, probability, None))
         found["output.load_balance_loss"] = loss.detach().view(1)
         grads = torch.autograd.grad(loss, [x, attn.routed_router.weight])
         found |= {"grad_aux.x": grads[0], "grad_aux.routed_router.weight": grads[1]}
@@ -299,7 +299,7 @@ def test_the_order_of_routed_heads_means_nothing():
 def test_the_loss_is_the_number_of_active_heads_when_balanced():
     uniform = torch.full((2, 5, 4), 0.25, dtype=torch.float64)
     selected = top_heads(torch.rand(2, 5, 4), 2)
-    assert load_balance_loss(selected, uniform, None).item() == pytest.approx(2)
+    assert load_balance_loss(Routing.of(selected, uniform, None)).item() == pytest.approx(2)
     attn = make(aux_loss_coef=0.5)
     attn(sample())
     assert attn.aux_loss.item() > 0

@@ -125,8 +125,15 @@ def test_a_flipped_bit_in_the_last_checkpoint_is_noticed(arguments, run, tmp_pat
     assert read_checkpoint(tmp_path / "run" / "version_1")["global_step"] == 5
 
 
-def test_two_processes_equal_one(arguments, tmp_path):
-    words = arguments("kha", "--trainer.accelerator=cpu", steps=4)
+@pytest.mark.parametrize("mechanism", ["kha", "moh", "moa"])
+def test_two_processes_equal_one(mechanism, arguments, tmp_path):
+    words = arguments(
+        mechanism,
+        "--trainer.accelerator=cpu",
+        "--trainer.log_every_n_steps=1",
+        "--model.aux_loss_weight=20",  # so that routers show which batch they balance
+        steps=4,
+    )
     for devices in (1, 2):
         strategy = "ddp" if devices == 2 else "auto"
         folder = f"--trainer.default_root_dir={tmp_path / str(devices)}"
@@ -134,5 +141,8 @@ def test_two_processes_equal_one(arguments, tmp_path):
     alone, together = (read_checkpoint(tmp_path / str(devices))["state_dict"] for devices in (1, 2))
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], atol=2e-6, rtol=1e-5, msg=name)
-    rows = [losses(tmp_path / str(devices)) for devices in (1, 2)]
-    assert rows[0].keys() == rows[1].keys()
+    expected, found = (losses(tmp_path / str(devices)) for devices in (1, 2))
+    assert len(expected) == 4
+    assert {step: float(loss) for step, loss in found.items()} == pytest.approx(
+        {step: float(loss) for step, loss in expected.items()}, rel=1e-5
+    )
