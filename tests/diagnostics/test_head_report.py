@@ -136,6 +136,9 @@ class Planted(nn.Module):
             q[2, 0, 60], k[2, 0, 61] = 1, 1
 
     def forward(self, tokens):
+        return self.attn(self.features(tokens))
+
+    def features(self, tokens):
         x = torch.zeros(*tokens.shape, 80)
         length = tokens.shape[1]
         x[:, torch.arange(length), torch.arange(length)] = 1
@@ -143,7 +146,7 @@ class Planted(nn.Module):
         x[:, 1:].scatter_(2, 40 + tokens[:, :-1, None], 1)
         x[..., 60] = 1
         x[:, 0, 61] = 1
-        return self.attn(x)
+        return x
 
 
 def test_planted_heads_are_named():
@@ -347,3 +350,111 @@ def test_long_inputs_need_one_block_of_one_layer():
     assert report.queries == 8192
     assert (report.table("normalized_entropy") > 0.9).all()
     assert (after - before) * 1024 < 500e6
+
+
+# Padding
+
+
+SIDES = {"right": (0, 6), "left": (6, 0)}
+WITH_PATTERNS = [name for name in zoo.MECHANISMS if zoo.build(name).has_patterns]
+
+
+def _assert_same_figures(one, other):
+    assert one.queries == other.queries
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert a.measures.keys() == b.measures.keys()
+        for name, values in a.measures.items():
+            torch.testing.assert_close(values, b.measures[name], atol=1e-10, rtol=0, equal_nan=True, msg=name)
+        for name in ("pair_cosine", "output_cosine"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-10, rtol=0, equal_nan=True)
+        assert a.sink_rate == b.sink_rate or math.isnan(a.sink_rate)
+        assert a.note == b.note
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", [*WITH_PATTERNS, "bidirectional", "windowed"])
+def test_padding_on_either_side_changes_no_figure(name, side):
+    options = {"bidirectional": {"causal": False}, "windowed": {"sliding_window": 4}}.get(name)
+    module = zoo.build(name) if options is None else zoo.build("gqa", **options)
+    embed = nn.Embedding(V, zoo.E, dtype=torch.float64)
+    x, tokens = 3 * embed(_tokens()[:1, :9]), _tokens()[:1, :9]
+    before, after = SIDES[side]
+    real = torch.ones(1, 9, dtype=torch.bool)
+    padded = (nn.functional.pad(x, (0, 0, before, after), value=2.5), nn.functional.pad(real, (before, after)))
+    options = {"period": 3, "block": 4}
+    _assert_same_figures(head_report(module, [x], **options), head_report(module, [padded], **options))
+    if not module.causal:
+        return
+    model = DecoderLM(V, lambda E: module, embed_dim=zoo.E, num_layers=1).double()
+    padded = (nn.functional.pad(tokens, (before, after), value=4), padded[1])
+    _assert_same_figures(head_report(model, [tokens], **options), head_report(model, [padded], **options))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta", "bert", "gemma2", "opt", "gpt_neox"])
+def test_padding_of_hugging_face_models_changes_no_figure(name, side):
+    model = _shaken(_hf(name)).double()
+    tokens = torch.randint(3, 31, (1, 9), generator=torch.Generator().manual_seed(2))
+    before, after = SIDES[side]
+    padded = {"input_ids": nn.functional.pad(tokens, (before, after)),
+              "attention_mask": nn.functional.pad(torch.ones_like(tokens), (before, after))}  # fmt: skip
+    if (name, side) == ("bert", "left"):
+        # Its places are those of the padded row unless they are given.
+        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    _assert_same_figures(head_report(model, [{"input_ids": tokens}], period=3), head_report(model, [padded], period=3))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_of_different_lengths_are_their_own_batches(side):
+    model, tokens, lengths = _lm(), _tokens(), (13, 1, 6)
+    rows = [row[None, :n] for row, n in zip(tokens, lengths, strict=True)]
+    real = torch.arange(T) < torch.tensor(lengths)[:, None]
+    both = torch.stack([torch.nn.functional.pad(row[0], (0, T - row.shape[1])) for row in rows])
+    if side == "left":
+        real, both = real.flip(1), torch.stack([both[i].roll(T - n) for i, n in enumerate(lengths)])
+    _assert_same_figures(head_report(model, rows), head_report(model, [(both, real)]))
+    # Rows without a real token count for nothing.
+    more = (torch.cat([both, both[:1]]), torch.cat([real, torch.zeros(1, T, dtype=torch.bool)]))
+    _assert_same_figures(head_report(model, rows), head_report(model, [more]))
+
+
+def test_sink_and_previous_token_are_those_of_real_tokens():
+    tokens = torch.cat([torch.zeros(1, 1, dtype=torch.long), torch.arange(2, 10)[None]], 1)
+    heads = Planted()
+    report = head_report(heads, [tokens])
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = heads
+
+        def forward(self, padded, mask):
+            pad = padded.shape[1] - tokens.shape[1]
+            features = torch.nn.functional.pad(self.inner.features(padded[:, pad:]), (0, 0, pad, 0))
+            return self.inner.attn(features, mask=mask)
+
+    left = (torch.nn.functional.pad(tokens, (5, 0)), torch.arange(14)[None] >= 5)
+    shifted = head_report(Padded(), [left])
+    assert shifted.table("sink")[0, 2] > 0.99
+    assert shifted.table("previous_token")[0, 0] > 0.99
+    assert shifted.kinds() == report.kinds()
+
+
+def test_a_token_alone():
+    report = head_report(_lm(), [_tokens()[:, :1]])
+    for layer in report.layers:
+        undefined = {name for name, values in layer.measures.items() if values.isnan().any()}
+        assert undefined == {"normalized_entropy", "previous_token", *(f"detect_{kind}" for kind in s.DETECTABLE)}
+        assert layer.measures["entropy"].tolist() == [0.0] * 4
+        assert layer.measures["sink"].tolist() == layer.measures["current_token"].tolist() == [1.0] * 4
+    assert "L0H0" in report.kinds()
+    # It adds nothing to what is not defined for it.
+    both = head_report(_lm(), [_tokens()[:, :1], _tokens()])
+    torch.testing.assert_close(both.table("previous_token"), head_report(_lm(), [_tokens()]).table("previous_token"))
+    with pytest.raises(ValueError, match="period must lie between 1 and the 1 tokens, got 2"):
+        head_report(_lm(), [_tokens()[:, :1]], period=2)
+    nothing = (_tokens(), torch.zeros(B, T, dtype=torch.bool))
+    with pytest.raises(ValueError, match="batches must hold at least one real token, got padding alone"):
+        head_report(_lm(), [nothing])
+    with pytest.raises(ValueError, match=r"mask must have shape \(B, T\), True for real tokens, got \(3, 1, 13, 13\)"):
+        head_report(_lm(), [(_tokens(), torch.ones(B, 1, T, T))])

@@ -18,6 +18,7 @@ from attnzoo.diagnostics.pruning.curves import head_pruning_curve
 from attnzoo.diagnostics.pruning.importance import head_gradients, head_importance
 from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
 from tests import golden_decoder
+from tests.diagnostics.test_attention_layers import _hf, _shaken
 from tests.golden_decoder import WITHIN, next_token_losses, pairs, real_tokens
 from tests.zoo import E, build, names
 
@@ -70,6 +71,28 @@ def test_importance(stored, decoder, batch, granularity, normalize):
         decoder, [batch], next_token_losses, granularity=granularity, normalize=normalize, valid=real_tokens
     )
     torch.testing.assert_close(found, stored[0][key], atol=WITHIN, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_importance_of_tokens_counts_no_padding(side):
+    model = _shaken(_hf("llama")).double()
+    tokens = torch.randint(3, 31, (2, 5), generator=torch.Generator().manual_seed(4))
+    ones, gap = torch.ones_like(tokens), torch.zeros(2, 3, dtype=torch.long)
+    both = [(gap, x) if side == "left" else (x, gap) for x in (tokens, ones)]
+    padded = {"input_ids": torch.cat(both[0], 1), "attention_mask": (real := torch.cat(both[1], 1)),
+              "position_ids": (real.cumsum(1) - 1).clamp(min=0)}  # fmt: skip
+
+    def losses(model, batch):
+        out = model(**batch).logits.square().mean(-1)
+        return (out * batch["attention_mask"]).sum(1)
+
+    def found(batch):
+        return head_importance(model, [batch], losses, granularity="token", normalize=None)
+
+    alone = found({"input_ids": tokens, "attention_mask": ones})
+    torch.testing.assert_close(found(padded), alone, atol=1e-10, rtol=1e-10)
+    deltas = [ablate_heads(model, [b], losses).delta for b in ({"input_ids": tokens, "attention_mask": ones}, padded)]
+    torch.testing.assert_close(*deltas, atol=1e-10, rtol=1e-10)
 
 
 def test_importance_of_groups(stored, decoder, batch):

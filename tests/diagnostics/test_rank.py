@@ -19,6 +19,7 @@ from attnzoo.diagnostics.capacity.low_rank import (
     representation_error,
 )
 from attnzoo.rotary import rotary_table, rotate
+from tests.diagnostics.test_attention_layers import _hf, _shaken
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "low_rank_bottleneck.safetensors"
 MEASURES = ("rank", "stable_rank", "effective_rank", "participation_ratio")
@@ -212,3 +213,29 @@ def test_report_of_a_model_and_of_latent_attention():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_rank(side):
+    model = _shaken(_hf("llama")).double()
+    rows = [torch.randint(3, 31, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 5)]
+    alone = [attention_rank_report(model, {"input_ids": row}) for row in rows]
+    gap = torch.zeros(1, 4, dtype=torch.long)
+    tokens, mask = (
+        torch.cat([long, torch.cat([short, gap] if side == "right" else [gap, short], 1)])
+        for long, short in (rows, [torch.ones_like(row) for row in rows])
+    )
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    both = attention_rank_report(model, {"input_ids": tokens, "attention_mask": mask, "position_ids": places})
+    more = {"input_ids": torch.cat([tokens, tokens[:1]]), "attention_mask": torch.cat([mask, 0 * mask[:1]])}
+    assert rank_table(attention_rank_report(model, {"input_ids": rows[0]})) == rank_table(alone[0])
+    for row, first, second, third in zip(both, *alone, attention_rank_report(model, more), strict=True):
+        assert row.tokens == third.tokens == 9
+        for part in ("logits", "pattern", "causal_pattern"):
+            for name, value in vars(getattr(row, part)).items():
+                expected = (getattr(getattr(first, part), name) + getattr(getattr(second, part), name)) / 2
+                assert value == pytest.approx(expected, abs=1e-10), (part, name)
+                if side == "right":
+                    assert getattr(getattr(third, part), name) == pytest.approx(expected, abs=1e-10), (part, name)
+    with pytest.raises(ValueError, match="batch must hold at least one real token, got padding alone"):
+        attention_rank_report(model, {"input_ids": tokens, "attention_mask": 0 * mask})

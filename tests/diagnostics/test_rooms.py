@@ -11,11 +11,12 @@ FOLDER = Path(diagnostics.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 BELOW = {
     "layers": set(),
+    "batches": set(),
     "training_records": set(),
-    "heads": {"layers"},
-    "pruning": {"layers"},
+    "heads": {"layers", "batches"},
+    "pruning": {"layers", "batches"},
     "spectra": {"layers"},
-    "capacity": {"heads"},
+    "capacity": {"heads", "batches"},
     "plots": {"spectra", "training_records"},
 }
 """The rooms that a room may import from."""

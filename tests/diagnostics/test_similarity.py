@@ -103,17 +103,59 @@ def test_cka_does_not_know_bases_and_scale():
         torch.testing.assert_close(s.linear_cka(turned, unbiased=unbiased), s.linear_cka(x, unbiased=unbiased))
 
 
-def test_padded_queries_do_not_count():
-    p, lengths = patterns(B=1, T=9), 6
-    mask = torch.arange(9)[None] < lengths
-    short = p[:, :, :lengths, :lengths]
+def padded(x, before, fill, *dims):
+    """A tensor of 6 tokens along these dimensions with `before` tokens in front and as many after as make 9."""
+    for dim in dims:
+        whole = x.new_full((*x.shape[:dim], 9, *x.shape[dim + 1 :]), fill)
+        whole.narrow(dim, before, 6).copy_(x)
+        x = whole
+    return x
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_padding_does_not_count(before):
+    short = patterns(B=1, T=6)
+    p = padded(short, before, 0.0, 2, 3)
+    # What padded queries see does not matter.
+    p[:, :, :before, 0], p[:, :, before + 6 :, before] = 1.0, 1.0
+    mask = padded(torch.ones(1, 6, dtype=torch.bool), before, False, 1)
     for name in ("attention_entropy", "normalized_entropy", "attention_distance", "attention_distance_argmax",
-                 "head_confidence", "attention_sink", "previous_token_score", "attention_cosine",
-                 "attention_correlation", "attention_kl", "attention_js"):  # fmt: skip
-        torch.testing.assert_close(getattr(s, name)(p, mask), getattr(s, name)(short), msg=name)
-    x = torch.randn(1, 3, 9, 4, dtype=torch.float64)
+                 "head_confidence", "attention_sink", "previous_token_score", "current_token_score",
+                 "attention_cosine", "attention_correlation", "attention_kl", "attention_js"):  # fmt: skip
+        torch.testing.assert_close(getattr(s, name)(p, mask), getattr(s, name)(short), msg=name, atol=1e-12, rtol=0)
+        twice, once = torch.cat([p, p]), torch.cat([mask, torch.zeros_like(mask)])
+        torch.testing.assert_close(getattr(s, name)(twice, once), getattr(s, name)(short), msg=name, atol=1e-12, rtol=0)
+    assert s.sink_rate(p, mask, eps=0.4) == s.sink_rate(short, eps=0.4)
+    torch.testing.assert_close(s.induction_score(p, 3, mask), s.induction_score(short, 3))
+    torch.testing.assert_close(
+        s.normalized_entropy(p, mask, causal=False), s.normalized_entropy(short, causal=False), atol=1e-12, rtol=0
+    )
+    assert s.attention_agreement(p, mask) == pytest.approx(s.attention_agreement(short), abs=1e-12)
+    tokens = torch.tensor([[3, 1, 3, 1, 2, 3]])
+    for name in s.DETECTABLE:
+        for measure in ("mul", "abs"):
+            for bos in (False, True):
+                options = {"name": name, "error_measure": measure, "exclude_bos": bos, "round": None}
+                found = s.detect_head(p, padded(tokens, before, 3, 1), mask=mask, **options)
+                torch.testing.assert_close(found, s.detect_head(short, tokens, **options), atol=1e-12, rtol=0)
+    few = torch.randn(1, 3, 6, 4, dtype=torch.float64)
+    x = padded(few, before, math.nan, 2)
     for name in ("output_cosine", "linear_cka", "svcca"):
-        torch.testing.assert_close(getattr(s, name)(x, mask), getattr(s, name)(x[:, :, :lengths]), msg=name)
+        torch.testing.assert_close(getattr(s, name)(x, mask), getattr(s, name)(few), msg=name)
+    with pytest.raises(ValueError, match="rows of this one do not sum to 1"):
+        s.attention_entropy(patterns(B=1, T=9).flip(-1), torch.arange(9)[None] > 2)
+
+
+def test_a_token_alone():
+    one = torch.ones(1, 2, 1, 1)
+    for name in ("attention_entropy", "attention_distance", "attention_distance_argmax"):
+        assert getattr(s, name)(one).tolist() == [0.0, 0.0], name
+    for name in ("head_confidence", "attention_sink", "current_token_score"):
+        assert getattr(s, name)(one).tolist() == [1.0, 1.0], name
+    for name in ("normalized_entropy", "previous_token_score", "attention_correlation"):
+        assert getattr(s, name)(one).isnan().all(), name
+    assert s.attention_cosine(one).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert s.attention_js(one).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", s.DETECTABLE)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.observe import observe
 
@@ -61,7 +62,7 @@ class HeadRank:
         name: its qualified name.
         head: query head.
         head_dim: width D of queries and keys.
-        tokens: T.
+        tokens: T, real ones of the longest sequence.
         logits: of scale Q K^T, before masks, biases, soft-caps and mixing; its rank is D at most.
         pattern: of softmax(logits) over all T keys.
         causal_pattern: of the weights that the model uses.
@@ -139,7 +140,8 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
 
     Args:
         model: any model that `attention_layers` understands; run once, without gradients.
-        batch: what the model takes: a tensor, a tuple of arguments or a mapping of them. T <= 512 is advisable.
+        batch: what the model takes: a tensor, a tuple of arguments or a mapping of them, whose "attention_mask" (B, T)
+            says which tokens are real; the others count neither as queries nor as keys. T <= 512 is advisable.
         rtol: as in `attention_rank`.
 
     Returns:
@@ -149,6 +151,7 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
         ValueError: for a layer without softmax patterns.
     """
     rows: list[HeadRank] = []
+    mask = tokens_and_mask(batch)[1] if isinstance(batch, Mapping) else None
 
     def visit(call: AttentionCall) -> None:
         pattern = call.pattern()
@@ -158,26 +161,34 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
         q, k = call.queries, call.keys
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         high = torch.promote_types(q.dtype, torch.float32)
+        real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if mask is None else mask
+        if not bool(real.any()):
+            raise ValueError("batch must hold at least one real token, got padding alone")
+        # Rows and columns of zeros, and sequences of padding alone, change no rank.
+        real = real[real.any(1)].to(q.device)[:, None]
+        q, k, pattern = (x if mask is None else x[mask.any(1).to(x.device)] for x in (q, k, pattern))
+        q, k = q * real[..., None], k * real[..., None]
+        pairs = real[..., None] & real[:, :, None]
         logits = rank_of_singular_values(logit_singular_values(q, k, call.rules.scale), rtol)
-        open_pattern = attention_rank((call.rules.scale * q.to(high) @ k.to(high).mT).softmax(-1), rtol)
-        own = attention_rank(pattern, rtol)
+        scores = (call.rules.scale * q.to(high) @ k.to(high).mT).masked_fill(~real[:, :, None], -math.inf)
+        open_pattern = attention_rank(scores.softmax(-1) * pairs, rtol)
+        own = attention_rank(pattern * pairs, rtol)
+        tokens = int(real.sum(-1).max())
         for head in range(pattern.shape[1]):
             # A mechanism that composes heads has as many queries as patterns; a routed one may not.
             source = min(head, q.shape[1] - 1) if call.heads is None else call.heads[head]
             rows.append(
                 HeadRank(
-                    call.layer.index, call.layer.name, head, q.shape[-1], q.shape[-2],
+                    call.layer.index, call.layer.name, head, q.shape[-1], tokens,
                     _numbers(logits, source), _numbers(open_pattern, source), _numbers(own, head),
                 )
             )  # fmt: skip
 
     with torch.no_grad(), observe(model, visit):
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, tuple):
+        if isinstance(batch, tuple):
             model(*batch)
         else:
-            model(batch)
+            run_batch(model, batch, mask)
     return sorted(rows, key=lambda row: (row.layer, row.head))
 
 

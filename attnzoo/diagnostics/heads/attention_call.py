@@ -78,12 +78,14 @@ class AttentionCall:
             rows = slice(first, min(T, first + block))
             yield rows, self.pattern(rows)
 
-    def visible_counts(self, rows: slice) -> Tensor:
-        """How many keys these queries see, broadcastable to (B, H, t)."""
+    def visible_counts(self, rows: slice, real: Tensor | None = None) -> Tensor:
+        """How many keys these queries see, of all or of the real ones (B, S), broadcastable to (B, H, t)."""
         q, k, view, _ = self._parts()
         visible = view.dense((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.device, rows)
         if visible is None:
-            return torch.full((rows.stop - rows.start,), k.shape[2], device=q.device)
+            visible = torch.ones(rows.stop - rows.start, k.shape[2], dtype=torch.bool, device=q.device)
+        if real is not None:
+            visible = visible & real[:, None, None]
         return visible.expand(*visible.shape[:-1], k.shape[2]).sum(-1)
 
     def values_by_head(self) -> Tensor:

@@ -73,7 +73,10 @@ class RunningMeasures:
         self.composed = False
 
     def add(self, call: AttentionCall, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Add one call; tokens (B, T) or None, mask (B, T) of the queries that count or None."""
+        """Add one call; tokens (B, T) or None, mask (B, T) of the real tokens or None.
+
+        Padding counts neither as queries nor as keys, and places are those among the real tokens.
+        """
         B, H, T, _ = call.outputs.shape
         if call.num_keys != T:
             raise ValueError(f"batches must need no cache and no context, got {T} queries and {call.num_keys} keys")
@@ -83,26 +86,39 @@ class RunningMeasures:
             raise ValueError(f"mask must have shape {(B, T)}, got {tuple(real.shape)}")
         if tokens is not None and tokens.shape != (B, T):
             raise ValueError(f"tokens must have shape {(B, T)}, that of the queries, got {tuple(tokens.shape)}")
+        if self.period is not None and not 1 <= self.period <= (longest := int(real.sum(1).max())):
+            raise ValueError(f"period must lie between 1 and the {longest} tokens, got {self.period}")
+        if not bool(real.any()):
+            return
         tokens = None if tokens is None else tokens.to(device)
         self.queries += int(real.sum())
+        order = None if mask is None else similarity.real_first(real)
+        keys = tokens if tokens is None or order is None else tokens.gather(1, order)
         gram = torch.zeros(B, H, H, dtype=torch.float64, device=device)
         kinds = torch.zeros(len(similarity.DETECTABLE), B, H, dtype=torch.float64, device=device)
         weight = torch.zeros(B, H, dtype=torch.float64, device=device)
         for rows, pattern in call.pattern_blocks(self.block):
             p, m = pattern.double(), real[:, rows]
-            flat = (p * m[:, None, :, None]).flatten(2)
+            i = (real.cumsum(1) - 1)[:, rows]
+            if order is not None:
+                p = p.gather(-1, order[:, None, None].expand_as(p))
+                p = p.masked_fill(~(m[:, None, :, None] & real.gather(1, order)[:, None, None]), 0.0)
+            flat = p.flatten(2)
             gram += flat @ flat.mT
             self._check(call, p, m)
-            self._single(call, p, m, rows)
-            if tokens is not None:
-                self._kinds(p, tokens, rows, kinds, weight)
+            self._single(p, m, i, call.visible_counts(rows, None if mask is None else real))
+            if tokens is not None and keys is not None:
+                self._kinds(p, tokens[:, rows], keys, i, kinds, weight)
         scale = gram.diagonal(dim1=1, dim2=2).sqrt()
-        self._put("pair_cosine", (gram / (scale[:, :, None] * scale[:, None])).sum(0), B)
+        some = real.any(1)
+        self._put("pair_cosine", (gram / (scale[:, :, None] * scale[:, None]))[some].sum(0), int(some.sum()))
         self._put("output_cosine", similarity.output_cosine(call.outputs, real) * real.sum(), float(real.sum()))
         if tokens is not None:
+            # A token alone has no key but the first.
+            some = real.sum(1) > 1
             for kind, sums in zip(similarity.DETECTABLE, kinds, strict=True):
                 share = torch.where(weight > 0, sums / weight, torch.zeros_like(sums))
-                self._put(f"detect_{kind}", share.sum(0), B)
+                self._put(f"detect_{kind}", share[some].sum(0), int(some.sum()))
 
     def _check(self, call: AttentionCall, p: Tensor, m: Tensor) -> None:
         """Note whether rows are not distributions."""
@@ -112,20 +128,21 @@ class RunningMeasures:
         elif bool(((p.sum(-1) - 1).abs() > _TOLERANCE)[m[:, None].expand(p.shape[:3])].any()):
             self.note = "rows do not add up to 1, so they have no entropy and no distance"
 
-    def _single(self, call: AttentionCall, p: Tensor, m: Tensor, rows: slice) -> None:
-        """Add the measures of single heads, of p (B, H, t, T) with counting rows m (B, t)."""
-        T = p.shape[-1]
-        i = torch.arange(rows.start, rows.stop, device=p.device)
-        j = torch.arange(T, device=p.device)
+    def _single(self, p: Tensor, m: Tensor, i: Tensor, visible: Tensor) -> None:
+        """Add the measures of single heads, of p (B, H, t, T) with real rows m (B, t) at places i (B, t).
+
+        visible, broadcastable to (B, H, t), says how many keys a row sees.
+        """
+        j = torch.arange(p.shape[-1], device=p.device)
         entropy = -torch.xlogy(p.clamp(min=0), p.clamp(min=0)).sum(-1)
-        seen = call.visible_counts(rows).double().expand(p.shape[:-1])
+        seen = visible.double().expand(p.shape[:-1])
         many = m[:, None] & (seen > 1)
         relative = torch.where(many, entropy / seen.log().clamp(min=1e-30), torch.zeros_like(entropy))
         self._put("normalized_entropy", relative.sum((0, 2)), many.sum((0, 2)).double())
         for name, values in {
             "entropy": entropy,
-            "distance": (p * (i[:, None] - j).abs()).sum(-1),
-            "distance_argmax": (i - p.argmax(-1)).abs().double(),
+            "distance": (p * (i[:, None, :, None] - j).abs()).sum(-1),
+            "distance_argmax": (i[:, None] - p.argmax(-1)).abs().double(),
             "confidence": p.amax(-1),
             "sink": p[..., 0],
         }.items():
@@ -134,23 +151,23 @@ class RunningMeasures:
         if self.period is not None:
             offsets["induction_stripe"] = self.period - 1
         for name, offset in offsets.items():
-            if not 0 <= offset < T:
-                raise ValueError(f"period must lie between 1 and the {T} tokens, got {self.period}")
             at = i - offset
             there = (at >= 0) & m
-            index = at.clamp(min=0)[:, None].expand(*p.shape[:-1], 1)
+            index = at.clamp(min=0)[:, None, :, None].expand(*p.shape[:-1], 1)
             values = p.gather(-1, index)[..., 0]
             self._put(name, (values * there[:, None]).sum((0, 2)), float(there.sum()))
 
-    def _kinds(self, p: Tensor, tokens: Tensor, rows: slice, kinds: Tensor, weight: Tensor) -> None:
-        """Add to kinds (3, B, H) and weight (B, H) what `similarity.detect_head` sums, without the first key."""
-        T = p.shape[-1]
-        i = torch.arange(rows.start, rows.stop, device=p.device)[:, None]
-        j = torch.arange(T, device=p.device)
-        same = tokens[:, rows, None] == tokens[:, None, :]
+    def _kinds(self, p: Tensor, queries: Tensor, keys: Tensor, i: Tensor, kinds: Tensor, weight: Tensor) -> None:
+        """Add to kinds (3, B, H) and weight (B, H) what `similarity.detect_head` sums, without the first key.
+
+        queries (B, t) at places i (B, t) and keys (B, T) are token numbers.
+        """
+        i = i[..., None]
+        j = torch.arange(p.shape[-1], device=p.device)
+        same = queries[..., None] == keys[:, None]
         after = torch.zeros_like(same)
         after[:, :, 1:] = same[:, :, :-1] & (j[:-1] < i) & (j[1:] <= i)
-        wanted = ((i - j == 1).expand_as(same), same & (j < i), after)
+        wanted = (i - j == 1, same & (j < i), after)
         p = p * (j > 0)
         weight += p.sum((-1, -2))
         for sums, where in zip(kinds, wanted, strict=True):

@@ -337,12 +337,15 @@ def _observed_attention(
     T, S = query.shape[2], key.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
-    bias = None if boolean else attention_mask
+    bias, visible = (None, attention_mask) if boolean else (attention_mask, None)
+    if bias is not None:
+        # The smallest number hides a key, as a boolean mask does.
+        visible = bias > torch.finfo(bias.dtype).min / 2
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     view = Visibility(
         causal and attention_mask is None and T > 1,
-        mask=AttentionMask.dense(attention_mask) if boolean and attention_mask is not None else None,
+        mask=None if visible is None else AttentionMask.dense(visible),
         query_start=S - T,
     )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -7,19 +7,19 @@ need no more memory than one block of one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads import similarity
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.measures import LayerReport, RunningMeasures
 from attnzoo.diagnostics.heads.observe import Captured, observe
 from attnzoo.diagnostics.layers import attention_layers
-from attnzoo.masks import AttentionMask
 
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head", "sink_head")
 """What `HeadReport.kinds` tells apart."""
@@ -145,16 +145,18 @@ def head_report(
     Args:
         model: any model that `attention_layers` understands, with softmax patterns.
         batches: tensors, called as model(batch), of tokens (B, T) or inputs (B, T, E); pairs (tensor, mask) with a
-            right-padded boolean mask (B, T), called as model(tensor, mask=AttentionMask.padding(...)); or mappings,
-            called as model(**batch), with "input_ids" and "attention_mask" as transformers has them.
+            boolean mask (B, T) of the real tokens, padded on either side, called as model(tensor, mask=...); or
+            mappings, called as model(**batch), with "input_ids" and "attention_mask" (B, T) as transformers has them.
+            Padding counts neither as queries nor as keys. Where padding comes first, models that take "positions" or
+            "position_ids" and are not given any get those of the real tokens.
         layers: indices of the layers to report. Default: all.
         period: of batches [first token] + r + r with r of that many random tokens: adds "induction_stripe".
         block: queries at once.
         forward: calls the model on a batch in another way.
 
     Raises:
-        ValueError: if there are no batches, for a batch of another type, if a call has other queries than keys, or if a
-            layer has no patterns.
+        ValueError: if there are no batches or no real tokens, for a batch or mask of another form, if a call has other
+            queries than keys, or if a layer has no patterns.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
@@ -171,14 +173,15 @@ def head_report(
 
         with observe(model, visit, layers), torch.no_grad():
             for batch in batches:
-                tokens, mask = _described(batch)
-                current[0] = (tokens, mask)
-                _run(model, batch, mask, forward)
+                current[0] = tokens_and_mask(batch)
+                run_batch(model, batch, current[0][1], forward)
     finally:
         for module, was in training.items():
             module.training = was
     if not sums:
         raise ValueError("batches must hold at least one batch that runs the model's attention, got none")
+    if not any(layer.queries for layer in sums.values()):
+        raise ValueError("batches must hold at least one real token, got padding alone")
     ordered = [sums[index] for index in sorted(sums)]
     return HeadReport(tuple(layer.report() for layer in ordered), ordered[0].queries)
 
@@ -243,39 +246,6 @@ def to_bertviz(captured: Captured, tokens: Sequence[str], example: int = 0) -> t
     if len(tokens) != T:
         raise ValueError(f"tokens must be as many as the patterns' {T}, got {len(tokens)}")
     return tuple(p[example : example + 1].float().cpu() for p in patterns), [str(token) for token in tokens]
-
-
-def _described(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Token numbers (B, T) and mask (B, T) of a batch, or None where it has none."""
-    tokens: Any = None
-    mask: Any = None
-    if isinstance(batch, Mapping):
-        tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        tokens, mask = batch
-    elif isinstance(batch, Tensor):
-        tokens = batch
-    integral = isinstance(tokens, Tensor) and not tokens.is_floating_point()
-    plain = isinstance(mask, Tensor) and mask.ndim == 2
-    return tokens if integral else None, mask.bool() if plain else None
-
-
-def _run(
-    model: nn.Module, batch: Any, mask: Tensor | None, forward: Callable[[nn.Module, Any], Any] | None
-) -> None:  # fmt: skip
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, tuple | list) and len(batch) == 2 and mask is not None:
-        lengths = mask.sum(1)
-        if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-            raise ValueError("mask must be of right padding, True for the first tokens of each row, got another one")
-        model(batch[0], mask=AttentionMask.padding(lengths))
-    else:
-        raise ValueError(f"batches must hold tensors, pairs (tensor, mask) or mappings, got {type(batch).__name__}")
 
 
 def _plain(values: Tensor) -> Any:

@@ -1,7 +1,9 @@
 """Measures of what single heads do, and of how similar heads are.
 
-Patterns are (B, H, T, T) or (H, T, T), rows of probabilities of queries over keys. `mask` (B, T) says which queries
-count, True = counts; averages are over all of them together. Logarithms are natural. Everything is float64.
+Patterns are (B, H, T, T) or (H, T, T), rows of probabilities of queries over keys. `mask` (B, T) says which tokens are
+real, True = real; others, padding on either side, count neither as queries nor as keys, and the first token is the
+first real one. Averages are over all real tokens together, and nan where there is nothing to average. Logarithms are
+natural. Everything is float64.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ def attention_entropy(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
 def normalized_entropy(pattern: Tensor, mask: Tensor | None = None, *, causal: bool = True) -> Tensor:
     """Entropy over the log of the number of visible keys, (H,); rows that see one key are left out."""
     p, m = _rows(pattern, mask)
-    T = p.shape[-1]
-    keys = torch.arange(1, T + 1, device=p.device) if causal else torch.full((T,), T, device=p.device)
+    keys = torch.arange(1, p.shape[-1] + 1, device=p.device) if causal else m.sum(-1, keepdim=True)
     keys = keys.double()
     return _mean(_entropy(p) / keys.log().clamp(min=1e-30), m & (keys > 1))
 
@@ -87,6 +88,7 @@ def detect_head(
     name: str,
     error_measure: str = "mul",
     *,
+    mask: Tensor | None = None,
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
     round: int | None = 3,
@@ -98,6 +100,7 @@ def detect_head(
         tokens: (B, T) integers.
         name: "previous_token_head", "duplicate_token_head" or "induction_head".
         error_measure: "mul", the share of the weight on the kind's pairs, or "abs", 1 - T mean |A - M|.
+        mask: (B, T), the real tokens. Default: all.
         exclude_bos: leave the first key out.
         exclude_current_token: leave the diagonal out.
         round: decimals of "abs", which the original rounds to 3; None for all.
@@ -106,9 +109,12 @@ def detect_head(
         raise ValueError(f"name must be one of {', '.join(map(repr, DETECTABLE))}, got {name!r}")
     if error_measure not in ("mul", "abs"):
         raise ValueError(f"error_measure must be 'mul' or 'abs', got {error_measure!r}")
-    p, _ = _rows(pattern, None)
+    p, m = _rows(pattern, mask)
     T = p.shape[-1]
     at = torch.arange(T, device=p.device)
+    if mask is not None:
+        tokens, some = tokens.gather(1, real_first(mask)), mask.any(1)
+        tokens, p, m = tokens[some], p[some], m[some]
     same = tokens[:, :, None] == tokens[:, None, :]
     if name == "previous_token_head":
         wanted = (at[:, None] - at == 1).expand(p.shape[0], T, T)
@@ -118,14 +124,14 @@ def detect_head(
         # Key j counts if the token before it is the query's.
         wanted = torch.zeros_like(same)
         wanted[:, :, 1:] = same[:, :, :-1] & (at[1:] <= at[:, None]) & (at[:-1] < at[:, None])
-    target = wanted.double()[:, None]
+    target = (wanted & m.mT & m).double()[:, None]
     if exclude_bos:
         p = p * (at > 0)
     if exclude_current_token:
         p = p * (at[:, None] != at)
     if error_measure == "mul":
         return ((p * target).sum((-1, -2)) / p.sum((-1, -2))).mean(0)
-    score = 1 - (p - target).abs().mean((-1, -2)) * T
+    score = 1 - (p - target).abs().sum((-1, -2)) / m.sum(-1)
     return (score if round is None else torch.round(score, decimals=round)).mean(0)
 
 
@@ -158,8 +164,8 @@ def value_weighted_pattern(pattern: Tensor, value: Tensor) -> Tensor:
 def attention_cosine(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cosine of whole patterns, mean over examples, (H, H)."""
     p, m = _rows(pattern, mask, probabilities=False)
-    flat = torch.nn.functional.normalize((p * m[..., None]).flatten(2), dim=-1)
-    return (flat @ flat.mT).mean(0)
+    flat = torch.nn.functional.normalize(p.flatten(2), dim=-1)
+    return (flat @ flat.mT)[m.any(-1)[:, 0]].mean(0)
 
 
 def attention_correlation(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -169,8 +175,12 @@ def attention_correlation(pattern: Tensor, mask: Tensor | None = None) -> Tensor
     seen = torch.ones(T, T, dtype=torch.bool, device=p.device).tril()
     correlations = []
     for one, valid in zip(p, m[:, 0], strict=True):
+        if not bool(valid.any()):
+            continue
         entries = one[:, seen & valid[:, None]]
-        correlations.append(torch.corrcoef(entries))
+        entries = entries - entries.mean(-1, keepdim=True)
+        size: Tensor = torch.linalg.vector_norm(entries, dim=-1)
+        correlations.append(entries @ entries.mT / (size[:, None] * size))
     return torch.stack(correlations).mean(0)
 
 
@@ -178,9 +188,9 @@ def attention_kl(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean KL(A_a || A_b) over queries, row a, column b, (H, H); the log of 0 counts as -40."""
     p, m = _rows(pattern, mask)
     logs = torch.where(p > 0, p.clamp(min=1e-300).log(), torch.full_like(p, _KL_FLOOR))
-    weighted, total = p * m[..., None], m.sum()
-    own = (weighted * logs).sum((0, 2, 3)) / total
-    cross = torch.einsum("baij,bcij->ac", weighted, logs) / total
+    total = m.sum()
+    own = (p * logs).sum((0, 2, 3)) / total
+    cross = torch.einsum("baij,bcij->ac", p, logs) / total
     return own[:, None] - cross
 
 
@@ -200,7 +210,8 @@ def output_cosine(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean cosine of head outputs (B, H, T, Dv) of a token, (H, H)."""
     x = torch.nn.functional.normalize(_four(outputs).double(), dim=-1)
     m = _query_mask(x, mask)
-    return torch.einsum("batd,bctd->ac", x * m[..., None], x) / m.sum()
+    x = x.masked_fill(~m[..., None], 0.0)
+    return torch.einsum("batd,bctd->ac", x, x) / m.sum()
 
 
 def value_cosine(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -285,7 +296,7 @@ def disagreement(kind: str, *, pattern: Tensor | None = None, vectors: Tensor | 
         if pattern is None:
             raise ValueError("pattern must be given for disagreement 'position', got None")
         p, m = _rows(pattern, mask, probabilities=False)
-        total = (p * m[..., None]).sum(1).square().sum()
+        total = p.sum(1).square().sum()
         return -float(total / m.sum()) / p.shape[1] ** 2
     if kind not in ("output", "subspace"):
         raise ValueError(f"kind must be 'position', 'output' or 'subspace', got {kind!r}")
@@ -322,16 +333,29 @@ def _four(x: Tensor) -> Tensor:
 
 
 def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> tuple[Tensor, Tensor]:
-    """Pattern (B, H, T, T) in float64 and which rows count, (B, 1, T); raises for rows that are not distributions."""
+    """Pattern (B, H, T, T) in float64, real tokens first and 0 elsewhere, and which rows are real, (B, 1, T).
+
+    Raises for rows that are not distributions over the real tokens.
+    """
     p = _four(pattern).double()
     if p.shape[-1] != p.shape[-2]:
         raise ValueError(f"pattern must have as many keys as queries, got {tuple(pattern.shape)}")
     m = _query_mask(p, mask)
+    if mask is not None:
+        order = real_first(mask)
+        p = p.gather(-2, order[:, None, :, None].expand_as(p)).gather(-1, order[:, None, None].expand_as(p))
+        m = m.gather(-1, order[:, None])
+        p = p.masked_fill(~(m[..., None] & m[:, :, None]), 0.0)
     if probabilities:
         rows = p.sum(-1)[m.expand(p.shape[:3])]
         if bool(((rows - 1).abs() > _TOLERANCE).any()) or bool((p < -_TOLERANCE).any()):
             raise ValueError("pattern must hold distributions: rows of this one do not sum to 1, or are negative")
     return p, m
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """Places (B, T) of the tokens with the real ones first, each group in its order."""
+    return torch.sort(mask.logical_not().byte(), dim=1, stable=True).indices
 
 
 def _query_mask(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -354,7 +378,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _diagonal(pattern: Tensor, mask: Tensor | None, offset: int) -> Tensor:
     p, m = _rows(pattern, mask)
-    if not 0 <= offset < p.shape[-1]:
+    if not 0 <= offset < max(p.shape[-1], 2):
         raise ValueError(f"offset must lie between 0 and the {p.shape[-1]} keys, got {offset}")
     values = p.diagonal(-offset, -2, -1)
     return _mean(values, m[..., offset:])

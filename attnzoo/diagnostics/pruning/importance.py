@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.batches import tokens_and_mask
 from attnzoo.diagnostics.pruning.evaluate import LossFn, check_count, evaluating, losses_of, progress_bar
 from attnzoo.diagnostics.pruning.masks import (
     UNITS,
@@ -57,7 +58,8 @@ def head_importance(
         unit: "head", or "kv_group" for |sum of s over the query heads of a group|, (L, G).
         head_mask: (L, H) mask at which to measure; masked heads get exactly 0.
         coupled: each loss depends on other examples of its batch, as in-batch contrastive losses do.
-        valid: for "token", makes from a batch the boolean (B, T) tokens that count. Default: all.
+        valid: for "token", makes from a batch the boolean (B, T) tokens that count. Default: those of a mapping's
+            "attention_mask" or of a pair (tensor, boolean mask (B, T)), else all.
         num_examples: use this many; fewer are an error. Default: all.
         progress: show a bar if this takes more than a few seconds and tqdm is installed.
 
@@ -81,7 +83,7 @@ def head_importance(
             # (B, T, L, H); of "batch" B = T = 1.
             s = s.view(*s.shape[:-1], -1, size).sum(-1)
             if granularity == "token":
-                real = torch.ones(s.shape[:2]) if valid is None else valid(batch)[:count]
+                real = _real_tokens(batch, s.shape[:2]) if valid is None else valid(batch)[:count]
                 if tuple(real.shape) != tuple(s.shape[:2]):
                     raise ValueError(f"valid must give a mask of shape {tuple(s.shape[:2])}, got {tuple(real.shape)}")
                 real = real.to("cpu", torch.float64)
@@ -93,6 +95,17 @@ def head_importance(
                 weight += count
     measured.check_slope(largest)
     return normalize_importance(summed.abs() / weight, normalize)
+
+
+def _real_tokens(batch: Any, shape: tuple[int, ...]) -> Tensor:
+    """Which of the tokens (B, T) are real, by the mask that a batch holds."""
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    if isinstance(batch, Mapping) or (pair and batch[1].dtype == torch.bool):
+        mask = tokens_and_mask(batch)[1]
+        # Heads of a decoder do not run over the tokens of its encoder.
+        if mask is not None and mask.shape[1] == shape[1]:
+            return mask[: shape[0]]
+    return torch.ones(shape)
 
 
 def head_gradients(

@@ -1,0 +1,62 @@
+"""Batches as diagnostics take them: their tokens, which of them are real, and how a model is called on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnzoo.masks import AttentionMask
+
+
+def tokens_and_mask(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Token numbers (B, T) and mask (B, T) of the real tokens of a batch, or None where it has none."""
+    tokens: Any = None
+    mask: Any = None
+    if isinstance(batch, Mapping):
+        tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        tokens, mask = batch
+    elif isinstance(batch, Tensor):
+        tokens = batch
+    integral = isinstance(tokens, Tensor) and not tokens.is_floating_point()
+    if isinstance(mask, Tensor) and mask.ndim != 2:
+        raise ValueError(f"mask must have shape (B, T), True for real tokens, got {tuple(mask.shape)}")
+    return tokens if integral else None, mask.bool() if isinstance(mask, Tensor) else None
+
+
+def run_batch(
+    model: nn.Module, batch: Any, mask: Tensor | None, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> None:  # fmt: skip
+    """Call the model on a batch as `head_report` says; mask is the batch's own."""
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**{**_positions(model, "position_ids", mask), **batch})
+    elif isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, tuple | list) and len(batch) == 2 and mask is not None:
+        if bool((mask.diff(dim=1).count_nonzero(1) > 1).any()):
+            raise ValueError("mask must be of right padding or of left padding in each row, got another one")
+        padding = AttentionMask.dense(mask[:, None, None]) if _is_left(mask) else AttentionMask.padding(mask.sum(1))
+        model(batch[0], mask=padding, **_positions(model, "positions", mask))
+    else:
+        raise ValueError(f"batches must hold tensors, pairs (tensor, mask) or mappings, got {type(batch).__name__}")
+
+
+def _is_left(mask: Tensor) -> bool:
+    """Whether padding comes before real tokens in some row."""
+    return bool((mask[:, 1:] > mask[:, :-1]).any())
+
+
+def _positions(model: nn.Module, name: str, mask: Tensor | None) -> dict[str, Tensor]:
+    """Places of the real tokens under left padding, if the model takes them by this name and does not find its own."""
+    if mask is None or not _is_left(mask) or name not in inspect.signature(model.forward).parameters:
+        return {}
+    # Position embeddings with a place for padding (RoBERTa) are looked up by places that the model counts itself.
+    embeddings = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    if any(getattr(embedding, "padding_idx", None) is not None for embedding in embeddings):
+        return {}
+    return {name: (mask.long().cumsum(1) - 1).clamp(min=0)}
