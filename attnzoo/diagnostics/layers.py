@@ -6,14 +6,14 @@ The mechanisms of this library, torch.nn.MultiheadAttention and the usual Huggin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from attnzoo.diagnostics.layer_probe import verified
 from attnzoo.modules.heads import HeadLayout
 from attnzoo.modules.protocol import AttentionMechanism, is_mechanism
 
@@ -160,7 +160,7 @@ def layer_of(
     module: nn.Module,
     family: str,
     projection: nn.Module,
-    weights: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    weights: Callable[[], tuple[Tensor, Tensor, Tensor]] | Sequence[Callable[[], tuple[Tensor, Tensor, Tensor]]],
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -175,7 +175,9 @@ def layer_of(
         module: the attention module.
         family: name of the family.
         projection: the output projection, with a weight (E, H Dv), or (H Dv, E) of a transformers Conv1D.
-        weights: gives the query (H D, E), key (G D, E) and value (G Dv, E) weights, rows head by head.
+        weights: gives the query (H D, E), key (G D, E) and value (G Dv, E) weights, rows head by head. Several of them
+            are guesses: when factors are asked for, the module is run alone on a random token, the first one that it
+            computes with is taken, and the gains of norms of queries and keys are folded in.
         num_heads: H.
         num_kv_heads: G.
         rope_dim: width of a head's rotated features, which come first.
@@ -184,7 +186,8 @@ def layer_of(
     Raises:
         ValueError: if the sizes do not fit each other.
     """
-    query, key, value = weights()
+    guesses = [] if callable(weights) else list(weights)
+    query, key, value = weights() if callable(weights) else guesses[0]()
     out = matrix(projection)
     rows = (query.shape[0], key.shape[0], value.shape[0])
     fits = num_heads > 0 and num_kv_heads > 0 and num_heads % num_kv_heads == 0
@@ -198,14 +201,17 @@ def layer_of(
         )
     reads = [h * num_kv_heads // num_heads for h in range(num_heads)]
 
+    def read() -> tuple[Tensor, Tensor, Tensor]:
+        return weights() if callable(weights) else verified(name, module, projection, guesses, num_heads, num_kv_heads)
+
     def qk(part: str) -> Factors:
         kept = _part(part, rope_dim, name)
-        wq, wk, _ = (w.detach() for w in weights())
+        wq, wk, _ = (w.detach() for w in read())
         wq, wk = wq.reshape(num_heads, -1, wq.shape[1]), wk.reshape(num_kv_heads, -1, wk.shape[1])
         return [(wq[h, kept], wk[g, kept]) for h, g in enumerate(reads)]
 
     def ov() -> Factors:
-        value = weights()[2].detach()
+        value = read()[2].detach()
         value = value.reshape(num_kv_heads, -1, value.shape[1])
         width, out = value.shape[1], matrix(projection).detach()
         return [(value[g], out[:, h * width : (h + 1) * width]) for h, g in enumerate(reads)]
@@ -269,11 +275,16 @@ def _has(module: Any, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
+def _projects(module: Any, *names: str) -> bool:
+    """Whether these submodules have a matrix of weights."""
+    return _has(module, *names) and all(getattr(getattr(module, name), "weight", None) is not None for name in names)
+
+
 def _separate_out(module: nn.Module) -> str | None:
     """The name of the output projection beside q_proj, k_proj and v_proj."""
-    if not _has(module, "q_proj", "k_proj", "v_proj"):
+    if not _projects(module, "q_proj", "k_proj", "v_proj"):
         return None
-    return next((name for name in ("o_proj", "out_proj") if _has(module, name)), None)
+    return next((name for name in ("o_proj", "out_proj") if _projects(module, name)), None)
 
 
 def _read_separate(name: str, index: int, module: Any) -> AttentionLayer:
@@ -285,35 +296,13 @@ def _read_separate(name: str, index: int, module: Any) -> AttentionLayer:
         width = rows // heads
 
     def weights() -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (matrix(getattr(module, f"{x}_proj")).detach() for x in "qkv")
-        return (
-            query * _gain(getattr(module, "q_norm", None), query.shape[0], width, query)[:, None],
-            key * _gain(getattr(module, "k_norm", None), key.shape[0], width, key)[:, None],
-            value,
-        )
+        return matrix(module.q_proj), matrix(module.k_proj), matrix(module.v_proj)
 
     groups = matrix(module.k_proj).shape[0] // width
     return layer_of(
-        name, index, module, "separate", out, weights, num_heads=rows // width, num_kv_heads=groups,
+        name, index, module, "separate", out, [weights], num_heads=rows // width, num_kv_heads=groups,
         rope_dim=_config_rope(module, width),
     )  # fmt: skip
-
-
-def _gain(norm: nn.Module | None, rows: int, width: int, like: Tensor) -> Tensor:
-    """Factor of each row by a norm of queries or keys: of a head's width, or of all heads together.
-
-    Measured, since some norms multiply by 1 + weight: a vector with mean square 1 and mean 0 shows its gain.
-    """
-    if norm is None:
-        return torch.ones(rows, dtype=like.dtype, device=like.device)
-    weight: Any = getattr(norm, "weight", None)
-    size = width if weight is None else weight.shape[-1]
-    probe = torch.ones(size, device=like.device, dtype=like.dtype)
-    probe[1::2] = -1
-    # Large, so that the norm's epsilon vanishes; both signs, so that its bias does.
-    with torch.no_grad():
-        gain: Tensor = (norm(1e4 * probe) - norm(-1e4 * probe)) / 2 * probe
-    return gain.repeat(rows // size)
 
 
 def _first(module: Any, layer: str, *names: str) -> int:
@@ -344,7 +333,7 @@ def _read_bert(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(inner, name, "num_attention_heads", "num_heads")
     return layer_of(
         name, index, module, "bert", module.output.dense,
-        lambda: (matrix(inner.query), matrix(inner.key), matrix(inner.value)),
+        [lambda: (matrix(inner.query), matrix(inner.key), matrix(inner.value))],
         num_heads=heads, num_kv_heads=heads,
     )  # fmt: skip
 
@@ -353,7 +342,7 @@ def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "n_heads")
     return layer_of(
         name, index, module, "distilbert", module.out_lin,
-        lambda: (matrix(module.q_lin), matrix(module.k_lin), matrix(module.v_lin)),
+        [lambda: (matrix(module.q_lin), matrix(module.k_lin), matrix(module.v_lin))],
         num_heads=heads, num_kv_heads=heads,
     )  # fmt: skip
 
@@ -361,65 +350,73 @@ def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
 def _read_short(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "num_attention_heads", "n_heads")
     return layer_of(
-        name, index, module, "mpnet", module.o, lambda: (matrix(module.q), matrix(module.k), matrix(module.v)),
+        name, index, module, "mpnet", module.o, [lambda: (matrix(module.q), matrix(module.k), matrix(module.v))],
         num_heads=heads, num_kv_heads=heads,
     )  # fmt: skip
 
 
 def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:
-    heads = _first(module, name, "num_heads")
+    heads = _first(module, name, "num_heads", "n_head")
+    if not _has(module, "q_attn"):
+        return _fused(name, index, module, "gpt2", module.c_attn, module.c_proj, heads, 0)
 
     def weights() -> tuple[Tensor, Tensor, Tensor]:
-        if _has(module, "q_attn"):
-            key, value = matrix(module.c_attn).chunk(2)
-            return matrix(module.q_attn), key, value
-        query, key, value = matrix(module.c_attn).chunk(3)
-        return query, key, value
+        key, value = matrix(module.c_attn).chunk(2)
+        return matrix(module.q_attn), key, value
 
     return layer_of(
-        name, index, module, "gpt2", module.c_proj, weights, num_heads=heads, num_kv_heads=heads
+        name, index, module, "gpt2", module.c_proj, [weights], num_heads=heads, num_kv_heads=heads
     )  # fmt: skip
 
 
-def _is_neox(module: nn.Module) -> bool:
-    """Fused rows (H, 3, D); Falcon has the same names, but grouped and multi-query layouts."""
-    if not _has(module, "query_key_value", "dense"):
-        return False
-    rows, columns = matrix(module.query_key_value).shape[0], matrix(module.dense).shape[1]  # type: ignore[arg-type]
-    return rows == 3 * columns and not getattr(module, "new_decoder_architecture", False)
-
-
 def _read_neox(name: str, index: int, module: Any) -> AttentionLayer:
-    heads = _first(module, name, "num_attention_heads", "num_heads")
+    heads, rope = _first(module, name, "num_attention_heads", "num_heads"), getattr(module, "rotary_ndims", 0)
+    return _fused(name, index, module, "gpt_neox", module.query_key_value, module.dense, heads, rope)
 
-    def weights() -> tuple[Tensor, Tensor, Tensor]:
-        weight = matrix(module.query_key_value)
-        fused = weight.view(heads, 3, -1, weight.shape[1])
-        query, key, value = (fused[:, i].flatten(0, 1) for i in range(3))
+
+def _fused(
+    name: str, index: int, module: nn.Module, family: str, fused: nn.Module, out: nn.Module, heads: int, rope_dim: int
+) -> AttentionLayer:
+    """A layer with one projection of (H + 2 G) D rows, in one of two orders: by kind, or by key/value head."""
+    rows, width = matrix(fused).shape[0], matrix(out).shape[1] // heads
+    groups = (rows // max(width, 1) - heads) // 2
+    if groups < 1 or heads % groups or (heads + 2 * groups) * width != rows:
+        raise ValueError(
+            f"layer {name!r} does not fit family {family!r}: its fused projection has {rows} rows for {heads} heads of "
+            f"width {width}"
+        )
+
+    def by_kind() -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = matrix(fused).split([heads * width, groups * width, groups * width])
         return query, key, value
 
-    rope = getattr(module, "rotary_ndims", 0)
+    def by_group() -> tuple[Tensor, Tensor, Tensor]:
+        weight = matrix(fused)
+        parts = weight.view(groups, heads // groups + 2, width, weight.shape[1])
+        query, key, value = parts[:, :-2], parts[:, -2:-1], parts[:, -1:]
+        return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
     return layer_of(
-        name, index, module, "gpt_neox", module.dense, weights, num_heads=heads, num_kv_heads=heads, rope_dim=rope
+        name, index, module, family, out, [by_kind, by_group], num_heads=heads, num_kv_heads=groups, rope_dim=rope_dim
     )
 
 
 def _is_bert(module: nn.Module) -> bool:
     if not _has(module, "self", "output"):
         return False
-    return _has(module.self, "query", "key", "value") and _has(module.output, "dense")
+    return _projects(module.self, "query", "key", "value") and _projects(module.output, "dense")
 
 
 _FAMILIES: dict[str, Family] = {
     "attnzoo": Family(is_mechanism, _read_zoo),
     "torch": Family(lambda module: isinstance(module, nn.MultiheadAttention), _read_torch),
     "separate": Family(lambda module: _separate_out(module) is not None, _read_separate),
-    "gpt2": Family(lambda module: _has(module, "c_attn", "c_proj"), _read_gpt2),
-    "gpt_neox": Family(_is_neox, _read_neox),
+    "gpt2": Family(lambda module: _projects(module, "c_attn", "c_proj"), _read_gpt2),
+    "gpt_neox": Family(lambda module: _projects(module, "query_key_value", "dense"), _read_neox),
     "bert": Family(_is_bert, _read_bert),
-    "distilbert": Family(lambda module: _has(module, "q_lin", "k_lin", "v_lin", "out_lin"), _read_distilbert),
+    "distilbert": Family(lambda module: _projects(module, "q_lin", "k_lin", "v_lin", "out_lin"), _read_distilbert),
     "mpnet": Family(
-        lambda module: _has(module, "q", "k", "v", "o") and hasattr(module, "num_attention_heads"), _read_short
+        lambda module: _projects(module, "q", "k", "v", "o") and hasattr(module, "num_attention_heads"), _read_short
     ),
 }
 """Kinds of attention modules, asked in this order."""

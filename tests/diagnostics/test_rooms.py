@@ -10,7 +10,8 @@ from attnzoo.modules.protocol import MEMBERS
 FOLDER = Path(diagnostics.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 BELOW = {
-    "layers": set(),
+    "layer_probe": set(),
+    "layers": {"layer_probe"},
     "batches": set(),
     "training_records": set(),
     "heads": {"layers", "batches"},
