@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Weights = tuple[Tensor, Tensor, Tensor]
 """Of queries (H D, E), keys (G D, E) and values (G Dv, E), rows head by head."""
 
+Norm = tuple[nn.Module, torch.Size]
+"""A norm of queries, keys or values of one token, and the shape that it takes."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _WITHIN = 1e-3
 
@@ -94,6 +97,28 @@ def verified(
         f"layer {name!r} cannot be read: {type(module).__name__} does not compute the queries, keys and values that "
         f"its projections seem to give{failure or ''}; masks and patterns of its heads do not need them"
     )
+
+
+def norms_after(module: nn.Module, linears: Sequence[nn.Module], width: int, num_heads: int) -> list[Norm | None]:
+    """The norm that the output of each of these projections enters, with the shape in which it does, or None.
+
+    Raises:
+        ValueError: if the module cannot be run alone.
+    """
+    weight: Any = linears[0].weight
+    x = torch.randn(1, 1, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    failure = "it takes no hidden states"
+    for call in calls_of(module, x.to(weight.device), width, num_heads):
+        try:
+            run = _run(module, call)
+        except Exception as error:
+            failure = line_of(error)
+            continue
+        outputs = {linear: out for linear, _, out in run.calls}
+        if all(linear in outputs for linear in linears):
+            return [_norm_of(run, outputs[linear].flatten().double(), linears) for linear in linears]
+        failure = "it does not call its projections"
+    raise ValueError(f"{type(module).__name__} cannot be run alone on hidden states: {failure}")
 
 
 def calls_of(module: nn.Module, x: Tensor, width: int, num_heads: int) -> Iterator[dict[str, Any]]:
@@ -212,15 +237,21 @@ def _parallel(found: Tensor, expected: Tensor, stretched: bool) -> bool:
 def _with_norm(run: _Run, weight: Tensor, x: Tensor, projection: nn.Module) -> tuple[Tensor, bool]:
     """The weight with the linear part of the norm that its output enters, and whether there is one."""
     raw = weight @ x
+    norm = _norm_of(run, raw, [projection])
+    return (weight, False) if norm is None else (_folded(*norm, weight), True)
+
+
+def _norm_of(run: _Run, raw: Tensor, others: Sequence[nn.Module]) -> Norm | None:
+    """The first module that changes these numbers and none of their places, without the others inside."""
     for norm, seen, out in run.calls:
-        if seen.numel() != raw.numel() or seen.shape != out.shape or any(m is projection for m in norm.modules()):
+        if seen.numel() != raw.numel() or seen.shape != out.shape or any(m in others for m in norm.modules()):
             continue
         given = seen.flatten().double()
         if torch.allclose(given, raw, rtol=_WITHIN, atol=_WITHIN * float(raw.abs().max())) and not torch.equal(
             seen, out
         ):
-            return _folded(norm, seen.shape, weight), True
-    return weight, False
+            return norm, seen.shape
+    return None
 
 
 def _folded(norm: nn.Module, shape: torch.Size, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ BELOW = {
     "batches": set(),
     "training_records": set(),
     "heads": {"layers", "batches"},
-    "pruning": {"layers", "batches"},
+    "pruning": {"layers", "batches", "layer_probe"},
     "spectra": {"layers"},
     "capacity": {"heads", "batches"},
     "plots": {"spectra", "training_records"},

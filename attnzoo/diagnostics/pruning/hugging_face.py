@@ -1,7 +1,7 @@
 """Removing heads of Hugging Face attention modules for good, which transformers 5 no longer offers itself.
 
 Modules with separate query, key, value and output projections can be pruned (Llama, Mistral, Qwen, Gemma and
-relatives), and those of BERT and its relatives.
+relatives), and those of BERT and its relatives. Whether one really can is tried, see `trial`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.layer_probe import norms_after
 from attnzoo.diagnostics.layers import AttentionLayer, register_family
 from attnzoo.modules.heads import HeadLayout, head_rows, keep_columns, keep_entries, keep_rows
 
@@ -21,8 +22,8 @@ RAGGED = "attnzoo_ragged"
 """Name of the attention function that gathers key/value heads for query heads in uneven groups."""
 
 
-def _parts(layer: AttentionLayer) -> tuple[Any, nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-    """The module that calls attention, and its four projections."""
+def projections_of(layer: AttentionLayer) -> tuple[Any, nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """The module that calls attention, and its query, key, value and output projections."""
     module: Any = layer.module
     if layer.family == "bert":
         inner = module.self
@@ -46,15 +47,13 @@ def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact:
             "prune_heads knows zoo modules, BERT and models with separate projections, got "
             f"{type(layer.module).__name__}"
         )
-    inner, query, key, value, out = _parts(layer)
+    inner, query, key, value, out = projections_of(layer)
     if not all(isinstance(linear, nn.Linear) for linear in (query, key, value, out)):
         raise ValueError(f"prune_heads needs linear projections, got {type(query).__name__} in layer {layer.name!r}")
-    for name, linear, count in (("q_norm", query, layer.num_heads), ("k_norm", key, layer.num_kv_heads)):
-        norm = getattr(inner, name, None)
-        weight = getattr(norm, "weight", None)
-        if count > 1 and weight is not None and weight.shape[-1] == linear.out_features and not allow_inexact:
+    for name, count in zip(_norms(layer), (layer.num_heads, layer.num_kv_heads), strict=True):
+        if name is not None and name.startswith(_JOINT) and count > 1 and not allow_inexact:
             raise ValueError(
-                f"prune_heads needs norms of single heads, but {name} of layer {layer.name!r} runs over all heads "
+                f"prune_heads needs norms of single heads, but {name[1:]} of layer {layer.name!r} runs over all heads "
                 "together; allow_inexact=True goes on all the same"
             )
     if not left.kept and not layer.name and layer.family != "bert":
@@ -68,18 +67,44 @@ def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact:
             )
 
 
-def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int], allow_inexact: bool) -> None:
-    """Remove these heads of a layer that `check_prunable` accepts; the arguments are the same, plus the whole model."""
+_JOINT = "*"
+"""Before the name of a norm that runs over all heads together."""
+
+
+def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
+    """Names inside the module of the norms that queries and keys pass; what the first pruning found stays."""
+    inner, query, key, _, _ = projections_of(layer)
+    if not hasattr(inner, "attnzoo_norms"):
+        try:
+            found = norms_after(layer.module, (query, key), layer.head_dim, layer.num_heads)
+        except ValueError as error:
+            raise ValueError(f"prune_heads cannot try layer {layer.name!r}: {error}") from None
+        names = {module: name for name, module in inner.named_modules()}
+        joint = [
+            norm is not None and norm[1][-1] == linear.out_features
+            for norm, linear in zip(found, (query, key), strict=True)
+        ]
+        return tuple(  # type: ignore[return-value]
+            None if norm is None or norm[0] not in names else _JOINT * whole + names[norm[0]]
+            for norm, whole in zip(found, joint, strict=True)
+        )
+    return inner.attnzoo_norms  # type: ignore[no-any-return]
+
+
+def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]) -> None:
+    """Remove these heads of a layer that `check_prunable` accepts; model is the whole model."""
     layout = layer.heads.prune(numbers)
     if layout == layer.heads:
         return
-    inner, query, key, value, out = _parts(layer)
+    inner, query, key, value, out = projections_of(layer)
     heads, groups = layer.heads.places(layout)
     D, Dv = layer.head_dim, layer.v_head_dim
-    for name, linear, kept in (("q_norm", query, heads), ("k_norm", key, groups)):
-        norm: Any = getattr(inner, name, None)
-        if allow_inexact and norm is not None and norm.weight.shape[-1] == linear.out_features != D:
-            norm.weight = keep_entries(norm.weight, head_rows(kept, D).tolist())
+    inner.attnzoo_norms = _norms(layer)
+    for name, count, kept in zip(
+        inner.attnzoo_norms, (len(layer.heads.kept), layer.num_kv_heads), (heads, groups), strict=True
+    ):
+        if name is not None and count > 1:
+            _prune_norm(inner.get_submodule(name.lstrip(_JOINT)), count, kept, D)
     keep_rows(query, heads, D)
     keep_rows(key, groups, D)
     keep_rows(value, groups, Dv)
@@ -99,6 +124,19 @@ def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]
         _read_unevenly(inner)
 
 
+def _prune_norm(norm: nn.Module, count: int, kept: Sequence[int], width: int) -> None:
+    """Keep these heads of a norm that has gains for each of `count` heads, or a norm for each of them."""
+    for module in norm.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.ndim > 1 and parameter.shape[0] == count:
+                setattr(module, name, keep_entries(parameter, kept))
+            elif parameter is not None and parameter.shape == (count * width,):
+                setattr(module, name, keep_entries(parameter, head_rows(kept, width).tolist()))
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                setattr(module, name, nn.ModuleList(child[i] for i in kept))
+
+
 def _set(module: Any, names: Sequence[str], value: int) -> None:
     for name in names:
         if isinstance(getattr(module, name, None), int):
@@ -109,13 +147,23 @@ def _read_unevenly(module: Any) -> None:
     """Let a module gather the key/value head of each query head after its cache, which holds each of them once."""
     if hasattr(module, "attnzoo_config"):
         return
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(RAGGED, _ragged_attention)
+    module.attnzoo_ragged = _Registered()
     # The model's configuration, which decides on the masks, stays; only this module's own copy names the gathering.
     module.attnzoo_config = module.config
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = RAGGED
+
+
+class _Registered:
+    """Registers the gathering attention function, also where a pickled model is loaded."""
+
+    def __init__(self) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(RAGGED, _ragged_attention)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Registered, ()
 
 
 def _ragged_attention(
@@ -144,13 +192,14 @@ class NoHeads(nn.Module):
         self.layer_idx = layer_idx
         self.projection_name: str | None = None
 
-    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
         """hidden_states (B, T, E) -> (bias as (B, T, E), None); (B, T, 0) where another module projects."""
-        if past_key_values is not None and self.layer_idx is not None:
-            # Caches take the number of tokens from the first layer, which may be this one.
+        # Caches take the number of tokens from the first layer, which may be this one; their argument has many names.
+        caches = [x for x in (*others, *named.values()) if hasattr(x, "get_seq_length") and hasattr(x, "update")]
+        if caches and self.layer_idx is not None:
             B, T = hidden_states.shape[:2]
             counted = hidden_states.new_zeros(B, 1, T, 1)
-            past_key_values.update(counted, counted, self.layer_idx)
+            getattr(caches[0], "self_attention_cache", caches[0]).update(counted, counted, self.layer_idx)
         nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
         if self.projection_name is None:
             return nothing, None

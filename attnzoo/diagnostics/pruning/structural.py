@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.hugging_face import check_prunable, prune_module
-from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice
+from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, masked_heads
+from attnzoo.diagnostics.pruning.trial import Trial, rehearse
 
 
 def prune_heads(
@@ -59,12 +61,30 @@ def prune_heads(
             mechanism.prune_heads(numbers)
         else:
             check_prunable(layers[index], numbers, allow_inexact)
+            if layers[index].num_heads:
+                rehearse(layers[index], numbers, allow_inexact)
+    _remove(model, layers, wanted, allow_inexact)
+
+
+def _remove(model: nn.Module, layers: list[AttentionLayer], wanted: dict[int, list[int]], allow_inexact: bool) -> None:
+    """Remove heads that have been checked, and try the transformers models that hold them."""
+    foreign = {index: numbers for index, numbers in wanted.items() if layers[index].mechanism is None}
+    shape = (len(layers), max(layer.heads.total for layer in layers))
+    gone = head_mask([(index, head) for index, numbers in foreign.items() for head in numbers], shape)
+    with evaluating(model):
+        trial = Trial(model, [layers[index] for index in foreign], masked_heads(model, gone))
+        try:
+            for index, numbers in foreign.items():
+                prune_module(model, layers[index], numbers)
+        except Exception:
+            trial.undo()
+            raise
+        trial.check(compare=not allow_inexact)
+    trial.record()
     for index, numbers in wanted.items():
         mechanism = layers[index].mechanism
         if mechanism is not None:
             mechanism.prune_heads(numbers)
-        else:
-            prune_module(model, layers[index], numbers, allow_inexact)
 
 
 def pruned_heads(model: nn.Module) -> dict[int, tuple[int, ...]]:

@@ -1,0 +1,210 @@
+"""Whether a Hugging Face model computes with heads removed what it computes with them masked: tried, not assumed.
+
+A copy of each attention module is pruned before anything changes, and the whole model is run before and after, also
+over a cache; where it differs or raises, it is restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.diagnostics.layer_probe import calls_of, line_of
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.pruning.hugging_face import RAGGED, projections_of, prune_module
+
+
+def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> None:
+    """Prune a copy of the module, in float64 with other gains and biases, and compare it with its masked heads.
+
+    Raises:
+        ValueError: if the pruned copy computes something else, or nothing.
+    """
+    if next(layer.module.parameters()).is_meta:
+        return
+    # Configurations are read alone.
+    own = {id(part): part for m in layer.module.modules() for part in vars(m).values() if _is_config(part)}
+    stage = nn.ModuleDict({"attention": copy.deepcopy(layer.module, dict(own))}).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    for module in stage.modules():
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        for name, part in list(vars(module).items()):
+            if _is_config(part) and part._attn_implementation_internal != RAGGED:
+                setattr(module, name, eager := copy.copy(part))
+                eager._attn_implementation_internal = "eager"
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if parameter.ndim != 2 or min(parameter.shape) <= layer.num_heads:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter)
+    (copied,) = attention_layers(stage)
+    kept = layer.heads.prune(numbers).kept
+    mask = torch.tensor([float(head in kept) for head in layer.heads.kept], dtype=torch.float64)
+    _, query, *_ = projections_of(copied)
+    x = torch.randn(1, 5, query.in_features, generator=draw, dtype=torch.float64).to(query.weight.device)
+    what, masked = "", None
+    for call in calls_of(copied.module, x, layer.head_dim, layer.num_heads):
+        with copied.hook_heads(lambda heads: heads * mask.to(heads)[:, None]), torch.no_grad():
+            try:
+                masked = _first_tensor(copied.module(**call))
+                break
+            except Exception as error:
+                what = what or f"{type(error).__name__} on hidden states alone: {line_of(error)}"
+    if masked is not None:
+        try:
+            prune_module(stage, copied, numbers)
+            with torch.no_grad():
+                what = "" if allow_inexact else _difference(_first_tensor(stage["attention"](**call)), masked)
+                _first_tensor(stage["attention"](**call))
+        except Exception as error:
+            what = f"{type(error).__name__} when it is pruned: {line_of(error)}"
+    if what:
+        raise ValueError(f"prune_heads cannot prune {type(layer.module).__name__} of layer {layer.name!r}: {what}")
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "_attn_implementation_internal") and not isinstance(value, nn.Module)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The output, or the first floating-point tensor of a structure of them."""
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if hasattr(output, "values") else output
+    tensor: Tensor = next(part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
+    return tensor
+
+
+def _difference(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """How outputs of pruned and of masked heads differ, or nothing; transformers' softmax is one of float32."""
+    if found.shape != expected.shape:
+        return f"its output is {tuple(found.shape)} in place of {tuple(expected.shape)}"
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    if error <= max(1e-5, 20 * torch.finfo(dtype).eps) * size or (math.isnan(error) and bool(expected.isnan().any())):
+        return ""
+    return f"pruned, it differs from its masked heads by {error:.1e}, with outputs up to {size:.1e}"
+
+
+class Trial:
+    """The transformers models that hold these layers, run with heads masked; `check` runs them again after pruning.
+
+    Args:
+        model: the whole model.
+        layers: those that are to be pruned.
+        masked: a context in which these heads are masked.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[AttentionLayer], masked: AbstractContextManager[None]
+    ) -> None:
+        self._restore = _restorer(model, layers)
+        self.hosts = _hosts(model, layers)
+        with masked:
+            self.outputs = [_outputs_of(host) for host in self.hosts]
+
+    def check(self, compare: bool) -> None:
+        """Restore the model and raise ValueError where the pruned model raises, or computes something else."""
+        for host, before in zip(self.hosts, self.outputs, strict=True):
+            for way, expected in before.items():
+                try:
+                    found = _CALLS[way](host)
+                    what = _difference(found, expected, found.dtype) if compare else ""
+                except Exception as error:
+                    what = f"{type(error).__name__} when it is pruned: {line_of(error)}"
+                if what:
+                    self._restore()
+                    raise ValueError(f"prune_heads cannot prune {type(host).__name__} ({way}): {what}")
+
+    def undo(self) -> None:
+        """Make the model what it was, parameters and attributes the same objects."""
+        self._restore()
+
+    def record(self) -> None:
+        """Note in each model's configuration which heads are gone, for `load_pruned`."""
+        for host in self.hosts:
+            gone = {layer.index: layer.heads.pruned for layer in attention_layers(host) if layer.heads.pruned}
+            host.config.attnzoo_pruned_heads = {str(index): list(heads) for index, heads in gone.items()}
+
+
+def _hosts(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Any]:
+    """The outermost transformers models inside a model that hold any of these layers."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    hosts: list[Any] = []
+    for module in model.modules():
+        inside = any(module is other for host in hosts for other in host.modules())
+        if isinstance(module, PreTrainedModel) and not inside:
+            parts = set(module.modules())
+            if any(layer.module in parts for layer in layers):
+                hosts.append(module)
+    return hosts
+
+
+def _restorer(model: nn.Module, layers: Sequence[AttentionLayer]) -> Callable[[], None]:
+    """A function that gives these layers, and what holds them, back the parameters, modules and attributes of now."""
+    homes = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in layers if layer.name]
+    modules = [*homes, *(module for layer in layers for module in layer.module.modules())]
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [(m, dict(vars(m)), {name: dict(vars(m)[name]) for name in tables}) for m in modules]
+
+    def restore() -> None:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
+
+    return restore
+
+
+def _tokens(host: Any) -> dict[str, Tensor]:
+    """A few different tokens for a model that takes tokens, of its decoder too; an image for one that takes images."""
+    config, device = host.config, host.device
+    if host.main_input_name == "pixel_values":
+        size, channels = getattr(config, "image_size", 0), getattr(config, "num_channels", 3)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.linspace(-1, 1, channels * height * width, dtype=host.dtype, device=device)
+        return {"pixel_values": pixels.view(1, channels, height, width)}
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.arange(3, 10, device=device)[None] * 7919 % max(vocabulary - 3, 1) + min(3, vocabulary - 1)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+
+
+def _at_once(host: Any) -> Tensor:
+    with torch.no_grad():
+        return _first_tensor(host(**_tokens(host)))
+
+
+def _with_cache(host: Any) -> Tensor:
+    """Outputs of the last tokens over a cache of the first ones."""
+    name, tokens = list(_tokens(host).items())[-1]
+    others = {key: value for key, value in _tokens(host).items() if key != name}
+    with torch.no_grad():
+        first = host(**others, **{name: tokens[:, :4]}, use_cache=True)
+        parts = [first]
+        for at in (slice(4, 6), slice(6, 7)):
+            parts.append(host(**others, **{name: tokens[:, at]}, past_key_values=first.past_key_values, use_cache=True))
+    return torch.cat([_first_tensor(part) for part in parts], 1)
+
+
+_CALLS: dict[str, Callable[[Any], Tensor]] = {"on a few tokens": _at_once, "over a cache": _with_cache}
+
+
+def _outputs_of(host: Any) -> dict[str, Tensor]:
+    """What the model gives for each call that it can be given without knowing more of it."""
+    outputs = {}
+    for way, call in _CALLS.items():
+        with contextlib.suppress(Exception):
+            outputs[way] = call(host)
+    return outputs
