@@ -19,7 +19,7 @@ from attnzoo.diagnostics.pruning.importance import head_gradients, head_importan
 from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
 from attnzoo.diagnostics.pruning.paired_tests import ablation_tests, paired_bootstrap, paired_t_test
 from attnzoo.diagnostics.pruning.speed import pruning_speed
-from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads
+from attnzoo.diagnostics.pruning.structural import load_pruned, prune_heads, pruned_heads
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.spectra.spectrum import SpectrumRecord, analyze_attention, analyze_matrix
 from attnzoo.diagnostics.spectra.weightwatcher import ww_dataframe, ww_details
@@ -55,6 +55,7 @@ __all__ = [
     "head_importance",
     "head_mask",
     "head_pruning_curve",
+    "load_pruned",
     "masked_heads",
     "paired_bootstrap",
     "paired_t_test",

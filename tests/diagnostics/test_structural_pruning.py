@@ -2,18 +2,22 @@
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 
 import attnzoo
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.pruning.importance import head_importance
-from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
+from attnzoo.diagnostics.pruning.masks import head_mask, head_slots, masked_heads
 from attnzoo.diagnostics.pruning.speed import pruning_speed
-from attnzoo.diagnostics.pruning.structural import prune_heads, pruned_heads
+from attnzoo.diagnostics.pruning.structural import load_pruned, prune_heads, pruned_heads
 from attnzoo_recipes.lm import DecoderLM
 from tests import golden_decoder
+from tests.diagnostics import families
 from tests.golden_decoder import WITHIN, next_token_losses, pairs
 from tests.zoo import MECHANISMS, names
 
@@ -61,7 +65,7 @@ def hugging_face(name, dtype=torch.float64):
 
 
 def output(model, tokens=TOKENS, **call):
-    found = model(tokens, **call)
+    found = model(input_ids=tokens, **call)
     return found.logits if hasattr(found, "logits") else found.last_hidden_state
 
 
@@ -339,3 +343,234 @@ def test_other_attention_is_refused():
 def test_speed_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         pruning_speed(zoo_decoder("gqa"), lambda m: m(TOKENS), **options)
+
+
+# Tried before it is handed back
+
+
+def traces(model):
+    """Everything that pruning could change, by identity."""
+    config = getattr(model, "config", None)
+    return (
+        [
+            {name: (id(value), dict(value) if isinstance(value, dict) else None) for name, value in vars(m).items()}
+            for m in model.modules()
+        ],
+        [(name, id(p)) for name, p in model.named_parameters()],
+        None if config is None else config.to_dict(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("StableLm", {"qk_layernorm": True}), ("Cohere", {"use_qk_norm": True}), ("Cohere2", {}), ("Qwen3", {}),
+     ("Lfm2", {}), ("HunYuanDenseV1", {}), ("GptOss", {}), ("GPTJ", {}), ("Roberta", {}), ("Bart", {})],
+)  # fmt: skip
+@pytest.mark.parametrize("heads", [{0: [1]}, {0: [0, 1, 2, 3]}, {0: [2, 3], 1: [0, 3]}])
+def test_pruned_families_compute_what_masks_do(name, options, heads):
+    pytest.importorskip("transformers")
+    with families.quiet():
+        model = families.model_of(name, dtype=torch.float32 if name == "GptOss" else torch.float64, **options)
+    # Where the model has float32 inside, in its experts or its softmax.
+    within = 1e-5 if name == "GptOss" else 1e-10
+    call = {"decoder_input_ids": TOKENS} if name == "Bart" else {}
+    layers = attention_layers(model)
+    if name == "Lfm2":  # whose first layer is a convolution
+        assert len(layers) >= 1
+        heads = {0: heads[0]}
+    with torch.no_grad():
+        expected = masked_output(model, heads, **call)
+        prune_heads(model, heads)
+        torch.testing.assert_close(output(model, **call), expected, atol=within, rtol=within)
+        if name in ("Roberta", "Bart"):
+            return
+        first = model(TOKENS[:, :5], use_cache=True)
+        rest = model(TOKENS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    decoded = torch.cat([first.last_hidden_state, rest.last_hidden_state], 1)
+    # GPT-J computes its scores in float32.
+    within = 1e-5 if name in ("GptOss", "GPTJ") else 1e-9
+    torch.testing.assert_close(decoded, expected, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BitNet", "prune_heads cannot prune BitNetAttention of layer 'layers.1.self_attn': RuntimeError when it is"),
+        ("DiffLlama", "prune_heads cannot prune DiffLlamaAttention of layer"),
+        ("Doge", "prune_heads cannot prune DogeAttention of layer"),
+        ("Mvp", "prune_heads cannot prune MvpAttention of layer"),
+        ("Nystromformer", "prune_heads cannot prune NystromformerAttention of layer"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_and_stays(name, message):
+    pytest.importorskip("transformers")
+    with families.quiet():
+        model = families.model_of(name)
+    model.train()
+    attention_layers(model)[0].hook_heads(lambda heads: None)
+    before = traces(model)
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model, {1: [0], 0: [1]})
+    assert traces(model) == before
+
+
+class PerHead(nn.Module):
+    """A lookalike of separate projections with one more number for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+        self.head_dim, self.loudness = 6, nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, hidden_states):
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, 6)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        heads = (q @ k.mT).softmax(-1) @ v * self.loudness[: q.shape[1]]
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+def test_a_lookalike_with_numbers_of_its_own_is_refused():
+    """They are equal here, so that no output shows what the others would do."""
+    model = nn.Sequential(PerHead(), PerHead())
+    before = traces(model)
+    with pytest.raises(
+        ValueError, match=r"cannot prune PerHead of layer '0': pruned, it differs from its masked heads"
+    ):
+        prune_heads(model, {0: [1]})
+    assert traces(model) == before
+
+
+def test_a_model_that_breaks_as_a_whole_is_restored():
+    model = hugging_face("llama")
+    model.config.use_cache = True
+    inner, counts = model.model, []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: counts.append(1))
+    forward = inner.forward
+    inner.forward = lambda *args, **options: (
+        [layer.self_attn.q_proj.weight.view(48, 24) for layer in inner.layers[1:]], forward(*args, **options)
+    )[1]  # fmt: skip
+    before = traces(model)
+    # An uneven layer has got a configuration of its own, an empty one another module, by the time the model is run.
+    with pytest.raises(ValueError, match=r"cannot prune LlamaForCausalLM \(on a few tokens\): RuntimeError when it is"):
+        prune_heads(model, {0: range(6), 1: [0], 2: [0, 1, 2]})
+    assert traces(model) == before
+    assert pruned_heads(model) == {}
+    assert counts
+    handle.remove()
+    counts.clear()
+    output(model)
+    assert not counts
+    del inner.forward
+    with torch.no_grad():
+        expected = masked_output(model, {0: range(6), 1: [0]})
+        prune_heads(model, {0: range(6), 1: [0]})
+        torch.testing.assert_close(output(model), expected, atol=1e-12, rtol=0)
+
+
+def test_models_inside_others_are_tried_too():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = hugging_face("bert"), hugging_face("llama")
+
+    model = Wrapped()
+    with torch.no_grad():
+        expected = masked_output(model.decoder, {2: [1]})
+        prune_heads(model, {1: [4], 5: [1]})
+        torch.testing.assert_close(output(model.decoder), expected, atol=1e-12, rtol=0)
+    assert model.encoder.config.attnzoo_pruned_heads == {"1": [4]}
+    assert model.decoder.config.attnzoo_pruned_heads == {"2": [1]}
+    broken = Wrapped()
+    broken.decoder.forward = lambda *_, **__: broken.encoder.encoder.layer[1].attention.self.query.weight.view(24, 24)
+    before = traces(broken)
+    with pytest.raises(ValueError, match="cannot prune LlamaForCausalLM"):
+        prune_heads(broken, {1: [4], 5: [1]})
+    assert traces(broken) == before
+
+
+@pytest.mark.parametrize("name", ["Llama", "Bert", "StableLm", "Bart", "GPTJ"])
+def test_saved_models_load_again(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with families.quiet():
+        model = families.model_of(name, qk_layernorm=True)
+        prune_heads(model, {0: range(4)})
+        prune_heads(model, {1: [1]})
+        model.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            transformers.AutoModel.from_pretrained(tmp_path)
+        loaded = load_pruned(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(model)
+    assert pruned_heads(loaded) == pruned_heads(model) == {0: (0, 1, 2, 3), 1: (1,)}
+    call = {"decoder_input_ids": TOKENS} if name == "Bart" else {}
+    with torch.no_grad():
+        torch.testing.assert_close(output(loaded, **call), output(model, **call), atol=1e-12, rtol=0)
+    prune_heads(loaded, {1: [0]})
+    state = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_pruned(tmp_path / "again", dtype=torch.float64)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    model = hugging_face("llama")
+    prune_heads(model, UNEVEN)
+    torch.save((model, TOKENS, output(model).detach()), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, tokens, out = torch.load(sys.argv[1], weights_only=False); "
+        "assert (model(tokens).logits - out).abs().max() < 1e-12"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True)
+
+
+def test_other_folders_are_refused(tmp_path):
+    model = hugging_face("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="folder must hold a model of transformers that prune_heads has pruned, got Llama"
+    ):
+        load_pruned(tmp_path)
+    prune_heads(model, {0: [0]})
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path / "less", state_dict=state)
+    with pytest.raises(ValueError, match=r"exactly the weights of LlamaForCausalLM, got .*layers.1.mlp.up_proj.weight"):
+        load_pruned(tmp_path / "less")
+
+
+@pytest.mark.slow
+def test_every_text_family_is_pruned_exactly_or_refused():
+    equal = refused = 0
+    with families.quiet():
+        for name in families.text_families():
+            for dtype in (torch.float64, torch.float32):
+                try:
+                    model = families.model_of(name, dtype=dtype, **dict.fromkeys(families.NORMS, True))
+                    call = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+                    with torch.no_grad():
+                        untouched = model(input_ids=TOKENS, **call)[0]
+                    count = attention_layers(model)[0].heads
+                    break
+                except Exception:  # needs other inputs, is not claimed, or has no float64
+                    model = None
+            if model is None or name == "FalconH1":  # takes 20 s a call
+                continue
+            everything = list(range(count.total))
+            for heads in ({0: [1]}, {0: everything[: count.group_size]}, {0: everything}, {0: everything[1:]}):
+                mask = head_mask([(0, h) for h in heads[0]], head_slots(model).shape)
+                pruned = copy.deepcopy(model)
+                try:
+                    prune_heads(pruned, heads)
+                except ValueError:
+                    refused += 1
+                    with torch.no_grad():
+                        assert torch.equal(pruned(input_ids=TOKENS, **call)[0], untouched), name
+                    continue
+                with torch.no_grad():
+                    with masked_heads(model, mask):
+                        expected = model(input_ids=TOKENS, **call)[0]
+                    error = (pruned(input_ids=TOKENS, **call)[0] - expected).abs().max() / expected.abs().max()
+                # Eager attention has a softmax of float32, whatever the dtype.
+                assert error < (1e-6 if dtype == torch.float64 else 1e-4), (name, heads)
+                equal += 1
+    assert equal >= 250, (equal, refused)

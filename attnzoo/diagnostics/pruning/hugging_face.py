@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,21 +75,41 @@ _JOINT = "*"
 def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
     """Names inside the module of the norms that queries and keys pass; what the first pruning found stays."""
     inner, query, key, _, _ = projections_of(layer)
-    if not hasattr(inner, "attnzoo_norms"):
-        try:
-            found = norms_after(layer.module, (query, key), layer.head_dim, layer.num_heads)
-        except ValueError as error:
-            raise ValueError(f"prune_heads cannot try layer {layer.name!r}: {error}") from None
-        names = {module: name for name, module in inner.named_modules()}
-        joint = [
-            norm is not None and norm[1][-1] == linear.out_features
-            for norm, linear in zip(found, (query, key), strict=True)
-        ]
-        return tuple(  # type: ignore[return-value]
-            None if norm is None or norm[0] not in names else _JOINT * whole + names[norm[0]]
-            for norm, whole in zip(found, joint, strict=True)
-        )
-    return inner.attnzoo_norms  # type: ignore[no-any-return]
+    if hasattr(inner, "attnzoo_norms"):
+        return inner.attnzoo_norms  # type: ignore[no-any-return]
+    module = layer.module
+    if query.weight.is_meta:
+        # Any weights show the norms.
+        with torch.device("cpu"), torch.no_grad():
+            own = {id(part): part for m in module.modules() for part in vars(m).values() if is_config(part)}
+            module = copy.deepcopy(module, own).to_empty(device="cpu")  # type: ignore[arg-type]
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.zero_() if not tensor.is_floating_point() else tensor.normal_()
+            of_copy = replace(layer, module=module, projection=module.get_submodule(_name_in(layer)))
+            return _norms(of_copy)
+    try:
+        found = norms_after(module, (query, key), layer.head_dim, layer.num_heads)
+    except ValueError as error:
+        raise ValueError(f"prune_heads cannot try layer {layer.name!r}: {error}") from None
+    names = {part: name for name, part in inner.named_modules()}
+    joint = [
+        norm is not None and norm[1][-1] == linear.out_features
+        for norm, linear in zip(found, (query, key), strict=True)
+    ]
+    return tuple(  # type: ignore[return-value]
+        None if norm is None or norm[0] not in names else _JOINT * whole + names[norm[0]]
+        for norm, whole in zip(found, joint, strict=True)
+    )
+
+
+def _name_in(layer: AttentionLayer) -> str:
+    """The name of a layer's output projection inside its module."""
+    return next(name for name, part in layer.module.named_modules() if part is layer.projection)
+
+
+def is_config(value: Any) -> bool:
+    """Whether an attribute is a transformers configuration, which names the attention function."""
+    return hasattr(value, "_attn_implementation_internal") and not isinstance(value, nn.Module)
 
 
 def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]) -> None:

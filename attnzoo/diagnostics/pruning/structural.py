@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +29,12 @@ def prune_heads(
 
     Numbers are always original ones, and calls add up. A key/value head is removed with the last query head that reads
     it; groups may become uneven. A layer without heads returns its output projection's bias. Optimisers and caches have
-    to be recreated. A pruned state dict loads into a new model after `prune_heads(new, pruned_heads(old))`; a Hugging
-    Face configuration keeps its sizes, so its `from_pretrained` cannot load one. If any layer cannot be pruned, the
-    model is unchanged.
+    to be recreated. A pruned state dict loads into a new model after `prune_heads(new, pruned_heads(old))`, a Hugging
+    Face model that was saved by `save_pretrained` with `load_pruned`. If any layer cannot be pruned, the model is
+    unchanged.
+
+    Hugging Face layers are tried: pruned copies against masked ones, then the whole model, also over a cache, on a few
+    tokens (or an image) where it takes those alone. A model that raises or differs is restored.
 
     Args:
         model: a model of this library's mechanisms, or a Hugging Face model: with separate query, key, value and output
@@ -41,8 +46,8 @@ def prune_heads(
             the remaining heads.
 
     Raises:
-        ValueError: for an unknown unit; a number that is out of range, repeated, or already removed; a joint norm; or a
-            model whose attention is of another kind.
+        ValueError: for an unknown unit; a number that is out of range, repeated, or already removed; a joint norm; a
+            model whose attention is of another kind, or one that would not compute what masking computes.
     """
     check_choice("unit", unit, UNITS)
     layers = attention_layers(model)
@@ -85,6 +90,50 @@ def _remove(model: nn.Module, layers: list[AttentionLayer], wanted: dict[int, li
         mechanism = layers[index].mechanism
         if mechanism is not None:
             mechanism.prune_heads(numbers)
+
+
+def load_pruned(folder: str | Path, **options: Any) -> nn.Module:
+    """A pruned transformers model that was saved with its `save_pretrained`.
+
+    The configuration names the heads that are gone (`attnzoo_pruned_heads`) and otherwise keeps its sizes, so
+    `from_pretrained` alone refuses such a folder for weights of other shapes.
+
+    Args:
+        folder: a local folder; code in it is not run.
+        options: of the model class's `from_pretrained`, such as dtype.
+
+    Raises:
+        ValueError: if the folder holds no pruned model of transformers' own classes, or weights that are missing.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    heads = getattr(config, "attnzoo_pruned_heads", None)
+    names = config.architectures or [""]
+    base: Any = getattr(transformers, names[0], None)
+    if not heads or base is None:
+        raise ValueError(
+            f"folder must hold a model of transformers that prune_heads has pruned, got {names[0]} in {folder}"
+        )
+    wanted = {int(index): [int(head) for head in numbers] for index, numbers in heads.items()}
+
+    def init(self: nn.Module, *args: Any, **keywords: Any) -> None:
+        base.__init__(self, *args, **keywords)
+        layers = attention_layers(self)
+        for index, numbers in wanted.items():
+            prune_module(self, layers[index], numbers)
+
+    # The class's own loader then finds parameters of the shapes that were saved.
+    cls = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+    options = {"local_files_only": True, "trust_remote_code": False, **options}
+    model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)  # type: ignore[attr-defined]
+    missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"folder must hold exactly the weights of {names[0]}, got {folder} without or beside {missing[0]}"
+        )
+    model.__class__ = base
+    return model  # type: ignore[no-any-return]
 
 
 def pruned_heads(model: nn.Module) -> dict[int, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
-from attnzoo.diagnostics.pruning.hugging_face import RAGGED, projections_of, prune_module
+from attnzoo.diagnostics.pruning.hugging_face import RAGGED, is_config, projections_of, prune_module
 
 
 def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> None:
@@ -32,13 +32,13 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
     if next(layer.module.parameters()).is_meta:
         return
     # Configurations are read alone.
-    own = {id(part): part for m in layer.module.modules() for part in vars(m).values() if _is_config(part)}
+    own = {id(part): part for m in layer.module.modules() for part in vars(m).values() if is_config(part)}
     stage = nn.ModuleDict({"attention": copy.deepcopy(layer.module, dict(own))}).double().eval()
     draw = torch.Generator().manual_seed(0)
     for module in stage.modules():
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         for name, part in list(vars(module).items()):
-            if _is_config(part) and part._attn_implementation_internal != RAGGED:
+            if is_config(part) and part._attn_implementation_internal != RAGGED:
                 setattr(module, name, eager := copy.copy(part))
                 eager._attn_implementation_internal = "eager"
     with torch.no_grad():
@@ -68,10 +68,6 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
             what = f"{type(error).__name__} when it is pruned: {line_of(error)}"
     if what:
         raise ValueError(f"prune_heads cannot prune {type(layer.module).__name__} of layer {layer.name!r}: {what}")
-
-
-def _is_config(value: Any) -> bool:
-    return hasattr(value, "_attn_implementation_internal") and not isinstance(value, nn.Module)
 
 
 def _first_tensor(output: Any) -> Tensor:
