@@ -77,7 +77,64 @@ def test_a_model_is_a_row_a_matrix():
     assert list(frame["M"]) == [64, 32, 32, 64]
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(3), torch.zeros(7, 30), torch.full((9, 9), math.inf)])
+DEFINED_OF_ZEROS = {
+    "N": 20, "M": 12, "Q": 20 / 12, "num_evals": 12, "norm": 0, "spectral_norm": 0, "lambda_max": 0, "sv_max": 0,
+    "sv_min": 0, "matrix_rank": 0, "rank_loss": 12, "weak_rank_loss": 12, "entropy": 0, "num_pl_spikes": 0,
+    "max_rand_eval": 0, "ww_maxdist": 0, "warning": "",
+}  # fmt: skip
+
+
+def test_zeros_are_a_row_of_what_is_defined():
+    found = ww_details(torch.zeros(20, 12), randomize=True)
+    for name, value in found.items():
+        if name in DEFINED_OF_ZEROS:
+            assert value == DEFINED_OF_ZEROS[name], name
+        else:
+            assert value is None or math.isnan(value), name
+    assert found.keys() == ww_details(torch.randn(20, 12), randomize=True).keys()
+    model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 20))
+    torch.nn.init.zeros_(model[1].weight)
+    frame = ww_dataframe(model)
+    assert list(frame["longname"]) == ["0", "1"]
+    assert frame.loc[1, ["alpha", "log_norm", "stable_rank", "sigma_mp", "detX_val"]].isna().all()
+    assert frame.loc[0, ["log_norm", "stable_rank", "detX_val"]].notna().all()
+
+
+def test_one_direction_has_no_power_law():
+    u, v = torch.arange(1.0, 21), torch.arange(1.0, 13)
+    found = ww_details(torch.outer(u, v), randomize=True)
+    assert found["lambda_max"] == pytest.approx(float(u.square().sum() * v.square().sum()))
+    assert (found["matrix_rank"], found["stable_rank"]) == (1, pytest.approx(1))
+    assert all(math.isnan(found[name]) for name in ("alpha", "alpha_weighted", "log_alpha_norm"))
+    # All singular values equal: no tail, and nothing computed of one.
+    assert math.isnan(ww_details(torch.eye(20))["log_alpha_norm"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_other_number_types_are_read_as_their_numbers(dtype):
+    matrix = (8 * torch.randn(20, 12, generator=torch.Generator().manual_seed(3))).to(dtype)
+    assert ww_details(matrix) == ww_details(matrix.double())
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [torch.zeros(3), torch.zeros(7, 30), torch.zeros(0, 30), torch.ones(1, 1), torch.full((9, 9), math.inf),
+     torch.full((9, 9), math.nan), torch.ones(9, 9, dtype=torch.complex64), torch.ones(9, 9, device="meta"),
+     torch.eye(9, dtype=torch.float64) * 1e-200, torch.eye(9, dtype=torch.float64) * 1e200],
+)  # fmt: skip
 def test_refusals(matrix):
     with pytest.raises(ValueError, match="matrix must "):
         ww_details(matrix)
+    model = torch.nn.ModuleDict({"good": torch.nn.Linear(9, 9), "bad": torch.nn.Module()})
+    model["bad"].weight = torch.nn.Parameter(matrix)
+    if matrix.ndim == 2 and min(matrix.shape) >= 8:
+        with pytest.raises(ValueError, match="layer 'bad' cannot be analysed: matrix must "):
+            ww_dataframe(model)
+    else:
+        assert list(ww_dataframe(model)["longname"]) == ["good"]
+
+
+def test_a_model_without_matrices_has_no_rows_but_columns():
+    frame = ww_dataframe(torch.nn.LayerNorm(9))
+    assert len(frame) == 0
+    assert list(frame.columns) == list(ww_dataframe(torch.nn.Linear(9, 9)).columns)

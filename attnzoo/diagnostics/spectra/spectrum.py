@@ -312,8 +312,15 @@ def check_factors(factors: Sequence[Tensor]) -> None:
     for factor in factors:
         if not isinstance(factor, Tensor) or factor.ndim != 2:
             raise ValueError(f"matrix must have 2 dimensions, got {getattr(factor, 'shape', type(factor).__name__)}")
-        if not bool(factor.isfinite().all()):
+        if factor.is_complex() or factor.is_meta:
+            raise ValueError(f"matrix must hold real numbers, got {'meta' if factor.is_meta else factor.dtype}")
+        sizes = factor.detach().double().abs()
+        if not bool(sizes.isfinite().all()):
             raise ValueError("matrix must be finite, got NaN or infinite entries")
+        if bool(sizes.any()) and not 1e-140 < float(sizes.max()) < 1e140:
+            raise ValueError(
+                f"matrix must have entries whose squares float64 holds, got one of {float(sizes.max()):.2g}"
+            )
     for left, right in itertools.pairwise(factors):
         if left.shape[1] != right.shape[0]:
             raise ValueError(f"factors must fit each other, got {tuple(left.shape)} and {tuple(right.shape)}")

@@ -17,11 +17,15 @@ from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf
 LEAST = 8
 """Fewer eigenvalues are refused, as WeightWatcher leaves such layers out."""
 
+_RANGE = (1e-140, 1e140)
 _BANDWIDTH, _POINTS, _REST = 0.1, 1000, 0.01
 
 
 def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit: bool = True) -> dict[str, Any]:
     """One layer's record: norms, entropy, power-law fit, and with mp_fit its Marchenko-Pastur fit.
+
+    What is not defined is nan: of a matrix of zeros everything but its sizes, norms and ranks, and the power law of a
+    matrix with one singular value that is not 0.
 
     Args:
         matrix: (n, m).
@@ -30,13 +34,15 @@ def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit
         mp_fit: whether to fit the bulk.
 
     Raises:
-        ValueError: for a matrix that is not finite, or has fewer than 8 singular values.
+        ValueError: for a matrix that is complex or not finite, has fewer than 8 singular values, or some whose squares
+            float64 cannot hold.
     """
     values = eigenvalues(matrix)
     record = spectral_columns(values, max(matrix.shape)) | power_law(values) | determinant_columns(values)
     record["ERG_gap"] = record["detX_num"] - record["num_pl_spikes"]
-    record["alpha_weighted"] = record["alpha"] * math.log10(record["lambda_max"])
-    record["log_alpha_norm"] = math.log10(float(values.pow(record["alpha"]).sum()))
+    alpha = record["alpha"]
+    record["alpha_weighted"] = alpha * _log10(record["lambda_max"])
+    record["log_alpha_norm"] = math.nan if math.isnan(alpha) else _log10(float(values.pow(alpha).sum()))
     if mp_fit:
         record |= marchenko_pastur_fit(values, max(matrix.shape))
     if randomize:
@@ -48,12 +54,18 @@ def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit
 
 def eigenvalues(matrix: Tensor) -> Tensor:
     """s^2 of all singular values, ascending, float64 on the CPU."""
-    if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
-        raise ValueError(f"matrix must be finite and have 2 dimensions, got shape {tuple(matrix.shape)}")
+    if matrix.ndim != 2 or matrix.is_complex() or matrix.is_meta:
+        kind = "meta" if matrix.is_meta else matrix.dtype
+        raise ValueError(f"matrix must hold real numbers in 2 dimensions, got {kind} of shape {tuple(matrix.shape)}")
     if min(matrix.shape) < LEAST:
         raise ValueError(f"matrix must have at least {LEAST} singular values, got shape {tuple(matrix.shape)}")
-    values: Tensor = torch.linalg.svdvals(matrix.detach().double().cpu()).flip(0).square()
-    return values
+    high = matrix.detach().cpu().double()
+    if not bool(high.isfinite().all()):
+        raise ValueError(f"matrix must be finite, got nan or inf in shape {tuple(matrix.shape)}")
+    values: Tensor = torch.linalg.svdvals(high).flip(0)
+    if not _RANGE[0] < float(values[-1]) < _RANGE[1] and bool(high.any()):
+        raise ValueError(f"matrix must have singular values whose squares float64 holds, got one of {values[-1]:.2g}")
+    return values.square()
 
 
 def spectral_columns(values: Tensor, n_big: int) -> dict[str, Any]:
@@ -112,6 +124,8 @@ def power_law(values: Tensor) -> dict[str, Any]:
 def determinant_columns(values: Tensor) -> dict[str, Any]:
     """Where the product of the largest eigenvalues, rescaled to mean 1, falls below 1, under WeightWatcher's names."""
     n = values.numel()
+    if not bool(values.any()):
+        return dict.fromkeys(("detX_num", "detX_val_unrescaled", "detX_val"), math.nan)
     scaled = values * n / values.sum()
     tails = scaled.clamp(min=1e-300).log().flip(0).cumsum(0).flip(0)
     for i in range(n - 1, 0, -1):
@@ -126,6 +140,9 @@ def marchenko_pastur_fit(values: Tensor, n_big: int) -> dict[str, Any]:
     NaN where no width is admissible (WeightWatcher then returns an arbitrary one).
     """
     n = values.numel()
+    nothing = dict.fromkeys(("W_scale", "sigma_mp", "bulk_max", "bulk_min", "mp_softrank"), math.nan)
+    if not bool(values.any()):
+        return {**nothing, "num_spikes": None}
     scale = math.sqrt(n / float(values.sum()))
     e = values * scale * scale
     gamma = n / n_big
@@ -155,8 +172,7 @@ def marchenko_pastur_fit(values: Tensor, n_big: int) -> dict[str, Any]:
     losses = [loss(sigma) for sigma in grid]
     at = min(range(len(grid)), key=losses.__getitem__)
     if not math.isfinite(losses[at]):
-        return {"W_scale": scale, "sigma_mp": math.nan, "bulk_max": math.nan, "bulk_min": math.nan,
-                "mp_softrank": math.nan, "num_spikes": None}  # fmt: skip
+        return {**nothing, "W_scale": scale, "num_spikes": None}
     sigma = _golden_section(loss, grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
     high, low = ((sigma * (1 + side * math.sqrt(gamma))) ** 2 for side in (1, -1))
     edge = high + math.sqrt(math.sqrt(gamma) * high ** (2 / 3) * n ** (-2 / 3))
@@ -177,6 +193,10 @@ def _golden_section(function: Any, low: float, high: float) -> float:
 def randomized_columns(values: Tensor, shuffled: Tensor, n_big: int) -> dict[str, Any]:
     """Against the spectrum of a shuffled copy, both ascending."""
     largest = float(shuffled[-1])
+    if not largest:
+        names = ("ww_softrank", "rand_distance", "rand_sigma_mp", "rand_bulk_max")
+        counts = dict.fromkeys(("rand_num_spikes", "num_traps"))
+        return {"max_rand_eval": 0.0, "ww_maxdist": 0.0, **dict.fromkeys(names, math.nan), **counts}
     p, q = values / values.sum(), shuffled / shuffled.sum()
     middle = (p + q) / 2
     divergence = (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2
@@ -195,16 +215,27 @@ def _relative_entropy(p: Tensor, q: Tensor) -> float:
 
 
 def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
+    return math.log10(value) if value > 0 else math.nan
 
 
 def ww_dataframe(model: nn.Module, **options: Any) -> Any:
-    """A pandas DataFrame with a row for each weight matrix of the model that has at least 8 singular values."""
+    """A pandas DataFrame with a row for each weight matrix of the model that has at least 8 singular values.
+
+    Options are those of `ww_details`. A model without such a matrix gives no rows, but all columns.
+
+    Raises:
+        ValueError: as `ww_details`, with the name of the layer.
+    """
     import pandas  # type: ignore[import-untyped]
 
-    rows = [
-        {"layer_id": number, "longname": name.removesuffix(".weight"), **ww_details(parameter, **options)}
-        for number, (name, parameter) in enumerate(model.named_parameters())
-        if parameter.ndim == 2 and min(parameter.shape) >= LEAST
-    ]
-    return pandas.DataFrame(rows)
+    rows = []
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.ndim == 2 and min(parameter.shape) >= LEAST:
+            layer = name.removesuffix(".weight")
+            try:
+                details = ww_details(parameter, **options)
+            except ValueError as error:
+                raise ValueError(f"layer {layer!r} cannot be analysed: {error}") from None
+            rows.append({"layer_id": number, "longname": layer, **details})
+    columns = None if rows else ["layer_id", "longname", *ww_details(torch.eye(LEAST), **options)]
+    return pandas.DataFrame(rows, columns=columns)
