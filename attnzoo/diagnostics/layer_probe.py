@@ -45,7 +45,7 @@ class _Run:
 
 class _Products(TorchDispatchMode):
     def __init__(self, products: list[tuple[Tensor, ...]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products = products
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -272,7 +272,8 @@ def _folded(norm: nn.Module, shape: torch.Size, weight: Tensor) -> Tensor:
         whole = vector.repeat(shape.numel() // size).view(shape)
         with alone(norm), torch.no_grad():
             up, down = (functional_call(norm, tensors, (sign * 1e4 * whole,)) for sign in (1, -1))
-        return ((up - down) / 2).flatten().double()
+        half: Tensor = (up - down) / 2
+        return half.flatten().double()
 
     gain = of(unit) / unit.repeat(shape.numel() // size)
     if bool((of(torch.ones_like(unit)).abs() < _WITHIN * gain.abs().max()).all()):

@@ -392,6 +392,43 @@ def test_pruned_families_compute_what_masks_do(name, options, heads):
     torch.testing.assert_close(decoded, expected, atol=within, rtol=within)
 
 
+@pytest.mark.parametrize("heads", [{2: [0]}, {2: [0, 1, 2, 3]}, {3: [1, 3]}, {3: [0, 1, 2, 3]}])
+def test_sound_and_attention_over_an_encoder(heads):
+    """Layer 2 is the decoder's own attention, layer 3 that over the encoder, which counts no tokens in the cache."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20, "decoder_start_token_id": 1}
+    config = families.config_of(transformers.WhisperConfig, **sizes)
+    model = families.shaken(transformers.WhisperModel(config))
+    assert len(attention_layers(model)) == 6
+    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def run(tokens, **options):
+        return model(sound, decoder_input_ids=tokens, **options)
+
+    with torch.no_grad():
+        mask = head_mask([(l, h) for l, of in heads.items() for h in of], head_slots(model).shape)  # noqa: E741
+        with masked_heads(model, mask):
+            expected = run(TOKENS).last_hidden_state
+        prune_heads(model, heads)
+        torch.testing.assert_close(run(TOKENS).last_hidden_state, expected, atol=1e-10, rtol=0)
+        first = run(TOKENS[:, :5], use_cache=True)
+        rest = run(TOKENS[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.last_hidden_state, expected[:, 5:], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "ViTModel"])
+def test_models_of_images(name):
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, name)
+    model = families.shaken(cls(families.config_of(cls.config_class)))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        with masked_heads(model, head_mask([(0, 1), (1, 0)], (2, 4))):
+            expected = model(pixel_values=pixels)[0]
+        prune_heads(model, {0: [1], 1: [0]})
+        torch.testing.assert_close(model(pixel_values=pixels)[0], expected, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

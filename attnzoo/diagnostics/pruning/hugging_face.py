@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,15 +96,17 @@ def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
         norm is not None and norm[1][-1] == linear.out_features
         for norm, linear in zip(found, (query, key), strict=True)
     ]
-    return tuple(  # type: ignore[return-value]
+    first, second = (
         None if norm is None or norm[0] not in names else _JOINT * whole + names[norm[0]]
         for norm, whole in zip(found, joint, strict=True)
     )
+    return first, second
 
 
 def _name_in(layer: AttentionLayer) -> str:
     """The name of a layer's output projection inside its module."""
-    return next(name for name, part in layer.module.named_modules() if part is layer.projection)
+    names: Iterator[str] = (name for name, part in layer.module.named_modules() if part is layer.projection)
+    return next(names)
 
 
 def is_config(value: Any) -> bool:
@@ -216,8 +218,10 @@ class NoHeads(nn.Module):
     def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
         """hidden_states (B, T, E) -> (bias as (B, T, E), None); (B, T, 0) where another module projects."""
         # Caches take the number of tokens from the first layer, which may be this one; their argument has many names.
+        # Attention over an encoder's states counts nothing.
         caches = [x for x in (*others, *named.values()) if hasattr(x, "get_seq_length") and hasattr(x, "update")]
-        if caches and self.layer_idx is not None:
+        crosses = any(named.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+        if caches and self.layer_idx is not None and not crosses:
             B, T = hidden_states.shape[:2]
             counted = hidden_states.new_zeros(B, 1, T, 1)
             getattr(caches[0], "self_attention_cache", caches[0]).update(counted, counted, self.layer_idx)

@@ -17,7 +17,7 @@ from torch import nn
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.hugging_face import check_prunable, prune_module
-from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, masked_heads
+from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice
 from attnzoo.diagnostics.pruning.trial import Trial, rehearse
 
 
@@ -34,7 +34,7 @@ def prune_heads(
     unchanged.
 
     Hugging Face layers are tried: pruned copies against masked ones, then the whole model, also over a cache, on a few
-    tokens (or an image) where it takes those alone. A model that raises or differs is restored.
+    tokens (an image, a sound) where it takes those alone. A model that raises or differs is restored.
 
     Args:
         model: a model of this library's mechanisms, or a Hugging Face model: with separate query, key, value and output
@@ -74,10 +74,8 @@ def prune_heads(
 def _remove(model: nn.Module, layers: list[AttentionLayer], wanted: dict[int, list[int]], allow_inexact: bool) -> None:
     """Remove heads that have been checked, and try the transformers models that hold them."""
     foreign = {index: numbers for index, numbers in wanted.items() if layers[index].mechanism is None}
-    shape = (len(layers), max(layer.heads.total for layer in layers))
-    gone = head_mask([(index, head) for index, numbers in foreign.items() for head in numbers], shape)
     with evaluating(model):
-        trial = Trial(model, [layers[index] for index in foreign], masked_heads(model, gone))
+        trial = Trial(model, [layers[index] for index in foreign], list(foreign.values()))
         try:
             for index, numbers in foreign.items():
                 prune_module(model, layers[index], numbers)

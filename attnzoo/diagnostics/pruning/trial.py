@@ -12,11 +12,11 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
@@ -44,15 +44,13 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
     with torch.no_grad():
         for parameter in stage.parameters():
             if parameter.ndim != 2 or min(parameter.shape) <= layer.num_heads:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter)
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
     (copied,) = attention_layers(stage)
-    kept = layer.heads.prune(numbers).kept
-    mask = torch.tensor([float(head in kept) for head in layer.heads.kept], dtype=torch.float64)
     _, query, *_ = projections_of(copied)
     x = torch.randn(1, 5, query.in_features, generator=draw, dtype=torch.float64).to(query.weight.device)
     what, masked = "", None
     for call in calls_of(copied.module, x, layer.head_dim, layer.num_heads):
-        with copied.hook_heads(lambda heads: heads * mask.to(heads)[:, None]), torch.no_grad():
+        with _masked(copied, numbers), torch.no_grad():
             try:
                 masked = _first_tensor(copied.module(**call))
                 break
@@ -62,12 +60,18 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
         try:
             prune_module(stage, copied, numbers)
             with torch.no_grad():
-                what = "" if allow_inexact else _difference(_first_tensor(stage["attention"](**call)), masked)
-                _first_tensor(stage["attention"](**call))
+                found = _first_tensor(stage["attention"](**call))
+            what = "" if allow_inexact else _difference(found, masked)
         except Exception as error:
             what = f"{type(error).__name__} when it is pruned: {line_of(error)}"
     if what:
         raise ValueError(f"prune_heads cannot prune {type(layer.module).__name__} of layer {layer.name!r}: {what}")
+
+
+def _masked(layer: AttentionLayer, numbers: Sequence[int]) -> RemovableHandle:
+    """A hook, and a context, in which these heads of a layer are 0."""
+    mask = torch.tensor([float(head not in numbers) for head in layer.heads.kept])
+    return layer.hook_heads(lambda heads: heads * mask.to(heads)[:, None])
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -95,15 +99,16 @@ class Trial:
     Args:
         model: the whole model.
         layers: those that are to be pruned.
-        masked: a context in which these heads are masked.
+        gone: the original numbers of the heads of each that are to go.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[AttentionLayer], masked: AbstractContextManager[None]
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer], gone: Sequence[Sequence[int]]) -> None:
         self._restore = _restorer(model, layers)
         self.hosts = _hosts(model, layers)
-        with masked:
+        with contextlib.ExitStack() as stack:
+            for layer, numbers in zip(layers, gone, strict=True):
+                if numbers:
+                    stack.enter_context(_masked(layer, numbers))
             self.outputs = [_outputs_of(host) for host in self.hosts]
 
     def check(self, compare: bool) -> None:
@@ -164,28 +169,38 @@ def _restorer(model: nn.Module, layers: Sequence[AttentionLayer]) -> Callable[[]
     return restore
 
 
-def _tokens(host: Any) -> dict[str, Tensor]:
-    """A few different tokens for a model that takes tokens, of its decoder too; an image for one that takes images."""
-    config, device = host.config, host.device
-    if host.main_input_name == "pixel_values":
-        size, channels = getattr(config, "image_size", 0), getattr(config, "num_channels", 3)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.linspace(-1, 1, channels * height * width, dtype=host.dtype, device=device)
-        return {"pixel_values": pixels.view(1, channels, height, width)}
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.arange(3, 10, device=device)[None] * 7919 % max(vocabulary - 3, 1) + min(3, vocabulary - 1)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+def _inputs(host: Any) -> dict[str, Tensor]:
+    """A few different tokens, an image or sound, whichever a model takes first, and tokens of its decoder."""
+    config, name = host.config, host.main_input_name
+    inputs = {} if name == "input_ids" else {name: _signal(config, name).to(host.device, host.dtype)}
+    if name == "input_ids" or config.is_encoder_decoder:
+        vocabulary = config.get_text_config().vocab_size
+        ids = torch.arange(3, 10, device=host.device)[None] * 7919 % max(vocabulary - 3, 1) + min(3, vocabulary - 1)
+        inputs |= {"input_ids": ids} if name == "input_ids" else {}
+        inputs |= {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    return inputs
+
+
+def _signal(config: Any, name: str) -> Tensor:
+    if name == "pixel_values":
+        size = config.image_size
+        shape = (1, getattr(config, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size)))
+    elif name == "input_features":
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+    else:
+        shape = (1, 4000)
+    return torch.linspace(0, 99, math.prod(shape)).sin().view(shape)
 
 
 def _at_once(host: Any) -> Tensor:
     with torch.no_grad():
-        return _first_tensor(host(**_tokens(host)))
+        return _first_tensor(host(**_inputs(host)))
 
 
 def _with_cache(host: Any) -> Tensor:
     """Outputs of the last tokens over a cache of the first ones."""
-    name, tokens = list(_tokens(host).items())[-1]
-    others = {key: value for key, value in _tokens(host).items() if key != name}
+    name, tokens = list(_inputs(host).items())[-1]
+    others = {key: value for key, value in _inputs(host).items() if key != name}
     with torch.no_grad():
         first = host(**others, **{name: tokens[:, :4]}, use_cache=True)
         parts = [first]
