@@ -194,7 +194,8 @@ FLOORS = {
         {"adapters", "conversion", "costs"}, {"__init__"}, {"__main__", "diagnostics"},
     ],
     "attnzoo.diagnostics": [
-        {"layers", "training_records"}, {"heads"}, {"pruning", "spectra", "capacity"}, {"plots"}, {"__init__"},
+        {"layer_probe", "layers", "batches", "training_records"}, {"heads"}, {"pruning", "spectra", "capacity"},
+        {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
         {"__init__", "allowlist", "files"}, {"data", "lm", "model_config", "options"},

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import subprocess
 import sys
 
@@ -571,6 +572,21 @@ def test_other_folders_are_refused(tmp_path):
     state = model.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
     model.save_pretrained(tmp_path / "less", state_dict=state)
+    path = tmp_path / "less" / "config.json"
+    settings = json.loads(path.read_text())
+    for change, message in {
+        '{"attnzoo_pruned_heads": {"9": [0]}}': "must name layers that can be pruned, got 9",
+        '{"attnzoo_pruned_heads": {"0": [77]}}': "indices must lie between 0 and 5, got 77",
+        '{"attnzoo_pruned_heads": [1]}': "must hold a readable config.json",
+        '{"architectures": ["Trainer"]}': "that prune_heads has pruned, got Trainer",
+        '{"architectures": []}': "that prune_heads has pruned, got ",
+    }.items():
+        path.write_text(json.dumps(settings | json.loads(change)))
+        with pytest.raises(ValueError, match=message):
+            load_pruned(tmp_path / "less")
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"folder must hold a readable config\.json"):
+        load_pruned(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"exactly the weights of LlamaForCausalLM, got .*layers.1.mlp.up_proj.weight"):
         load_pruned(tmp_path / "less")
 

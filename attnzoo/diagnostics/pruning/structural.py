@@ -8,6 +8,7 @@ mask: the router then chooses among the rest.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,31 +106,33 @@ def load_pruned(folder: str | Path, **options: Any) -> nn.Module:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    heads = getattr(config, "attnzoo_pruned_heads", None)
-    names = config.architectures or [""]
-    base: Any = getattr(transformers, names[0], None)
-    if not heads or base is None:
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        heads, (name, *_) = settings.get("attnzoo_pruned_heads") or {}, settings.get("architectures") or [""]
+        wanted = {int(index): [int(head) for head in numbers] for index, numbers in heads.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"folder must hold a readable config.json, got {folder}: {error}") from None
+    # A class of transformers itself, so that no code of the folder is run.
+    base: Any = getattr(transformers, str(name), None)
+    if not wanted or not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise ValueError(
-            f"folder must hold a model of transformers that prune_heads has pruned, got {names[0]} in {folder}"
+            f"folder must hold a model of transformers that prune_heads has pruned, got {name} in {folder}"
         )
-    wanted = {int(index): [int(head) for head in numbers] for index, numbers in heads.items()}
 
     def init(self: nn.Module, *args: Any, **keywords: Any) -> None:
         base.__init__(self, *args, **keywords)
         layers = attention_layers(self)
         for index, numbers in wanted.items():
+            if not 0 <= index < len(layers) or layers[index].family not in ("separate", "bert"):
+                raise ValueError(f"attnzoo_pruned_heads of {folder} must name layers that can be pruned, got {index}")
             prune_module(self, layers[index], numbers)
 
     # The class's own loader then finds parameters of the shapes that were saved.
     cls = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
-    options = {"local_files_only": True, "trust_remote_code": False, **options}
-    model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)  # type: ignore[attr-defined]
+    model, info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)  # type: ignore[attr-defined]
     missing = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if missing:
-        raise ValueError(
-            f"folder must hold exactly the weights of {names[0]}, got {folder} without or beside {missing[0]}"
-        )
+        raise ValueError(f"folder must hold exactly the weights of {name}, got {folder} without or beside {missing[0]}")
     model.__class__ = base
     return model  # type: ignore[no-any-return]
 
