@@ -82,7 +82,7 @@ def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
         # Any weights show the norms.
         with torch.device("cpu"), torch.no_grad():
             own = {id(part): part for m in module.modules() for part in vars(m).values() if is_config(part)}
-            module = copy.deepcopy(module, own).to_empty(device="cpu")  # type: ignore[arg-type]
+            module = copy.deepcopy(module, own).to_empty(device="cpu")
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.zero_() if not tensor.is_floating_point() else tensor.normal_()
             of_copy = replace(layer, module=module, projection=module.get_submodule(_name_in(layer)))

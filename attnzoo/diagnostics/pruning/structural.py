@@ -119,7 +119,7 @@ def load_pruned(folder: str | Path, **options: Any) -> nn.Module:
             f"folder must hold a model of transformers that prune_heads has pruned, got {name} in {folder}"
         )
 
-    def init(self: nn.Module, *args: Any, **keywords: Any) -> None:
+    def init(self: Any, *args: Any, **keywords: Any) -> None:
         base.__init__(self, *args, **keywords)
         layers = attention_layers(self)
         for index, numbers in wanted.items():
