@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from attnzoo.masks import AttentionMask
+from attnzoo.rules import describe
+
+
+class NotFused:
+    """Stands where torch's fused encoder path looks for a weight; what carries this method is left to be called."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """Refused: there is no tensor."""
+        raise TypeError(f"in_proj_weight is not a tensor, got a call of {function}")
 
 
 class TorchMultiheadAttention(nn.Module):
@@ -27,8 +40,9 @@ class TorchMultiheadAttention(nn.Module):
 
     nn.TransformerEncoderLayer turns every mask into floats. Reading back that they hold 0 and -inf alone
     costs a synchronisation on a GPU, and a graph break under torch.compile; a direct call with boolean masks
-    costs neither. The fused inference path of nn.TransformerEncoderLayer is not taken, since it would skip
-    the module; nn.TransformerEncoder says so in a warning unless built with enable_nested_tensor=False.
+    costs neither. The fused inference paths of nn.TransformerEncoder and its layers are not taken, since they
+    would skip the module, and padded tokens keep their places; nn.TransformerEncoder says so in a warning where it is
+    built from a layer with the adapter in it and enable_nested_tensor=True. Nested tensors are taken in self-attention.
 
     Args:
         attn: the module, called as `attn(x, context, mask=...)`.
@@ -38,9 +52,10 @@ class TorchMultiheadAttention(nn.Module):
         ValueError: if attn is not an attention module with `num_heads` and `embed_dim`.
     """
 
-    # What nn.TransformerEncoder and its layers read to see that their fused path does not fit.
+    # What nn.TransformerEncoder and its layers read to see that their fused paths do not fit.
     in_proj_bias: None = None
-    in_proj_weight: None = None
+    in_proj_weight = NotFused()
+    out_proj = SimpleNamespace(weight=None, bias=None)
     _qkv_same_embed_dim: bool = False
 
     attn: Any
@@ -76,7 +91,7 @@ class TorchMultiheadAttention(nn.Module):
         """query (B, T, E), key (B, S, kdim), value (B, S, vdim) -> (output (B, T, E), None).
 
         Without batch_first the first two axes are exchanged; without a batch axis inputs and output are
-        (T, E), (S, kdim), (S, vdim).
+        (T, E), (S, kdim), (S, vdim). One nested tensor of (T_b, E) for all three, without masks, gives a nested one.
 
         Args:
             query: what queries are made from.
@@ -96,19 +111,39 @@ class TorchMultiheadAttention(nn.Module):
         """
         if need_weights:
             raise ValueError("need_weights must be False, got True: zoo modules return no attention weights")
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {describe(tensor)}")
+        if query.is_nested and key is query and value is query:
+            return self._nested(query, key_padding_mask, attn_mask), None
         batched = query.ndim == 3
         if query.ndim not in (2, 3) or key.ndim != query.ndim or value.ndim != query.ndim or query.is_nested:
             raise ValueError(
-                "query, key and value must all be dense (T, E) or all dense batches of that, "
+                "query, key and value must all be dense (T, E) or all dense batches of that, or one nested tensor, "
                 f"got {query.ndim}, {key.ndim} and {value.ndim} dimensions"
             )
         x, context = self._arrange(query, key, value, batched)
         source = context[0] if isinstance(context, tuple) else x if context is None else context
-        mask = self._mask(key_padding_mask, attn_mask, is_causal, batched, x.shape[:2], source.shape[1])
+        mask = self._mask(
+            key_padding_mask, attn_mask, is_causal, batched, x.shape[:2], source.shape[1], context is None
+        )
         out = self.attn(x, context, mask=mask)
         if not batched:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
+
+    def _nested(self, query: Any, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+        """Self-attention of a nested tensor, as a padded batch with lengths."""
+        if key_padding_mask is not None or attn_mask is not None or not self.batch_first:
+            raise ValueError("query must not be nested with masks or batch_first=False, got a nested tensor")
+        lengths = [row.shape[0] for row in query.unbind()]
+        padded = torch.nested.to_padded_tensor(query, 0.0)
+        out = self.attn(padded, mask=AttentionMask.padding(torch.tensor(lengths, device=query.device)))
+        rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
+        if query.layout is torch.jagged:
+            # The same offsets, so that the sum of both is defined.
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), query.offsets())
+        return torch.nested.as_nested_tensor(rows)
 
     def _arrange(
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool
@@ -135,14 +170,15 @@ class TorchMultiheadAttention(nn.Module):
         batched: bool,
         batch_and_queries: tuple[int, ...],
         keys: int,
-    ) -> Tensor | None:
-        """Both masks as one boolean tensor, True = may attend, broadcastable to (B, H, T, S)."""
+        own: bool,
+    ) -> AttentionMask | None:
+        """Both masks as one, True = may attend; own: keys are the queries' tokens, so that padding is theirs too."""
         batch, queries = batch_and_queries
         heads = self.num_heads
         causal = bool(getattr(self.attn, "causal", False))
         if is_causal and attn_mask is None and not causal:
             raise ValueError("is_causal needs attn_mask or a module with causal=True, got neither")
-        visible = None
+        visible = real = None
         if attn_mask is not None and not (is_causal and causal):
             per_head = (batch * heads if batched else heads, queries, keys)
             if attn_mask.shape not in ((queries, keys), per_head):
@@ -156,9 +192,10 @@ class TorchMultiheadAttention(nn.Module):
             expected = (batch, keys) if batched else (keys,)
             if key_padding_mask.shape != expected:
                 raise ValueError(f"key_padding_mask must have shape {expected}, got {tuple(key_padding_mask.shape)}")
-            real = _may_attend("key_padding_mask", key_padding_mask).reshape(batch, 1, 1, keys)
-            visible = real if visible is None else visible & real
-        return visible
+            real = _may_attend("key_padding_mask", key_padding_mask).reshape(batch, keys)
+            keep = real[:, None, None]
+            visible = keep if visible is None else visible & keep
+        return None if visible is None else AttentionMask(dense_mask=visible, real_queries=real if own else None)
 
 
 def _may_attend(name: str, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class BackendUnavailable(RuntimeError):  # noqa: N818  (the public name users ca
 
 def check_name(backend: str) -> str:
     """Return backend if it is one of BACKENDS, else raise ValueError."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
 

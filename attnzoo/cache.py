@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.tracing import is_traced
+from attnzoo.rules import check_options, is_integer, is_integer_tensor
+from attnzoo.tracing import is_readable, is_traced
 
 
 class CacheLayout(NamedTuple):
@@ -34,6 +35,22 @@ class CacheLayout(NamedTuple):
         sinks = f" and {self.sink_tokens} sink tokens" if self.sink_tokens else ""
         blocks = "" if self.block_size is None else f", blocks of {self.block_size}"
         return f"states of {states} with {window}{sinks}{blocks}"
+
+
+def checked_rows(index: Tensor, batch_size: int) -> Tensor:
+    """An index of rows (B,), as `index_select` takes it."""
+    if not is_integer_tensor(index) or index.shape != (batch_size,):
+        got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+        raise ValueError(f"index must hold {batch_size} integers, got {got}")
+    if batch_size and is_readable(index) and not 0 <= int(index.min()) <= int(index.max()) < batch_size:
+        raise ValueError(f"index must lie between 0 and {batch_size - 1}, got {index.tolist()}")
+    return index.long()
+
+
+def check_held(length: int, held: int) -> None:
+    """Refuse a length of which a cache does not have so many tokens."""
+    if not is_integer(length) or not 0 <= length <= held:
+        raise ValueError(f"length must lie between 0 and the {held} cached tokens, got {length}")
 
 
 Snapshot = tuple[int, Tensor | int | None, tuple[Tensor, ...]]
@@ -67,10 +84,7 @@ class TokenCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate one buffer for each (heads, width) in widths."""
-        if batch_size < 0 or max_length < 1:
-            raise ValueError(
-                f"batch_size must be at least 0 and max_length at least 1, got {batch_size} and {max_length}"
-            )
+        check_options(batch_size=batch_size, max_length=max_length, device=device, dtype=dtype)
         self.batch_size = batch_size
         self.max_length = max_length
         self.window = window
@@ -94,10 +108,7 @@ class TokenCache:
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row index[b] was, as beam search needs it; index (B,) integers."""
-        if index.shape != (self.batch_size,) or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index must hold {self.batch_size} integers, got {index.dtype} of shape {tuple(index.shape)}"
-            )
+        index = checked_rows(index, self.batch_size)
         for buffer in self.buffers:
             buffer.copy_(buffer.index_select(0, index))
 
@@ -106,8 +117,7 @@ class TokenCache:
 
         A ring buffer that has overwritten tokens which would be visible again cannot go back.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must lie between 0 and the {self.length} cached tokens, got {length}")
+        check_held(length, self.length)
         if length < self.length and self.length > self.capacity and length > 0:
             raise ValueError(
                 f"length must be {self.length}: the ring buffer of {self.capacity} tokens has overwritten "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.cache import CacheLayout
+from attnzoo.cache import CacheLayout, check_held, checked_rows
+from attnzoo.rules import check_options
 
 
 class StateCache:
@@ -29,10 +30,7 @@ class StateCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if batch_size < 0 or max_length < 1:
-            raise ValueError(
-                f"batch_size must be at least 0 and max_length at least 1, got {batch_size} and {max_length}"
-            )
+        check_options(batch_size=batch_size, max_length=max_length, device=device, dtype=dtype)
         self.batch_size = batch_size
         self.max_length = max_length
         self.layout = layout
@@ -55,17 +53,13 @@ class StateCache:
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row index[b] was; index (B,) integers."""
-        if index.shape != (self.batch_size,) or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index must hold {self.batch_size} integers, got {index.dtype} of shape {tuple(index.shape)}"
-            )
+        index = checked_rows(index, self.batch_size)
         for buffer in self.buffers:
             buffer.copy_(buffer.index_select(0, index))
 
     def truncate(self, length: int) -> None:
         """Forget everything (length 0) or nothing: a sum does not tell what single tokens brought."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must lie between 0 and the {self.length} cached tokens, got {length}")
+        check_held(length, self.length)
         if length == 0:
             self.reset()
         elif length != self.length:
@@ -125,8 +119,7 @@ class BlockStateCache(StateCache):
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on; only whole blocks can be forgotten."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length must lie between 0 and the {self.length} cached tokens, got {length}")
+        check_held(length, self.length)
         if length != self.length and length % self.block_size:
             raise ValueError(
                 f"length must be {self.length} or a multiple of the block_size {self.block_size}: a state cannot give "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.rules import is_integer, is_integer_tensor
 from attnzoo.tracing import is_readable
 
 
@@ -27,6 +28,9 @@ class AttentionMask:
         lengths: (B,) integers or None; row b attends to keys 0 .. lengths[b] - 1.
         cu_seqlens: (n + 1,) int32 or None; cumulated document lengths, see `packed`.
         dense_mask: boolean tensor broadcastable to (B, H, T, S), or None.
+        real_queries: (B, T) boolean or None; which queries are tokens and not padding. It hides nothing: the routers of
+            mixtures leave the others out of their losses and statistics. Default: in self-attention by `lengths`, in
+            cross-attention, where keys say nothing about queries, all.
     """
 
     def __init__(
@@ -35,9 +39,14 @@ class AttentionMask:
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         dense_mask: Tensor | None = None,
+        real_queries: Tensor | None = None,
     ) -> None:
+        given = {"lengths": lengths, "cu_seqlens": cu_seqlens, "mask": dense_mask, "real_queries": real_queries}
+        for name, part in given.items():
+            if part is not None and not isinstance(part, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {part!r}")
         if lengths is not None:
-            if lengths.ndim != 1 or lengths.dtype == torch.bool or not _is_integer(lengths):
+            if lengths.ndim != 1 or not is_integer_tensor(lengths):
                 raise ValueError(f"lengths must be a 1-D integer tensor, got {lengths.dtype} {tuple(lengths.shape)}")
             if is_readable(lengths) and bool((lengths < 0).any()):
                 raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
@@ -53,14 +62,19 @@ class AttentionMask:
                     raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
         if dense_mask is not None and dense_mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean (True = may attend), got {dense_mask.dtype}")
+        if real_queries is not None and (real_queries.dtype != torch.bool or real_queries.ndim != 2):
+            raise ValueError(
+                f"real_queries must be a boolean (B, T) tensor, got {real_queries.dtype} {tuple(real_queries.shape)}"
+            )
         self.lengths = lengths
         self.cu_seqlens = cu_seqlens
         self.dense_mask = dense_mask
+        self.real_queries = real_queries
 
     @classmethod
-    def padding(cls, lengths: Tensor | Sequence[int]) -> AttentionMask:
-        """Right padding: row b has lengths[b] real keys, (B,); cached keys count."""
-        return cls(lengths=lengths if isinstance(lengths, Tensor) else torch.tensor(list(lengths)))
+    def padding(cls, lengths: Tensor | Sequence[int], real_queries: Tensor | None = None) -> AttentionMask:
+        """Right padding: row b has lengths[b] real keys, (B,); cached keys count. real_queries as in the class."""
+        return cls(lengths=_integers("lengths", lengths), real_queries=real_queries)
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor | Sequence[int]) -> AttentionMask:
@@ -70,9 +84,7 @@ class AttentionMask:
         tokens of the batch row after row, as flash-attn counts them. The end of a row always ends a
         document, whether it is listed or not. For self-attention without a cache.
         """
-        if not isinstance(cu_seqlens, Tensor):
-            cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int32)
-        return cls(cu_seqlens=cu_seqlens)
+        return cls(cu_seqlens=_integers("cu_seqlens", cu_seqlens, torch.int32))
 
     @classmethod
     def dense(cls, mask: Tensor) -> AttentionMask:
@@ -88,22 +100,15 @@ class AttentionMask:
             lengths=_both(self.lengths, other.lengths, torch.minimum),
             cu_seqlens=_both(self.cu_seqlens, other.cu_seqlens, _union_of_boundaries),
             dense_mask=_both(self.dense_mask, other.dense_mask, torch.logical_and),
+            real_queries=_both(self.real_queries, other.real_queries, torch.logical_and),
         )
 
     def __repr__(self) -> str:
-        parts = {"lengths": self.lengths, "cu_seqlens": self.cu_seqlens, "dense_mask": self.dense_mask}
-        shown = ", ".join(f"{k}={tuple(v.shape)}" for k, v in parts.items() if v is not None)
-        return f"AttentionMask({shown})"
+        return f"AttentionMask({', '.join(f'{k}={tuple(v.shape)}' for k, v in vars(self).items() if v is not None)})"
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return AttentionMask(
-            lengths=move(self.lengths), cu_seqlens=move(self.cu_seqlens), dense_mask=move(self.dense_mask)
-        )
+        return AttentionMask(**{name: None if part is None else part.to(device) for name, part in vars(self).items()})
 
     def positions(self, batch: int, length: int) -> Tensor | None:
         """Positions (B, T) that restart at every packed document; None without packing."""
@@ -127,7 +132,7 @@ class AttentionMask:
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise ValueError where a part does not fit (B, H, T, S) or is on another device."""
-        for part in (self.lengths, self.cu_seqlens, self.dense_mask):
+        for part in vars(self).values():
             if part is not None and part.device != device:
                 raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
         if self.lengths is not None:
@@ -135,6 +140,10 @@ class AttentionMask:
                 raise ValueError(f"lengths must have one entry a row, got {self.lengths.shape[0]} for {batch}")
             if batch and is_readable(self.lengths) and int(self.lengths.max()) > keys:
                 raise ValueError(f"lengths must be at most the {keys} keys, got {int(self.lengths.max())}")
+        if self.real_queries is not None and self.real_queries.shape != (batch, queries):
+            raise ValueError(
+                f"real_queries must have shape {(batch, queries)}, got shape {tuple(self.real_queries.shape)}"
+            )
         if self.cu_seqlens is not None and queries != keys:
             raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
         shape = (batch, heads, queries, keys)
@@ -334,8 +343,14 @@ def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     )
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+def _integers(name: str, values: Tensor | Sequence[int], dtype: torch.dtype = torch.long) -> Tensor:
+    """A tensor as it is, and anything else that holds integers as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    numbers = list(values) if isinstance(values, Iterable) else [None]
+    if not all(map(is_integer, numbers)):
+        raise ValueError(f"{name} must hold integers, got {values!r}")
+    return torch.tensor(numbers, dtype=dtype)
 
 
 def _both(a: Tensor | None, b: Tensor | None, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

@@ -11,11 +11,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnzoo.rules import NOT_NEGATIVE, POSITIVE, SWITCH, Rule, check, is_integer, is_number, one_of
 from attnzoo.tracing import is_readable, is_traced
 
 STYLES = ("half", "interleaved", "interleaved_to_half")
@@ -32,6 +34,22 @@ _OPTIONAL = {
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
     "longrope": ("factor", "attention_factor"),
 }
+_THETA: Rule = ((lambda value: is_number(value) and value > 1, "be finite and greater than 1"),)
+_WIDTH = "be even and at least 2 to be rotated"
+_LENGTH: Rule = ((lambda value: is_integer(value) and value >= 2, "be an integer of at least 2"),)
+_FACTORS: Rule = (
+    (lambda value: isinstance(value, list | tuple) and all(is_number(x) and x > 0 for x in value),
+     "be a list of positive numbers"),
+)  # fmt: skip
+_VALUES: dict[str, Rule] = {
+    **dict.fromkeys(("factor", "beta_fast", "beta_slow", "attention_factor", "low_freq_factor"), POSITIVE),
+    **dict.fromkeys(("mscale", "mscale_all_dim", "high_freq_factor"), NOT_NEGATIVE),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), _LENGTH),
+    **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
+    "truncate": SWITCH,
+    "rope_theta": _THETA,
+}
+"""What the numbers of `scaling` may be."""
 _ALWAYS = ("rope_type", "type", "max_position_embeddings", "original_max_position_embeddings", "rope_theta")
 
 
@@ -64,13 +82,13 @@ class Rotary:
     scaling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.theta) and self.theta > 1):
-            raise ValueError(f"theta must be finite and greater than 1, got {self.theta}")
-        if self.style not in STYLES:
-            raise ValueError(f"style must be one of {', '.join(map(repr, STYLES))}, got {self.style!r}")
+        check("theta", self.theta, _THETA)
+        check("style", self.style, one_of(*STYLES))
         if self.dim is not None:
             _check_width("dim", self.dim)
         if self.scaling is not None:
+            if not isinstance(self.scaling, Mapping):
+                raise ValueError(f"scaling must be None or a mapping, got {self.scaling!r}")
             scaling = dict(self.scaling)
             scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", None))
             object.__setattr__(self, "scaling", scaling)
@@ -143,6 +161,67 @@ class Rotary:
                 given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
             return plain / torch.tensor(extend, dtype=torch.float64), float(given)
         raise AssertionError(f"no frequencies for {self.kind}")
+
+
+def as_rotary(rope: Rotary | bool | None) -> Rotary | None:
+    """rope as the modules keep it: False means None, and what is neither that nor a `Rotary` is refused."""
+    if rope is None or rope is False or isinstance(rope, Rotary):
+        return rope or None
+    raise ValueError(f"rope must be a Rotary, or None (or False) for no rotation, got {rope!r}")
+
+
+Frequencies = tuple[tuple[float, ...], ...]
+"""Frequencies (N, r / 2) as numbers, which no cast of a module can round."""
+
+
+def frequency_rows(name: str, given: Tensor | Frequencies, shape: tuple[int, int]) -> Frequencies:
+    """The numbers of a tensor of that shape; zeros for one on the meta device, which a state dict is to fill."""
+    if isinstance(given, tuple):
+        given = torch.tensor(given, dtype=torch.float64, device="cpu")
+    if not isinstance(given, Tensor) or given.is_complex():
+        raise ValueError(f"{name} must be a tensor of real numbers, got {given!r}")
+    if tuple(given.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
+    rows = torch.zeros(shape, device="cpu") if given.is_meta else given.detach()
+    numbers = tuple(map(tuple, rows.double().tolist()))
+    for number in chain.from_iterable(numbers):
+        check(name, number, NOT_NEGATIVE)
+    return numbers
+
+
+def put_in_state_dict(module: Any) -> None:
+    """Have the frequencies `rope_inv_freq` of a module in its state dicts, as a buffer would be."""
+    module.register_state_dict_post_hook(_save_frequencies)
+    module.register_load_state_dict_pre_hook(_load_frequencies)
+
+
+def _save_frequencies(module: Any, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Hook of a state dict: a module's own frequencies `rope_inv_freq` are in it, as float64 whatever its dtype."""
+    if module.rope_inv_freq is not None:
+        state[f"{prefix}rope_inv_freq"] = torch.tensor(module.rope_inv_freq, dtype=torch.float64, device="cpu")
+
+
+def _load_frequencies(
+    module: Any,
+    state: dict[str, Tensor],
+    prefix: str,
+    _: object,
+    __: bool,
+    ___: object,
+    ____: object,
+    errors: list[str],
+) -> None:
+    """Hook before loading: takes the frequencies out of a state dict, unless they are the module's own, rounded."""
+    if module.rope_inv_freq is None:
+        return
+    stored = state.pop(f"{prefix}rope_inv_freq", None)
+    own = torch.tensor(module.rope_inv_freq, dtype=torch.float64, device="cpu")
+    if stored is None or stored.is_meta:
+        return
+    if stored.shape != own.shape:
+        errors.append(f"size mismatch for {prefix}rope_inv_freq: {tuple(stored.shape)}, not {tuple(own.shape)}")
+    elif not torch.equal(own.to(stored.dtype), stored.cpu()):
+        module.rope_inv_freq = tuple(map(tuple, stored.double().tolist()))
 
 
 def rotary_table(
@@ -260,14 +339,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half", per_head: b
 
 
 def _check_width(name: str, width: int) -> None:
-    if width < 2 or width % 2:
-        raise ValueError(f"{name} must be even and at least 2 to be rotated, got {width}")
+    check(name, width, ((lambda size: is_integer(size) and size >= 2 and size % 2 == 0, _WIDTH),))
 
 
 def _check_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling["rope_type"]
-    if kind not in _REQUIRED:
-        raise ValueError(f"scaling['rope_type'] must be one of {', '.join(_REQUIRED)}, got {kind!r}")
+    check("scaling['rope_type']", kind, one_of(*_REQUIRED, words=f"be one of {', '.join(_REQUIRED)}"))
     for key in _REQUIRED[kind]:
         if scaling.get(key) is None:
             raise ValueError(f"scaling of type {kind!r} needs the key {key!r}, got {sorted(scaling)}")
@@ -275,6 +352,9 @@ def _check_scaling(scaling: Mapping[str, Any]) -> None:
     unknown = sorted(set(scaling) - known)
     if unknown:
         raise ValueError(f"scaling of type {kind!r} has no key {unknown[0]!r}")
+    for key, value in scaling.items():
+        if value is not None and key in _VALUES:
+            check(f"scaling[{key!r}]", value, _VALUES[key])
     sizes = (scaling.get("factor"), scaling.get("max_position_embeddings"))
     if kind in ("yarn", "longrope") and sizes == (None, None):
         raise ValueError(f"scaling of type {kind!r} needs the key 'factor' or 'max_position_embeddings'")

@@ -174,6 +174,84 @@ def test_copies_inside_a_stack_are_independent():
         torch.testing.assert_close(ours(x, **arguments), reference(x, **arguments))
 
 
+def swapped(stack: nn.Module) -> nn.Module:
+    """A copy of an encoder or decoder that exists, with the adapter in place of every attention."""
+    ours = copy.deepcopy(stack)
+    for layer in ours.layers:
+        for name in ("self_attn", "multihead_attn"):
+            if hasattr(layer, name):
+                setattr(layer, name, same_function(getattr(layer, name)))
+    return ours
+
+
+@pytest.mark.parametrize("grad", ["no_grad", "inference_mode", "enable_grad", "frozen"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"norm_first": True}, {"activation": "gelu"}])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_stands_in_an_encoder_that_exists(options, training, grad):
+    """The reference takes its fused paths where torch would; there it gives zeros for padding."""
+    torch.manual_seed(7)
+    options = {"batch_first": True, "dtype": torch.float64} | options
+    layer = randomise(nn.TransformerEncoderLayer(E, H, F, 0.0, **options))
+    reference = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(E, dtype=torch.float64)).train(training)
+    ours, first = swapped(reference).train(training), options["batch_first"]
+    x, real = sequences(T, first), ~padding(T)
+    for module in (reference, ours):
+        module.requires_grad_(grad != "frozen")
+    with getattr(torch, grad, torch.enable_grad)():
+        both = {"mask": causal_mask(False), "src_key_padding_mask": torch.zeros(B, T).double()}
+        for arguments in ({}, {"mask": causal_mask(True)}, both):
+            torch.testing.assert_close(ours(x, **arguments), reference(x, **arguments))
+        fast, slow = (
+            module(x, src_key_padding_mask=padding(T)).transpose(0, 0 if first else 1) for module in (reference, ours)
+        )
+        torch.testing.assert_close(slow[real], fast[real])
+        if first and grad != "inference_mode":
+            rows = [row[: int(kept.sum())] for row, kept in zip(x, real, strict=True)]
+            for layout in (torch.strided, torch.jagged):
+                nested = ours(torch.nested.nested_tensor(rows, layout=layout))
+                torch.testing.assert_close(torch.cat(list(nested.unbind())), slow[real])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"norm_first": True}])
+def test_stands_in_a_decoder_that_exists(options, training):
+    torch.manual_seed(8)
+    options = {"batch_first": True, "dtype": torch.float64} | options
+    layer = randomise(nn.TransformerDecoderLayer(E, H, F, 0.0, **options))
+    reference = nn.TransformerDecoder(layer, 2).train(training)
+    ours, first = swapped(reference).train(training), options["batch_first"]
+    arguments = {
+        "tgt_mask": causal_mask(True), "tgt_key_padding_mask": padding(T), "memory_key_padding_mask": padding(S),
+    }  # fmt: skip
+    x, memory = sequences(T, first), sequences(S, first)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, memory, **arguments), reference(x, memory, **arguments))
+
+
+def test_nested_tensors_carry_gradients():
+    ours = same_function(randomise(nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)))
+    rows = [torch.randn(length, E, dtype=torch.float64, requires_grad=True) for length in (4, 1, 3)]
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.as_nested_tensor(rows, layout=layout)
+        (y, _), weights = ours(x, x, x), [torch.randn(len(row), E).double() for row in rows]
+        found = torch.autograd.grad(sum((a * w).sum() for a, w in zip(y.unbind(), weights, strict=True)), rows)
+        for row, weight, grad in zip(rows, weights, found, strict=True):
+            alone = ours(row, row, row)[0]
+            torch.testing.assert_close(grad, torch.autograd.grad((alone * weight).sum(), row)[0])
+
+
+def test_padding_is_in_no_routers_loss():
+    attn = attnzoo.MixtureOfHeadAttention(24, 4, causal=False, rope=None, dtype=torch.float64)
+    ours, x = TorchMultiheadAttention(attn), sequences(T, width=24)
+    first = x[:, :3]
+    ours(first, first, first)
+    loss = attn.aux_loss.item()
+    ours(x, x, x, key_padding_mask=torch.arange(T).expand(B, T) >= 3)
+    assert attn.aux_loss.item() == pytest.approx(loss, rel=1e-12)
+
+
 def test_a_causal_module_needs_no_mask():
     torch.manual_seed(5)
     reference = randomise(nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64))

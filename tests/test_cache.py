@@ -98,7 +98,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(k, v, message, window)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.buffers, strict=True))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(-1, 4), (1, 0)])
-def test_sizes_without_meaning_are_refused(batch, length):
-    with pytest.raises(ValueError, match=f"got {batch} and {length}"):
+@pytest.mark.parametrize(
+    ("batch", "length", "message"),
+    [
+        (-1, 4, "batch_size must not be negative, got -1"),
+        (1, 0, "max_length must be at least 1, got 0"),
+        (True, 4, "batch_size must be an integer, got True"),
+        (1, 2.5, "max_length must be an integer, got 2.5"),
+    ],
+)
+def test_sizes_without_meaning_are_refused(batch, length, message):
+    with pytest.raises(ValueError, match=message):
         KeyValueCache(batch, length, ((1, 1), (1, 1)))

@@ -190,7 +190,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 # and those before it.
 FLOORS = {
     "attnzoo": [
-        {"tracing"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops"}, {"modules"},
+        {"tracing", "rules"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops"}, {"modules"},
         {"adapters", "conversion", "costs"}, {"__init__"}, {"__main__", "diagnostics"},
     ],
     "attnzoo.diagnostics": [

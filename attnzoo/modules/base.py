@@ -12,11 +12,12 @@ from attnzoo.backends import check_name
 from attnzoo.cache import CacheLayout, KeyValueCache
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
-from attnzoo.modules.checks import check_groups, check_options, check_sizes, derive_head_dim
+from attnzoo.modules.checks import check_groups, derive_head_dim
 from attnzoo.modules.heads import HeadLayout
 from attnzoo.ops.head_mixing import HeadMap
 from attnzoo.ops.submodules import matrix_of, place_of
-from attnzoo.rotary import Rotary, RotaryTable
+from attnzoo.rotary import Rotary, RotaryTable, as_rotary
+from attnzoo.rules import check_options, check_sizes
 
 Factors = list[tuple[Tensor, Tensor]]
 
@@ -42,7 +43,7 @@ class Mechanism(nn.Module):
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' normal initialisation.
         backend: name of a backend.
-        options: what `check_options` checks beside these.
+        options: what `attnzoo.rules.check_options` checks beside these.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -52,6 +53,8 @@ class Mechanism(nn.Module):
     has_patterns = True
     factored_circuits = False
     cache_type: type[Any] = KeyValueCache
+    input_layer = "q_proj"
+    """Submodule whose weight has the dtype and the device that inputs must have."""
     one_source_reason = "keys and values are made from it"
     shown: tuple[str, ...] = ("rope", "sliding_window", "pruned_heads")
     """Attributes that `repr` shows where they are set."""
@@ -82,27 +85,26 @@ class Mechanism(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        head_dim = derive_head_dim(embed_dim, num_heads, head_dim)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = head_dim
-        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        self.kdim = embed_dim if kdim is None else kdim
-        check_sizes(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=self.num_kv_heads, head_dim=head_dim,
-            v_head_dim=self.v_head_dim, kdim=self.kdim,
-        )  # fmt: skip
-        check_groups(num_heads, self.num_kv_heads)
         check_options(
-            dropout=dropout, sliding_window=sliding_window, sink_tokens=sink_tokens, scale=scale, **options
+            dropout=dropout, sliding_window=sliding_window, sink_tokens=sink_tokens, scale=scale, causal=causal,
+            init_std=init_std, **options,
         )  # fmt: skip
+        if sink_tokens and sliding_window is None:
+            raise ValueError(f"sink_tokens needs sliding_window, got sink_tokens {sink_tokens} without a window")
+        head_dim = derive_head_dim(embed_dim, num_heads, head_dim)
+        sizes = check_sizes(
+            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=head_dim, v_head_dim=head_dim if v_head_dim is None else v_head_dim,
+            kdim=embed_dim if kdim is None else kdim,
+        )  # fmt: skip
+        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim, self.kdim = sizes
+        check_groups(self.num_heads, self.num_kv_heads)
         if causal and kdim is not None:
             raise ValueError(f"kdim needs causal=False, got kdim={kdim}")
-        self.heads = HeadLayout.of(num_heads, self.num_kv_heads)
-        self.rope = rope
-        self.rope_dim = 0 if rope is None else rope.width(head_dim)
-        self.scale = head_dim**-0.5 if scale is None else scale
+        self.heads = HeadLayout.of(self.num_heads, self.num_kv_heads)
+        self.rope = as_rotary(rope)
+        self.rope_dim = 0 if self.rope is None else self.rope.width(self.head_dim)
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
         self.sliding_window = sliding_window
         self.sink_tokens = sink_tokens
         self.causal = causal

@@ -12,6 +12,8 @@ from torch import Tensor
 from attnzoo.masks import AttentionMask, Visibility, as_mask
 from attnzoo.modules.checks import check_cache, check_input, key_value_sources
 from attnzoo.rotary import Rotary, RotaryTable, rotary_range_table, rotary_table, rotate
+from attnzoo.rules import describe, is_integer_tensor
+from attnzoo.tracing import is_readable
 
 Mask = Tensor | AttentionMask | None
 Positions = Tensor | tuple[Tensor, Tensor] | None
@@ -59,12 +61,12 @@ class Call:
         return Remembered(self, states)
 
     def real_tokens(self, x: Tensor) -> Tensor | None:
-        """Which new tokens (B, T) of self-attention are not padding; None if all count."""
+        """Which queries (B, T) are tokens and not padding; None if all count."""
         mask = self.view.mask
-        if mask is None or mask.lengths is None or self.sources[0] is not x:
+        if mask is None or mask.real_queries is not None:
+            return None if mask is None else mask.real_queries
+        if mask.lengths is None or self.sources[0] is not x:
             return None
-        if mask.lengths.shape[0] != x.shape[0]:
-            raise ValueError(f"lengths must have one entry a row, got {mask.lengths.shape[0]} for {x.shape[0]}")
         return torch.arange(self.past, self.past + x.shape[1], device=x.device) < mask.lengths[:, None]
 
 
@@ -112,16 +114,23 @@ def begin(
     Raises:
         ValueError: for an argument that does not fit the module or another argument.
     """
-    check_input("x", x, module.embed_dim)
-    mask = as_mask(mask)
-    sources = key_value_sources(module, x, context)
+    layer = module._modules.get(module.input_layer)
+    check_input("x", x, module.embed_dim, layer)
+    sources = key_value_sources(module, x, context, layer)
     past, limit, start = 0, None, None
+    if mask is not None:
+        mask = as_mask(mask)
     if cache is not None:
         check_cache(module, cache, context, mask)
         past, limit = cache.length, cache.max_length
         start = past
+    if mask is not None:
+        batch, tokens, keys = *x.shape[:2], past + sources[0].shape[1]
+        mask.check(batch, module.score_heads, tokens, keys, x.device)
+    if positions is not None:
+        check_positions(positions, x, sources[0], cross=context is not None)
     view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)
-    call = Call(sources, view, past=past, cache=cache)
+    call = Call(sources, view, None, None, past, cache)
     if module.rope is not None:
         call.q_table, call.k_table = module.rotation_tables(
             x, sources[0], positions, mask, cross=context is not None, past=past, limit=limit
@@ -186,25 +195,30 @@ def token_positions(
     past: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Positions of queries and keys, (T,) or (B, T), by the rules of `rotary_tables`."""
+    check_positions(positions, x, source, cross=cross)
+    if isinstance(positions, tuple | list):
+        return positions[0].to(x.device), positions[1].to(x.device)
+    if positions is None and mask is not None:
+        positions = mask.positions(*x.shape[:2])
+    positions = torch.arange(past, past + x.shape[1]) if positions is None else positions
+    positions = positions.to(x.device)
+    return positions, positions
+
+
+def check_positions(positions: Positions, x: Tensor, source: Tensor, *, cross: bool) -> None:
+    """Refuse positions that are not one integer for each token, or in cross-attention not a pair of that."""
     if cross:
         if not isinstance(positions, tuple | list) or len(positions) != 2:
             raise ValueError(
                 "positions must be a pair (query positions, key positions) when context is given and rope is "
-                "set; or construct the module with rope=None"
+                f"set; or construct the module with rope=None; got {positions!r}"
             )
-        for name, part, tokens in (("query", positions[0], x), ("key", positions[1], source)):
-            _check(f"positions ({name})", part, tokens)
-        return positions[0].to(x.device), positions[1].to(x.device)
-    if isinstance(positions, tuple | list):
-        raise ValueError("positions must be one tensor unless context is given, got a pair")
-    if positions is not None:
+        _check("positions (query)", positions[0], x)
+        _check("positions (key)", positions[1], source)
+    elif isinstance(positions, tuple | list):
+        raise ValueError(f"positions must be one tensor unless context is given, got {positions!r}")
+    elif positions is not None:
         _check("positions", positions, x)
-        positions = positions.to(x.device)
-    elif mask is not None:
-        positions = mask.positions(*x.shape[:2])
-    if positions is None:
-        positions = torch.arange(past, past + x.shape[1], device=x.device)
-    return positions, positions
 
 
 def _length(rope: Rotary, positions: tuple[Tensor, ...], limit: int | None) -> int:
@@ -218,7 +232,9 @@ def _length(rope: Rotary, positions: tuple[Tensor, ...], limit: int | None) -> i
 
 def _check(name: str, positions: Tensor, x: Tensor) -> None:
     batch, tokens = x.shape[:2]
-    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ValueError(f"{name} must be an integer tensor, got {getattr(positions, 'dtype', positions)}")
+    if not is_integer_tensor(positions):
+        raise ValueError(f"{name} must be an integer tensor, got {describe(positions)}")
     if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
         raise ValueError(f"{name} must have shape ({tokens},) or ({batch}, {tokens}), got {tuple(positions.shape)}")
+    if positions.numel() and is_readable(positions) and int(positions.min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {int(positions.min())}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.masks import AttentionMask, Visibility, as_mask
 from attnzoo.modules.call import Call, Mask, begin
-from attnzoo.modules.checks import check_sizes
+from attnzoo.modules.checks import check_input
 from attnzoo.modules.clustered_cache import ClusteredCache, ClusteredLayout
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs
@@ -26,6 +26,7 @@ from attnzoo.ops.score_rules import ScoreRules
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import place_of
 from attnzoo.rotary import RotaryTable
+from attnzoo.rules import check_options, check_sizes, describe
 from attnzoo.tracing import has_values
 
 
@@ -78,9 +79,10 @@ class ClusteredHeadAttention(nn.Module):
     has_patterns = True
     factored_circuits = False
     cache_type = ClusteredCache
+    input_layer = ""
     embed_dim = _of_wrapped("embed_dim")
     kdim = _of_wrapped("kdim")
-    num_heads = _of_wrapped("num_heads")
+    num_heads = score_heads = _of_wrapped("num_heads")
     num_kv_heads = _of_wrapped("num_kv_heads")
     head_dim = _of_wrapped("head_dim")
     v_head_dim = _of_wrapped("v_head_dim")
@@ -114,6 +116,7 @@ class ClusteredHeadAttention(nn.Module):
                 f"scores of their own and are all active, got {type(attn).__name__}"
             )
         check_sizes(num_clusters=num_clusters, probe_tokens=probe_tokens)
+        check_options(probe_causal=probe_causal, allow_grad=allow_grad)
         if not attn.causal:
             raise ValueError("attn must be causal, got causal=False")
         if num_clusters > attn.num_heads:
@@ -150,8 +153,9 @@ class ClusteredHeadAttention(nn.Module):
                 "allow_grad=True"
             )
         if context is not None:
-            raise ValueError("context must be None: clusters come from self-attention")
+            raise ValueError(f"context must be None: clusters come from self-attention; got {describe(context)}")
         a = self.attn
+        check_input("x", x, a.embed_dim, a.q_proj)
         if self.num_clusters >= a.num_heads:
             y: Tensor = a(x, mask=mask, positions=positions, cache=cache)
             self.labels = torch.arange(a.num_heads, device=x.device).expand(x.shape[0], -1)

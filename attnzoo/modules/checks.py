@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from attnzoo.masks import AttentionMask
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless every size is an integer of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(f"{name} must be an integer, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+from attnzoo.ops.submodules import is_plain
+from attnzoo.rules import check_sizes, describe
 
 
 def derive_head_dim(embed_dim: int, num_heads: int, head_dim: int | None) -> int:
     """head_dim, or embed_dim / num_heads where it is None and divides."""
+    check_sizes(embed_dim=embed_dim, num_heads=num_heads)
     if head_dim is not None:
         return head_dim
-    check_sizes(embed_dim=embed_dim, num_heads=num_heads)
     if embed_dim % num_heads:
         raise ValueError(f"num_heads must divide embed_dim unless head_dim is given, got {num_heads} and {embed_dim}")
     return embed_dim // num_heads
@@ -34,50 +28,41 @@ def check_groups(num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
 
 
-def check_options(
-    *,
-    dropout: float = 0.0,
-    logit_softcap: float | None = None,
-    sliding_window: int | None = None,
-    sink_tokens: int = 0,
-    sink: str | None = None,
-    scale: float | None = None,
-) -> None:
-    """Refuse values that the softmax-attention options do not take."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be positive, got {logit_softcap}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
-    if sink_tokens < 0:
-        raise ValueError(f"sink_tokens must not be negative, got {sink_tokens}")
-    if sink_tokens and sliding_window is None:
-        raise ValueError(f"sink_tokens needs sliding_window, got sink_tokens {sink_tokens} without a window")
-    if sink not in (None, "zero", "learned"):
-        raise ValueError(f"sink must be None, 'zero' or 'learned', got {sink!r}")
-    if scale is not None and not 0 < abs(scale) < float("inf"):
-        raise ValueError(f"scale must be a finite number other than 0, got {scale}")
-
-
-def check_input(name: str, x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is a real (B, T, width) tensor."""
+def check_input(name: str, x: Tensor, width: int, layer: nn.Module | None = None) -> None:
+    """Raise ValueError unless x is a dense, real (B, T, width) tensor in the dtype of a layer and on its device."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor (B, T, {width}), got {describe(x)}")
+    if x.is_nested or x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"{name} must have shape (B, T, {width}), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must hold real floating-point numbers, got {x.dtype}")
+    weight = None if layer is None else layer._parameters.get("weight")
+    if weight is not None and (x.dtype is not weight.dtype or x.device != weight.device) and is_plain(layer):
+        _check_place(name, x, weight)
+
+
+def _check_place(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse x in another dtype than a plain layer's weight, unless autocast brings both to one, or elsewhere."""
+    device = weight.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
+        raise ValueError(f"{name} must have the dtype of the weights {weight.dtype}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{name} must be on the device of the weights {weight.device}, got {x.device}")
 
 
 def split_context(
-    context: Tensor | tuple[Tensor, Tensor], x: Tensor, key_width: int, value_width: int
+    context: Tensor | tuple[Tensor, Tensor], x: Tensor, widths: tuple[int, int], layer: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
     """The inputs that keys and values are made from: one tensor for both, or a pair of equal length."""
     pair = context if isinstance(context, tuple | list) else (context, context)
     if len(pair) != 2:
         raise ValueError(f"context must be a tensor or a pair (key input, value input), got {len(pair)} parts")
     key, value = pair
-    check_input("context (key input)", key, key_width)
-    check_input("context (value input)", value, value_width)
+    check_input("context (key input)", key, widths[0], layer)
+    check_input("context (value input)", value, widths[1], layer)
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(
             f"context must have keys and values of equal batch and length, got {tuple(key.shape[:2])} "
@@ -88,12 +73,14 @@ def split_context(
     return key, value
 
 
-def key_value_sources(module: Any, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+def key_value_sources(module: Any, x: Tensor, context: Any, layer: nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """What keys (B, S, kdim) and values (B, S, vdim) are made from: x, or the context.
 
     A module with an attribute `vdim` takes a pair of contexts too. Refuses a context that does not fit, and a missing
     one where its widths are not embed_dim.
     """
+    if context is None and module.causal:
+        return x, x
     vdim = getattr(module, "vdim", None)
     if context is None:
         if vdim is None and module.kdim != module.embed_dim:
@@ -109,8 +96,8 @@ def key_value_sources(module: Any, x: Tensor, context: Any) -> tuple[Tensor, Ten
     if module.causal:
         raise ValueError("context needs a module with causal=False, got causal=True")
     if vdim is None and not isinstance(context, Tensor):
-        raise ValueError(f"context must be one tensor: {module.one_source_reason}")
-    return split_context(context, x, module.kdim, module.kdim if vdim is None else vdim)
+        raise ValueError(f"context must be one tensor: {module.one_source_reason}; got {describe(context)}")
+    return split_context(context, x, (module.kdim, module.kdim if vdim is None else vdim), layer)
 
 
 def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | None) -> None:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from attnzoo.cache import CacheLayout, KeyValueCache, TokenCache
+from attnzoo.cache import CacheLayout, KeyValueCache, TokenCache, check_held, checked_rows
 from attnzoo.ops.clustered_attention import HeadClusters
+from attnzoo.rules import check_options
 
 
 class ClusteredLayout(NamedTuple):
@@ -65,8 +66,7 @@ class ClusteredCache:
 
     def __init__(self, batch_size: int, max_length: int, layout: ClusteredLayout, **factory_kwargs: Any) -> None:
         """factory_kwargs are device and dtype of the buffers."""
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        check_options(batch_size=batch_size, max_length=max_length, **factory_kwargs)
         self.batch_size = batch_size
         self.max_length = max_length
         self.layout = layout
@@ -119,11 +119,13 @@ class ClusteredCache:
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row index[b] was, clusters and all; index (B,) integers."""
+        index = checked_rows(index, self.batch_size)
         self.states.reorder(index)
         self.clusters = None if self.clusters is None else self.clusters.reorder(index)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on. Clustered heads keep their clusters; length 0 is `reset`."""
+        check_held(length, self.length)
         probe = self.layout.probe_tokens
         if self.clusters is not None and 0 < length < probe:
             raise ValueError(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from attnzoo.cache import ComposedCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.composed_attention import Composition, DynamicProjection, composed_attention
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_sizes, one_of
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -107,7 +107,7 @@ class DynamicallyComposableAttention(Mechanism):
         dyn_act: "gelu" or "gelu_tanh".
         dyn_norm_eps: added to the mean square of u.
         qk_norm: RMS-normalise each head's query and key before the rotation.
-        qk_norm_eps: added to that mean square.
+        qk_norm_eps: added to that mean square; None takes the dtype's machine epsilon.
         rope: rotary position embedding, or None.
         sliding_window: a query sees this many keys at most, itself included.
         causal: no query sees a later key.
@@ -149,7 +149,7 @@ class DynamicallyComposableAttention(Mechanism):
         dyn_act: str = "gelu",
         dyn_norm_eps: float = 1e-6,
         qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
+        qk_norm_eps: float | None = 1e-6,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         sliding_window: int | None = None,
         causal: bool = True,
@@ -162,7 +162,9 @@ class DynamicallyComposableAttention(Mechanism):
     ) -> None:
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
-            causal=causal, dropout=dropout, init_std=init_std, backend=backend,
+            causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, pre_compose=pre_compose,
+            post_compose=post_compose, query_wise=query_wise, key_wise=key_wise, static_base=static_base,
+            dyn_norm_eps=dyn_norm_eps, qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, device=device, dtype=dtype,
         )  # fmt: skip
         check_sizes(head_groups=head_groups, rank=rank, chunk_size=chunk_size)
         if num_heads % head_groups:
@@ -180,8 +182,7 @@ class DynamicallyComposableAttention(Mechanism):
             raise ValueError(
                 "query_wise, key_wise or static_base must be True, got none of them: that is multi-head attention"
             )
-        if dyn_act not in ACTIVATIONS:
-            raise ValueError(f"dyn_act must be one of {', '.join(map(repr, ACTIVATIONS))}, got {dyn_act!r}")
+        check("dyn_act", dyn_act, one_of(*ACTIVATIONS))
         self.head_groups = head_groups
         self.rank = rank
         self.stages = tuple(name for name, used in (("pre", pre_compose), ("post", post_compose)) if used)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check_sizes
 
 
 class GroupedQueryAttention(Mechanism):
@@ -42,7 +42,7 @@ class GroupedQueryAttention(Mechanism):
         bias: whether the q, k and v projections have one.
         o_bias: whether the output projection has one. Default: bias.
         qk_norm: RMS-normalise each head's query and key before the rotation.
-        qk_norm_eps: added to the mean square.
+        qk_norm_eps: added to the mean square; None takes the dtype's machine epsilon.
         rope: rotary position embedding, or None.
         scale: factor of the scores. Default: D ** -0.5.
         logit_softcap: bound c of the scores, c tanh(s / c) (arXiv:2408.00118).
@@ -76,7 +76,7 @@ class GroupedQueryAttention(Mechanism):
         bias: bool = False,
         o_bias: bool | None = None,
         qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
+        qk_norm_eps: float | None = 1e-6,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         scale: float | None = None,
         logit_softcap: float | None = None,
@@ -97,14 +97,12 @@ class GroupedQueryAttention(Mechanism):
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, rope=rope, scale=scale,
             logit_softcap=logit_softcap, sliding_window=sliding_window, sink_tokens=sink_tokens, sink=sink,
-            causal=causal, dropout=dropout, init_std=init_std, backend=backend,
+            causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, o_bias=o_bias,
+            qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, alibi=alibi, init=init, device=device, dtype=dtype,
         )  # fmt: skip
-        if alibi and rope is not None:
+        if alibi and self.rope is not None:
             raise ValueError(f"alibi needs rope=None, got both alibi=True and {rope}")
-        if init not in ("normal", "xavier"):
-            raise ValueError(f"init must be 'normal' or 'xavier', got {init!r}")
-        self.vdim = self.kdim if vdim is None else vdim
-        check_sizes(vdim=self.vdim)
+        (self.vdim,) = check_sizes(vdim=self.kdim if vdim is None else vdim)
         self.logit_softcap = logit_softcap
         self.alibi_slopes = alibi_slopes(num_heads) if alibi else None
         self.sink = sink

@@ -14,7 +14,7 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, k
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import matrix_of
-from attnzoo.rotary import Rotary
+from attnzoo.rotary import Rotary, as_rotary
 
 
 class GroupedTiedAttention(Mechanism):
@@ -94,14 +94,15 @@ class GroupedTiedAttention(Mechanism):
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, scale=scale, logit_softcap=logit_softcap,
             sliding_window=sliding_window, sink_tokens=sink_tokens, sink=sink, causal=causal, dropout=dropout,
-            init_std=init_std, backend=backend,
+            init_std=init_std, backend=backend, v_head_dim=v_head_dim, qk_norm=qk_norm, bias=bias, o_bias=o_bias,
+            k_rope_bias=k_rope_bias, rope_head_dim=rope_head_dim, device=device, dtype=dtype,
         )  # fmt: skip
-        if v_head_dim not in (None, self.head_dim):
+        if self.v_head_dim != self.head_dim:
             raise ValueError(f"v_head_dim must equal head_dim, the tied width, got {v_head_dim} and {self.head_dim}")
         if qk_norm:
             raise ValueError("qk_norm must be False: normalising the key would break its tie to the value")
-        self.rope = rope
-        self.rope_head_dim = self.rope_dim = _rope_width(rope, rope_head_dim, self.head_dim)
+        self.rope = as_rotary(rope)
+        self.rope_head_dim = self.rope_dim = _rope_width(self.rope, rope_head_dim, self.head_dim)
         self.nope_head_dim = self.head_dim - self.rope_head_dim
         self.logit_softcap = logit_softcap
         self.sink = sink

@@ -16,6 +16,7 @@ from attnzoo.ops.head_mixing import GatedHeadMap, HeadMap, compose_projection, h
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain
+from attnzoo.rules import check, one_of
 
 Map = HeadMap | GatedHeadMap | None
 Base = TypeVar("Base", bound=Mechanism)
@@ -175,17 +176,16 @@ Kinds = tuple[str | None, str | None, str | None]
 def knock_kinds(variant: str | None, explicit: Kinds, default: str) -> Kinds:
     """Kind of map on q, k, v from the variant, or from the explicit kinds; "auto" is `default` where none is given."""
     for name, kind in zip(("knock_q", "knock_k", "knock_v"), explicit, strict=True):
-        if kind not in (None, "linear", "mlp"):
-            raise ValueError(f"{name} must be None, 'linear' or 'mlp', got {kind!r}")
+        if kind is not None:
+            check(name, kind, one_of("linear", "mlp", words="be None, 'linear' or 'mlp'"))
     given = any(kind is not None for kind in explicit)
-    if variant == "auto":
+    if isinstance(variant, str) and variant == "auto":
         variant = None if given else default
     if variant is None:
         if not given:
             raise ValueError("knock_q, knock_k or knock_v must be given when variant is None, got none of them")
         return explicit
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    check("variant", variant, one_of(*VARIANTS))
     kinds = VARIANTS[variant]
     if given and explicit != kinds:
         raise ValueError(f"variant {variant!r} means (knock_q, knock_k, knock_v) = {kinds}, got {explicit} beside it")

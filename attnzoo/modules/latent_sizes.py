@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.modules.checks import check_sizes
-from attnzoo.rotary import Rotary
+from attnzoo.rotary import Frequencies, Rotary, as_rotary, frequency_rows
+from attnzoo.rules import check, check_options, check_sizes, one_of
 
 ROPE_MODES = ("decoupled", "pre", "none")
 
@@ -35,15 +35,17 @@ class LatentSizes:
         value: int | None,
     ) -> LatentSizes:
         """Check what was given and fill in the rest; see `MultiHeadLatentAttention` for the rules."""
-        if mode not in ROPE_MODES:
-            raise ValueError(f"rope_mode must be one of {', '.join(map(repr, ROPE_MODES))}, got {mode!r}")
+        check("rope_mode", mode, one_of(*ROPE_MODES))
+        check_options(qk_rope_head_dim=rotary)
+        check_sizes(qk_nope_head_dim=nope)
+        rope = as_rotary(rope)
         if rope is None and mode == "pre":
             raise ValueError("rope must be given with rope_mode 'pre', got None")
         mode, rope = ("none", None) if rope is None or mode == "none" else (mode, rope)
         if mode != "decoupled" and rotary not in (None, 0):
             raise ValueError(f"qk_rope_head_dim must not be given with rope_mode {mode!r}, got {rotary}")
         rank, value = 4 * nope if rank is None else rank, nope if value is None else value
-        check_sizes(qk_nope_head_dim=nope, kv_lora_rank=rank, v_head_dim=value)
+        check_sizes(kv_lora_rank=rank, v_head_dim=value)
         if rope is None:
             return cls(rank, nope, 0, value, mode, None)
         if mode == "pre":
@@ -59,29 +61,22 @@ class LatentSizes:
             raise ValueError(f"rope.dim must equal qk_rope_head_dim, got {rope.dim} and {rotary}")
         return cls(rank, nope, rope.width(rotary), value, mode, rope)
 
-    def check_frequencies(self, frequencies: Tensor, rope_kv_heads: int) -> None:
-        """Refuse frequencies that are not one row for each rotary key."""
-        wanted = (rope_kv_heads, self.rotary // 2)
-        if self.mode != "decoupled" or tuple(frequencies.shape) != wanted:
-            raise ValueError(
-                f"rope_inv_freq must have shape (rope_kv_heads, qk_rope_head_dim / 2) = {wanted} with "
-                f"rope_mode 'decoupled', got {tuple(frequencies.shape)} with {self.mode!r}"
-            )
+    def frequencies(self, given: Tensor | Frequencies | None, rope_kv_heads: int) -> Frequencies | None:
+        """Frequencies of each rotary key as numbers."""
+        if given is not None and self.mode != "decoupled":
+            raise ValueError(f"rope_inv_freq needs rope_mode 'decoupled', got {self.mode!r}")
+        return None if given is None else frequency_rows("rope_inv_freq", given, (rope_kv_heads, self.rotary // 2))
 
 
-def check_latent_options(
-    sizes: LatentSizes, H: int, G: int, rope_kv_heads: int, q_lora_rank: int | None, absorb: bool | str
-) -> None:
+def check_latent_options(sizes: LatentSizes, H: int, G: int, rope_kv_heads: int, q_lora_rank: int | None) -> None:
     """Refuse what `MultiHeadLatentAttention` does not take."""
-    check_sizes(q_lora_rank=1 if q_lora_rank is None else q_lora_rank)
+    check_sizes(q_lora_rank=1 if q_lora_rank is None else q_lora_rank, rope_kv_heads=rope_kv_heads)
     if rope_kv_heads not in (1, G):
         raise ValueError(f"rope_kv_heads must be 1 or num_kv_heads {G}, got {rope_kv_heads}")
     if sizes.mode == "pre" and (G < H or rope_kv_heads > 1):
         raise ValueError(
             f"num_kv_heads and rope_kv_heads must be left alone with rope_mode 'pre', got {G} and {rope_kv_heads}"
         )
-    if absorb not in (True, False, "auto"):
-        raise ValueError(f"absorb must be True, False or 'auto', got {absorb!r}")
 
 
 def yarn_factor(rope: Rotary | None) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from attnzoo.cache_state import StateCache
 from attnzoo.modules.call import Mask, Positions
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check_sizes
 
 
 class LinearAttention(FeatureAttention):
@@ -49,7 +49,7 @@ class LinearAttention(FeatureAttention):
         normalizer_eps: e_n.
         scale: of the queries' features. Default: D ** -0.5.
         qk_norm: RMS-normalise queries and keys over all heads together, before the features.
-        qk_norm_eps: added to that mean square.
+        qk_norm_eps: added to that mean square; None takes the dtype's machine epsilon.
         sum_norm: divide each feature vector by its sum + 1e-4.
         output_norm: "none" or "rmsnorm", over each head's output.
         norm_eps: added to that mean square.
@@ -84,7 +84,7 @@ class LinearAttention(FeatureAttention):
         normalizer_eps: float = 1e-6,
         scale: float | None = None,
         qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
+        qk_norm_eps: float | None = 1e-6,
         sum_norm: bool = False,
         output_norm: str = "none",
         norm_eps: float = 1e-5,
@@ -101,7 +101,8 @@ class LinearAttention(FeatureAttention):
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, bias=bias,
             out_bias=out_bias, causal=causal, feature_map=feature_map, feature_eps=feature_eps, scale=scale,
             qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, output_norm=output_norm, norm_eps=norm_eps, gate=gate, rope=rope,
-            dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype,
+            dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype, normalize=normalize,
+            normalizer_eps=normalizer_eps, sum_norm=sum_norm,
         )  # fmt: skip
         check_sizes(chunk_size=chunk_size)
         if normalize:

@@ -16,7 +16,8 @@ from attnzoo.modules.heads import keep_columns, keep_rows
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import place_of
-from attnzoo.rotary import Rotary
+from attnzoo.rotary import Rotary, as_rotary
+from attnzoo.rules import check_options, describe
 
 
 class FeatureAttention(Mechanism):
@@ -72,11 +73,11 @@ class FeatureAttention(Mechanism):
         dtype: torch.dtype | None,
         **options: Any,
     ) -> None:
-        super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, **options)
-        if output_norm not in ("none", "rmsnorm"):
-            raise ValueError(f"output_norm must be 'none' or 'rmsnorm', got {output_norm!r}")
-        if feature_eps < 0:
-            raise ValueError(f"feature_eps must not be negative, got {feature_eps}")
+        super().__init__(
+            embed_dim, num_heads, num_kv_heads, head_dim, bias=bias, out_bias=out_bias, feature_eps=feature_eps,
+            qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, output_norm=output_norm, norm_eps=norm_eps, gate=gate,
+            device=device, dtype=dtype, **options,
+        )  # fmt: skip
         self.feature_map = feature_map
         self.feature_eps = feature_eps
         H, G, D, Dv = num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim
@@ -93,7 +94,7 @@ class FeatureAttention(Mechanism):
         norm = nn.RMSNorm(Dv, norm_eps, **factory_kwargs) if output_norm == "rmsnorm" else None
         setattr(self, self.norm_name, norm)
         self.feature_dim = self.feature_map_q.out_width
-        self.rope = rope
+        self.rope = rope = as_rotary(rope)
         self.rope_dim = 0 if rope is None else rope.width(self.feature_dim)
         if rope is not None and self.rope_dim != self.feature_dim:
             raise ValueError(f"rope must rotate all {self.feature_dim} features, got {rope}")
@@ -111,7 +112,7 @@ class FeatureAttention(Mechanism):
         if mask is not None and mask.dense_mask is not None:
             raise ValueError(
                 "mask must be AttentionMask.padding or .packed: linear attention sums over keys before it sees the "
-                "query, so a mask of single pairs has no meaning in it"
+                f"query, so a mask of single pairs has no meaning in it; got {describe(mask.dense_mask)}"
             )
         return begin(self, x, context, mask, positions, cache)
 
@@ -139,8 +140,6 @@ class FeatureAttention(Mechanism):
             q, k = self.normalised_features(q, k)
         lengths = None if call.view.mask is None else call.view.mask.lengths
         if lengths is not None:
-            if lengths.shape[0] != B:
-                raise ValueError(f"lengths must have one entry a row, got {lengths.shape[0]} for {B}")
             is_real = torch.arange(call.past, call.past + S, device=x.device) < lengths[:, None]
             k = k * is_real.to(k.dtype)[:, :, None, None]
         k, v = self.heads.spread(k, v)
@@ -172,6 +171,7 @@ class FeatureAttention(Mechanism):
         dtype: torch.dtype | None = None,
     ) -> StateCache:  # fmt: skip
         """States for up to max_length tokens: float32, or float64 for a float64 module or dtype."""
+        check_options(dtype=dtype)
         own = place_of(self)
         return self.cache_type(
             batch_size, max_length, self.cache_layout(), device=own[0] if device is None else device,

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from attnzoo.cache import CacheLayout
 from attnzoo.cache_state import BlockStateCache, StateCache
 from attnzoo.modules.call import Call, Mask
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import head_rows, keep_entries
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.mixing_matrix import check_mixing, clipped, extended, initial_mixing, leading
+from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing, leading
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import is_plain, place_of
-from attnzoo.ops.token_blocks import block_count, check_image, raster_order
+from attnzoo.ops.token_blocks import block_count, block_sizes, check_image, raster_order
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_options, check_sizes, describe, one_of
 
 
 class MultiHeadLinearAttention(FeatureAttention):
@@ -49,10 +49,10 @@ class MultiHeadLinearAttention(FeatureAttention):
         bias: whether the q, k and v projections have one.
         out_bias: whether the output projection has one. Default: bias.
         causal: no query sees a later key.
-        block_size: tokens C of a block.
-        num_blocks: trained blocks M.
+        block_size: tokens C of a block. Default: 64, with a grid ph pw.
+        num_blocks: trained blocks M. Default: 32, with a grid (gh / ph) (gw / pw).
         grid: (gh, gw) tokens of an image; needs causal=False.
-        block_grid: (ph, pw) tokens of a block; C = ph pw, M = (gh / ph) (gw / pw).
+        block_grid: (ph, pw) tokens of a block.
         feature_map: see `FeatureMap`.
         feature_eps: added to features.
         qk_norm: RMS-normalise queries and keys over all heads together, before the features.
@@ -97,8 +97,8 @@ class MultiHeadLinearAttention(FeatureAttention):
         bias: bool = False,
         out_bias: bool | None = None,
         causal: bool = True,
-        block_size: int = 64,
-        num_blocks: int = 32,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
         grid: tuple[int, int] | None = None,
         block_grid: tuple[int, int] | None = None,
         feature_map: str = "relu",
@@ -126,6 +126,12 @@ class MultiHeadLinearAttention(FeatureAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_options(
+            normalizer=normalizer, mixing_norm=mixing_norm, extrapolation=extrapolation, grid=grid,
+            block_grid=block_grid, lepe_kernel=lepe_kernel, mixing_sigma=mixing_sigma, mixing_clip=mixing_clip,
+            mixing_per_head=mixing_per_head, mixing_trainable=mixing_trainable, normalizer_eps=normalizer_eps,
+        )  # fmt: skip
+        check("mixing_init", mixing_init, one_of(*MIXING_INITS))
         if scale is None and normalizer != "none":
             scale = 1.0
         super().__init__(
@@ -134,21 +140,26 @@ class MultiHeadLinearAttention(FeatureAttention):
             qk_norm_eps=qk_norm_eps, output_norm=output_norm, norm_eps=norm_eps, gate=gate, rope=rope,
             dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
-        if normalizer not in ("none", "mixed", "compat"):
-            raise ValueError(f"normalizer must be one of 'none', 'mixed', 'compat', got {normalizer!r}")
         if normalizer != "none":
             check_normalisable(feature_map, "normalizer", normalizer)
         if normalizer == "compat" and causal:
             raise ValueError("normalizer 'compat' needs causal=False: it reproduces the released image code")
-        self.mixing_clip = check_mixing(mixing_norm, mixing_clip, extrapolation, causal=causal)
+        if extrapolation != "error" and not causal:
+            raise ValueError(f"extrapolation must be 'error' with causal=False, got {extrapolation!r}")
+        self.mixing_clip = None if mixing_clip is None else (float(mixing_clip[0]), float(mixing_clip[1]))
         self.grid, self.block_grid = check_image(grid, block_grid, causal=causal)
-        blocks: tuple[int, ...] = (num_blocks,)
-        if self.grid is not None and self.block_grid is not None:
-            block_size = math.prod(self.block_grid)
-            blocks = tuple(g // p for g, p in zip(self.grid, self.block_grid, strict=True))
-        check_sizes(block_size=block_size, num_blocks=math.prod(blocks))
-        self.block_size = block_size
-        self.num_blocks = math.prod(blocks)
+        size, blocks = block_sizes(self.grid, self.block_grid)
+        self.block_size, self.num_blocks = check_sizes(
+            block_size=size if block_size is None else block_size,
+            num_blocks=math.prod(blocks) if num_blocks is None else num_blocks,
+        )  # fmt: skip
+        if self.grid is None:
+            blocks = (self.num_blocks,)
+        elif (self.block_size, self.num_blocks) != (size, math.prod(blocks)):
+            raise ValueError(
+                f"block_size and num_blocks must be {size} and {math.prod(blocks)} with grid {grid} and block_grid "
+                f"{block_grid}, got {block_size} and {num_blocks}"
+            )
         self.normalizer = normalizer
         self.normalizer_eps = normalizer_eps
         self.extrapolation = extrapolation
@@ -207,7 +218,7 @@ class MultiHeadLinearAttention(FeatureAttention):
             cache: from `init_cache`; its states are updated in place.
         """
         if context is not None:
-            raise ValueError("context must be None: multi-head linear attention defines no cross-attention")
+            raise ValueError(f"context must be None: no cross-attention is defined; got {describe(context)}")
         call = self.begin(x, None, mask, positions, cache)
         self.check_length(x.shape[1], call)
         plain_q, plain_k, q, k, v = self.features(x, call)
@@ -251,15 +262,15 @@ class MultiHeadLinearAttention(FeatureAttention):
             raise ValueError(f"normalizer 'compat' needs exactly num_blocks * block_size = {most} tokens, got {tokens}")
 
     def compat_denominator(self, q: Tensor, k: Tensor, order: Tensor | None) -> Tensor:
-        """sum_j m_ij (q~ of the same slot in block j) . z_j, as the released image code divides."""
+        """sum_j m_ij (q~ of the same slot in block j) . z_j + e_n, as the released image code divides."""
         if order is not None:
             q, k = q.index_select(1, order), k.index_select(1, order)
         B, T, H, D = q.shape
         C, M, G = self.block_size, self.num_blocks, k.shape[2]
         sums = k.view(B, M, C, G, D).sum(2).repeat_interleave(H // max(G, 1), 2)
-        own = torch.einsum("bjchd,bjhd->bjch", q.view(B, M, C, H, D), sums) + self.normalizer_eps
+        own = torch.einsum("bjchd,bjhd->bjch", q.view(B, M, C, H, D), sums)
         matrix = self.mixing(M, q.dtype)
-        mixed = torch.einsum("hij,bjch->bich", matrix.expand(H, M, M), own).reshape(B, T, H, 1)
+        mixed = torch.einsum("hij,bjch->bich", matrix.expand(H, M, M), own).reshape(B, T, H, 1) + self.normalizer_eps
         return mixed if order is None else mixed.index_select(1, order.argsort())
 
     def local_values(self, v: Tensor) -> Tensor:
@@ -286,6 +297,7 @@ class MultiHeadLinearAttention(FeatureAttention):
         dtype: torch.dtype | None = None,
     ) -> StateCache:  # fmt: skip
         """States of all blocks up to max_length: float32, or float64 for a float64 module or dtype."""
+        check_options(max_length=max_length)
         if self.extrapolation == "error" and max_length > self.num_blocks * self.block_size:
             raise ValueError(
                 f"max_length must be at most num_blocks * block_size = {self.num_blocks * self.block_size} with "

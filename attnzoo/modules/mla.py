@@ -17,9 +17,9 @@ from attnzoo.modules.checks import derive_head_dim
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.modules.latent_sizes import LatentSizes, check_latent_options, yarn_factor
 from attnzoo.ops.latent_attention import latent_attention
-from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import is_plain, matrix_of, normed
-from attnzoo.rotary import Rotary, RotaryTable, layout
+from attnzoo.rotary import Frequencies, Rotary, RotaryTable, layout, put_in_state_dict
 
 
 class MultiHeadLatentAttention(Mechanism):
@@ -54,8 +54,8 @@ class MultiHeadLatentAttention(Mechanism):
         rope: rotary position embedding of width dr ("pre": dn). DeepSeek's layout is "interleaved".
         num_kv_heads: heads G that the latent is expanded to; must divide H. Default: H.
         rope_kv_heads: rotary keys, 1 or G.
-        rope_inv_freq: (rope_kv_heads, dr / 2) frequencies of each rotary key in place of rope's; they become a
-            buffer of that name. For converted models.
+        rope_inv_freq: (rope_kv_heads, dr / 2) frequencies of each rotary key in place of rope's, kept as numbers and
+            in the state dict. For converted models.
         kv_norm: whether the latent is normalised.
         kv_b_bias: whether the expansion has a bias.
         q_bias: whether q_proj has one.
@@ -80,7 +80,6 @@ class MultiHeadLatentAttention(Mechanism):
     factored_circuits = True
     one_source_reason = "key and value come from one latent, so they have one input"
     shown = ("rope_mode", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "pruned_heads")
-    rope_inv_freq: Tensor | None
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class MultiHeadLatentAttention(Mechanism):
         rope: Rotary | None = Rotary(style="interleaved"),  # noqa: B008  (frozen)
         num_kv_heads: int | None = None,
         rope_kv_heads: int = 1,
-        rope_inv_freq: Tensor | None = None,
+        rope_inv_freq: Tensor | Frequencies | None = None,
         kv_norm: bool = True,
         kv_b_bias: bool = False,
         q_bias: bool = False,
@@ -118,9 +117,10 @@ class MultiHeadLatentAttention(Mechanism):
         )  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, sizes.nope + sizes.rotary, v_head_dim=sizes.value, kdim=kdim,
-            scale=scale, causal=causal, dropout=dropout, init_std=init_std, backend=backend,
+            scale=scale, causal=causal, dropout=dropout, init_std=init_std, backend=backend, absorb=absorb, bias=bias,
+            kv_norm=kv_norm, kv_b_bias=kv_b_bias, q_bias=q_bias, norm_eps=norm_eps, device=device, dtype=dtype,
         )  # fmt: skip
-        check_latent_options(sizes, num_heads, self.num_kv_heads, rope_kv_heads, q_lora_rank, absorb)
+        check_latent_options(sizes, num_heads, self.num_kv_heads, rope_kv_heads, q_lora_rank)
         features = self.num_kv_heads * (sizes.nope + sizes.value)
         if kv_lora_rank is not None and kv_lora_rank >= min(features, self.kdim + 1):
             made = f"keys and values have {features} features, made from {self.kdim}"
@@ -137,6 +137,7 @@ class MultiHeadLatentAttention(Mechanism):
         if q_lora_rank is None:
             self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, q_bias, **factory_kwargs)
         else:
+            self.input_layer = "q_a_proj"
             self.q_a_proj = nn.Linear(embed_dim, q_lora_rank, bias, **factory_kwargs)
             self.q_a_layernorm = nn.RMSNorm(q_lora_rank, norm_eps, **factory_kwargs)
             self.q_b_proj = nn.Linear(q_lora_rank, num_heads * self.head_dim, False, **factory_kwargs)
@@ -151,10 +152,8 @@ class MultiHeadLatentAttention(Mechanism):
         self.kv_a_layernorm = nn.RMSNorm(self.kv_lora_rank, norm_eps, **factory_kwargs) if kv_norm else None
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, features, kv_b_bias, **factory_kwargs)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, embed_dim, bias, **factory_kwargs)
-        if rope_inv_freq is not None:
-            sizes.check_frequencies(rope_inv_freq, rope_kv_heads)
-            rope_inv_freq = rope_inv_freq.detach().to(device=device, dtype=torch.float64)
-        self.register_buffer("rope_inv_freq", rope_inv_freq)
+        self.rope_inv_freq = sizes.frequencies(rope_inv_freq, rope_kv_heads)
+        put_in_state_dict(self)
         self.reset_parameters()
 
     def forward(
@@ -233,7 +232,7 @@ class MultiHeadLatentAttention(Mechanism):
         del options["limit"]
         tables = []
         for at, heads in zip(token_positions(x, source, positions, mask, **options), (True, False), strict=True):
-            angles = at[..., None, None].double() * self.rope_inv_freq.double()
+            angles = at[..., None, None].double() * constant(self.rope_inv_freq, x.device)
             cos, sin = layout(angles[..., self._rope_slots(), :] if heads else angles, 1.0, self.rope.style, x.dtype)
             tables.append(RotaryTable(cos, sin, self.rope.style, True))
         return tables[0], tables[1]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Factors, Mechanism, per_head
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
@@ -21,6 +20,7 @@ from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain, precise_linear
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_sizes, one_of
 from attnzoo.tracing import is_exported
 
 GATE_MODES = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
@@ -90,6 +90,7 @@ class MixtureOfAttentionHeads(Mechanism):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    input_layer = "k_proj"
     routing: Routing | None = None
     aux_loss_group: Any = None
     o_bias: nn.Parameter | None
@@ -128,6 +129,8 @@ class MixtureOfAttentionHeads(Mechanism):
         check_sizes(embed_dim=embed_dim, num_kv_heads=num_kv_heads, heads_per_expert=M)
         if M % num_kv_heads:
             raise ValueError(f"heads_per_expert must be a multiple of num_kv_heads, got {M} and {num_kv_heads}")
+        counts = {"num_heads": num_heads, "num_experts_per_tok": num_experts_per_tok}
+        check_sizes(**{name: count for name, count in counts.items() if count is not None})
         if num_heads is None:
             num_heads = (2 if num_experts_per_tok is None else num_experts_per_tok) * M
         k = num_heads // M if num_experts_per_tok is None else num_experts_per_tok
@@ -135,7 +138,9 @@ class MixtureOfAttentionHeads(Mechanism):
             raise ValueError(f"num_heads must be num_experts_per_tok * heads_per_expert, got {num_heads}, {k} and {M}")
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, rope=rope, causal=causal,
-            dropout=dropout, init_std=init_std, backend=backend,
+            dropout=dropout, init_std=init_std, backend=backend, bias=bias, out_bias=out_bias, sample_topk=sample_topk,
+            router_noise=router_noise, switch_coef=switch_coef, z_coef=z_coef, mi_coef=mi_coef, cv_coef=cv_coef,
+            device=device, dtype=dtype,
         )  # fmt: skip
         N = 2 * k if num_experts is None else num_experts
         check_sizes(num_experts=N, num_experts_per_tok=k)
@@ -143,13 +148,9 @@ class MixtureOfAttentionHeads(Mechanism):
             raise ValueError(f"num_experts_per_tok must be at most num_experts, got {k} and {N}")
         if not 0 <= sample_topk <= k:
             raise ValueError(f"sample_topk must lie between 0 and num_experts_per_tok {k}, got {sample_topk}")
-        for name, value, allowed in (("gate_mode", gate_mode, GATE_MODES), ("aux_loss", aux_loss, AUX_LOSSES)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        check("gate_mode", gate_mode, one_of(*GATE_MODES))
+        check("aux_loss", aux_loss, one_of(*AUX_LOSSES))
         self.coefficients = {"switch": switch_coef, "z": z_coef, "mi": mi_coef, "cv": cv_coef}
-        for name, coefficient in self.coefficients.items():
-            if coefficient < 0:
-                raise ValueError(f"{name}_coef must not be negative, got {coefficient}")
         self.experts = HeadLayout.of(N)
         self.num_experts, self.num_experts_per_tok, self.heads_per_expert = N, k, M
         self.gate_mode, self.sample_topk, self.aux_loss_kind = gate_mode, sample_topk, aux_loss
@@ -201,7 +202,6 @@ class MixtureOfAttentionHeads(Mechanism):
         logits = self.router_logits(x)
         chosen, gates = self._gates(logits)
         gates = gates if real is None else gates * real[..., None].to(gates.dtype)
-        self._keep_statistics(logits, chosen, gates, real)
         routes = Routes.of(chosen.flatten(), self.num_experts)
         # Slots of a key/value head side by side, so that head h reads h // (k M / G).
         rows = _cast(x).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
@@ -224,6 +224,7 @@ class MixtureOfAttentionHeads(Mechanism):
                 gated = self.head_outputs(gated.reshape(B, T, slots * M * Dv))
                 y = project(gated.reshape(B * T, 1, slots, M * Dv), routes=routes, backend=self.backend)
             y = y.reshape(B, T, slots, E).sum(2)
+            self._keep_statistics(logits, chosen, gates, real)
             return y if self.o_bias is None else y + self.o_bias.to(y.dtype)
 
     @property

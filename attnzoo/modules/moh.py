@@ -23,6 +23,7 @@ from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import precise_linear
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_options, one_of
 from attnzoo.tracing import has_values, is_exported
 
 ROUTERS = {"two_stage": ("scaled", "paper"), "query_norm": ("binary",)}
@@ -118,6 +119,11 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, vdim=vdim, bias=bias,
             rope=rope, causal=causal, dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
+        check_options(
+            num_shared_heads=num_shared_heads, num_routed_active=num_routed_active, ste=ste, sparse=sparse,
+            aux_loss_coef=aux_loss_coef,
+        )  # fmt: skip
+        check("router", router, one_of(*ROUTERS))
         shared = num_heads // 2 if num_shared_heads is None else num_shared_heads
         active = num_heads // 4 if num_routed_active is None else num_routed_active
         routed = num_heads - shared
@@ -129,19 +135,11 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             raise ValueError("num_shared_heads and num_routed_active must not both be 0: no head would be active")
         if active == 0 and routed:
             raise ValueError(f"num_routed_active must be at least 1 unless all heads are shared, got 0 of {routed}")
-        if router not in ROUTERS:
-            raise ValueError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {router!r}")
         gate_form = ROUTERS[router][0] if gate_form is None else gate_form
         if gate_form not in ROUTERS[router]:
             raise ValueError(f"gate_form of router {router!r} must be one of {ROUTERS[router]}, got {gate_form!r}")
         if router == "query_norm" and routed < 2:
             raise ValueError(f"router 'query_norm' needs at least 2 routed heads, got {routed}")
-        if ste not in ("all", "active", "none"):
-            raise ValueError(f"ste must be 'all', 'active' or 'none', got {ste!r}")
-        if aux_loss_coef < 0:
-            raise ValueError(f"aux_loss_coef must not be negative, got {aux_loss_coef}")
-        if sparse not in (True, False, "auto"):
-            raise ValueError(f"sparse must be True, False or 'auto', got {sparse!r}")
         self.num_shared_heads = self._shared_factor = shared
         self.num_routed_active = active
         self.router, self.gate_form, self.ste = router, gate_form, ste
@@ -168,7 +166,6 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         call = begin(self, x, context, mask, positions, cache)
         q, k, v = self.project(x, *call.sources)
         gates, active, probability = self.gates(x, q)
-        self._keep_statistics(active, probability, call.real_tokens(x))
         q = qk_norm_rope(q, call.q_table, backend=self.backend)
         k = qk_norm_rope(k, call.k_table, backend=self.backend)
         with call.remember(k, v) as (k, v):
@@ -178,6 +175,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             else:
                 out = softmax_attention(q, k, v, call.view, head_scale=gates, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
+            self._keep_statistics(active, probability, call.real_tokens(x))
             return y
 
     def gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_sizes, one_of
 
 
 class TalkingHeadsAttention(Mechanism):
@@ -94,13 +94,13 @@ class TalkingHeadsAttention(Mechanism):
             embed_dim, num_heads, head_dim=_width("head_dim", embed_dim, "num_qk_heads", num_qk_heads, head_dim),
             v_head_dim=_width("v_head_dim", embed_dim, "num_v_heads", num_v_heads, v_head_dim), kdim=kdim, rope=rope,
             sliding_window=sliding_window, causal=causal, dropout=dropout, init_std=init_std, backend=backend,
+            bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
         if sliding_window is not None and not causal:
             raise ValueError(f"sliding_window needs causal=True, got {sliding_window} and causal=False")
         equal = num_qk_heads == num_heads == num_v_heads
         mix_init = ("identity" if equal else "fan_in") if mix_init is None else mix_init
-        if mix_init not in ("identity", "fan_in"):
-            raise ValueError(f"mix_init must be 'identity' or 'fan_in', got {mix_init!r}")
+        check("mix_init", mix_init, one_of("identity", "fan_in", words="be 'identity' or 'fan_in'"))
         if mix_init == "identity" and not equal:
             raise ValueError(
                 f"mix_init 'identity' needs equal numbers of heads, got {num_qk_heads}, {num_heads} and {num_v_heads}"

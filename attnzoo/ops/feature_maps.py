@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.ops.submodules import precise_linear
+from attnzoo.rules import check, one_of
 
 NON_NEGATIVE = ("elu", "relu", "hedgehog", "t2r", "dpfp")
 """Maps whose features cannot be negative, so that they can be normalised."""
@@ -32,8 +33,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, name: str, width: int, **factory_kwargs: Any) -> None:
         super().__init__()
-        if name not in FEATURE_MAPS:
-            raise ValueError(f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got {name!r}")
+        check("feature_map", name, one_of(*FEATURE_MAPS))
         self.name = name
         self.width = width
         if name in ("hedgehog", "t2r"):

@@ -52,21 +52,6 @@ def initial_mixing(
     return weights / weights.sum(1 if norm == "row" else 0, keepdim=norm == "row")
 
 
-def check_mixing(
-    norm: str, bounds: tuple[float, float] | None, rule: str, *, causal: bool
-) -> tuple[float, float] | None:
-    """Refuse options of a mixing matrix that `initial_mixing`, `clipped` and `extended` do not take; the bounds."""
-    if norm not in ("row", "col"):
-        raise ValueError(f"mixing_norm must be one of 'row', 'col', got {norm!r}")
-    if rule not in ("error", "clamp", "window"):
-        raise ValueError(f"extrapolation must be one of 'error', 'clamp', 'window', got {rule!r}")
-    if rule != "error" and not causal:
-        raise ValueError(f"extrapolation must be 'error' with causal=False, got {rule!r}")
-    if bounds is not None and not 0 <= bounds[0] < bounds[1]:
-        raise ValueError(f"mixing_clip must be two bounds with 0 <= low < high, or None, got {bounds}")
-    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
-
-
 def clipped(mixing: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     """mixing between its bounds, with a straight-through gradient."""
     if bounds is None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -332,11 +333,11 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """A float64 tensor that stays on its device between calls and that `module.to(dtype)` cannot round."""
     if is_traced():
         return torch.tensor(values, dtype=torch.float64, device=device)

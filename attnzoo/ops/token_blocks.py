@@ -123,6 +123,13 @@ def check_image(
     return grid, block_grid
 
 
+def block_sizes(grid: tuple[int, int] | None, block_grid: tuple[int, int] | None) -> tuple[int, tuple[int, ...]]:
+    """Tokens of a block, and how many blocks there are along each axis; 64 and 32 for tokens in a row."""
+    if grid is None or block_grid is None:
+        return 64, (32,)
+    return block_grid[0] * block_grid[1], (grid[0] // block_grid[0], grid[1] // block_grid[1])
+
+
 def raster_order(
     grid: tuple[int, int] | None, block_grid: tuple[int, int] | None, device: torch.device
 ) -> Tensor | None:

@@ -340,9 +340,11 @@ def test_a_call_that_a_cache_cannot_serve_is_refused(
 
 
 @every_mechanism
-@pytest.mark.parametrize(("batch", "length"), [(-1, T), (B, 0)])
-def test_a_cache_of_no_size_is_refused(name: str, batch: int, length: int) -> None:
-    message = f"batch_size must be at least 0 and max_length at least 1, got {batch} and {length}"
+@pytest.mark.parametrize(
+    ("batch", "length", "message"),
+    [(-1, T, "batch_size must not be negative, got -1"), (B, 0, "max_length must be at least 1, got 0")],
+)
+def test_a_cache_of_no_size_is_refused(name: str, batch: int, length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(name).init_cache(batch, length)
 

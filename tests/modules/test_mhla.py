@@ -38,7 +38,8 @@ def golden(dtype, **options):
 
 def make(dtype=torch.float64, **options):
     torch.manual_seed(5)
-    options = {"num_kv_heads": G, "block_size": C, "num_blocks": M} | options
+    blocks = {} if "grid" in options else {"block_size": C, "num_blocks": M}
+    options = {"num_kv_heads": G} | blocks | options
     attn = MultiHeadLinearAttention(E, H, **options).to(dtype)
     with torch.no_grad():
         for parameter in attn.parameters():
@@ -274,6 +275,31 @@ def test_an_image_is_its_blocks_in_a_row(backend, options):
             attn.lepe.weight.zero_()
             attn.lepe.bias.zero_()
     torch.testing.assert_close(attn(x)[:, order], flat(x[:, order]), atol=1e-10, rtol=0)
+
+
+def test_compat_adds_its_epsilon_after_the_mixing():
+    attn = make(normalizer="compat", causal=False, feature_map="elu", normalizer_eps=0.3, mixing_clip=None)
+    q, k = torch.rand(2, M * C, H, 6).double(), torch.rand(2, M * C, G, 6).double()
+    with torch.no_grad():
+        found = attn.compat_denominator(q, k, None)
+        for b, t, h in ((0, 0, 0), (1, 9, 3), (0, 23, 2), (1, 6, 1)):
+            total = 0.3
+            for j in range(M):
+                z = k[b, j * C : (j + 1) * C, h // (H // G)].sum(0)
+                total += attn.mixing_matrix[t // C, j] * (q[b, j * C + t % C, h] @ z)
+            torch.testing.assert_close(found[b, t, h, 0], total, atol=1e-12, rtol=0)
+
+
+def test_a_grid_says_what_its_blocks_are():
+    image = {"grid": (4, 6), "block_grid": (2, 3), "causal": False}
+    for sizes in ({}, {"block_size": 6}, {"num_blocks": 4}, {"block_size": 6, "num_blocks": 4}):
+        attn = MultiHeadLinearAttention(E, H, **image, **sizes)
+        assert (attn.block_size, attn.num_blocks) == (6, 4)
+    for sizes in ({"num_blocks": 32}, {"block_size": 64}, {"block_size": 6, "num_blocks": 5}):
+        with pytest.raises(ValueError, match=r"block_size and num_blocks must be 6 and 4 with grid .*got"):
+            MultiHeadLinearAttention(E, H, **image, **sizes)
+    row = MultiHeadLinearAttention(E, H)
+    assert (row.block_size, row.num_blocks) == (64, 32)
 
 
 def test_local_values_are_a_convolution_over_the_image():

@@ -192,6 +192,19 @@ def test_losses_at_their_ends():
     assert losses(one)["cv"].item() > 1
 
 
+def test_padding_among_the_queries_of_cross_attention_is_not_routed():
+    attn = make(aux_loss="mi", out_bias=True, causal=False, rope=None, num_experts_per_tok=2)
+    x, context = sample(), sample(9)
+    attn(x, context, mask=AttentionMask.padding([9, 4]))
+    loss, load = attn.aux_loss.item(), attn.routing.load
+    real = torch.arange(T + 3).expand(2, -1) < T
+    longer = torch.cat([x, sample(3)], 1)
+    y = attn(longer, context, mask=AttentionMask.padding([9, 4], real_queries=real))
+    assert attn.aux_loss.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(attn.routing.load, load)
+    torch.testing.assert_close(y[:, T:], attn.o_bias.expand(2, 3, E))
+
+
 @pytest.mark.parametrize("kind", ["switch_z", "mi", "cv", "none"])
 def test_padded_tokens_are_not_routed(kind):
     attn, x = make(aux_loss=kind, out_bias=True), sample().requires_grad_()

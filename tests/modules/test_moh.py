@@ -321,6 +321,32 @@ def test_padded_tokens_are_in_no_loss():
     assert attn.aux_loss.item() == pytest.approx(loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("router", ["two_stage", "query_norm"])
+def test_padding_among_the_queries_of_cross_attention_is_in_no_loss(router):
+    attn, x, context = make(causal=False, rope=None, router=router), sample(), sample(9)
+    keys = AttentionMask.padding([9, 4])
+    attn(x, context, mask=keys)
+    everything, routing = attn.aux_loss.item(), attn.routing
+    real = torch.arange(T + 4).expand(2, -1) < T
+    longer = torch.cat([x, sample(4)], 1)
+    attn(longer, context, mask=AttentionMask.padding([9, 4], real_queries=real))
+    assert attn.aux_loss.item() == pytest.approx(everything, rel=1e-12)
+    torch.testing.assert_close(attn.routing.load, routing.load)
+    # Lengths of keys say nothing about queries: without the mask of the queries all of them count.
+    attn(longer, context, mask=keys)
+    assert attn.aux_loss.item() != pytest.approx(everything, rel=1e-6)
+
+
+def test_padding_on_the_left_is_in_no_loss():
+    attn, x = make(rope=None), sample()
+    attn(x)
+    loss = attn.aux_loss.item()
+    real = torch.arange(T + 3).expand(2, -1) >= 3
+    mask = AttentionMask(dense_mask=real[:, None, None], real_queries=real)
+    attn(torch.cat([sample(3), x], 1), mask=mask)
+    assert attn.aux_loss.item() == pytest.approx(loss, rel=1e-12)
+
+
 def test_the_loss_reaches_the_router_through_probabilities_alone():
     attn = make()
     attn(sample())
