@@ -97,6 +97,9 @@ class TokenCache:
             torch.zeros(batch_size, heads, self.capacity, width, device=device, dtype=dtype) for heads, width in widths
         )
 
+        # As appended and returned; made once, since a view costs as much as a check in every decoding step.
+        self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers take."""
@@ -152,27 +155,26 @@ class TokenCache:
         tokens = new[0].shape[1]
         for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=True):
             expected = (self.batch_size, tokens, heads, width)
-            got = tuple(state.shape)
-            if got != expected or state.dtype != buffer.dtype or state.device != buffer.device:
+            if state.shape != expected or state.dtype != buffer.dtype or state.device != buffer.device:
                 raise ValueError(
                     f"cache was made for states (batch, tokens, heads, width) {expected} in {buffer.dtype} "
-                    f"on {buffer.device}, got {got} in {state.dtype} on {state.device}"
+                    f"on {buffer.device}, got {tuple(state.shape)} in {state.dtype} on {state.device}"
                 )
         if self.length + tokens > self.max_length:
             raise ValueError(
                 f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
             )
-        states = tuple([state.detach().transpose(1, 2) for state in new])
+        states = tuple([state.detach() if state.requires_grad else state for state in new])
         if self.capacity == self.max_length:
             return self._append_linear(states, tokens), None
-        return self._append_ring(states, tokens)
+        return self._append_ring(tuple(state.transpose(1, 2) for state in states), tokens)
 
     def _append_linear(self, states: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
         end = self.length + tokens
-        for buffer, state in zip(self.buffers, states, strict=True):
-            buffer.narrow(2, self.length, tokens).copy_(state)
+        for rows, state in zip(self._rows, states, strict=True):
+            rows.narrow(1, self.length, tokens).copy_(state)
         self.length = end
-        return tuple([buffer.narrow(2, 0, end).transpose(1, 2) for buffer in self.buffers])
+        return tuple([rows.narrow(1, 0, end) for rows in self._rows])
 
     def _append_ring(self, states: tuple[Tensor, ...], tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
         device = self.buffers[0].device

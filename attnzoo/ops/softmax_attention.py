@@ -258,7 +258,7 @@ def _obstacles(
 
     if not q.is_cuda:
         # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
-        return {"flash": flash, "sdpa": sdpa, "eager": lambda: None, "triton": triton}
+        return {"sdpa": sdpa, "eager": lambda: None, "flash": flash, "triton": triton}
     return {"flash": flash, "sdpa": sdpa, "triton": triton, "eager": lambda: None}
 
 
