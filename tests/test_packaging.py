@@ -198,7 +198,7 @@ FLOORS = {
         {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
-        {"__init__", "allowlist", "files"}, {"data", "lm", "model_config", "options"},
+        {"__init__", "allowlist", "files", "tables"}, {"data", "lm", "model_config", "options"},
         {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"}, {"diagnose", "generate", "pretrain"},
         {"compare"},
     ],

@@ -114,8 +114,7 @@ class AtomicCheckpointIO(CheckpointIO):
         target = _local(path)
         if target.is_dir():
             return read_checkpoint(target, map_location)
-        if not target.exists():
-            raise FileNotFoundError(f"there is no checkpoint {target}")
+        _refuse_special(target)
         with target.open("rb") as file:
             wrong = _wrong(target, file)
             if wrong is None:
@@ -174,8 +173,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         if newest is None:
             raise ValueError(f"there is no valid checkpoint in {target}")
         target = newest
-    if not target.exists():
-        raise FileNotFoundError(f"there is no checkpoint {target}")
+    _refuse_special(target)
     with target.open("rb") as file:
         wrong = _wrong(target, file)
         if wrong is not None:
@@ -286,6 +284,14 @@ def _local(path: str | Path) -> Path:
     return Path(path).absolute()
 
 
+def _refuse_special(target: Path) -> None:
+    """Raise for a path that is no regular file: opening a FIFO would wait for ever, and a device has no end."""
+    if not target.exists():
+        raise FileNotFoundError(f"there is no checkpoint {target}")
+    if not target.is_file():
+        raise ValueError(f"a checkpoint must be a regular file, got {target}, which is none")
+
+
 def _sidecar(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
@@ -294,11 +300,11 @@ def _records(target: Path) -> list[dict[str, Any]]:
     """The records in the sidecar of a checkpoint, or of the one that it links to; empty if it cannot be read."""
     sidecar = _sidecar(target.resolve())
     try:
-        if sidecar.stat().st_size > _LARGEST_SIDECAR:
+        if not sidecar.is_file() or sidecar.stat().st_size > _LARGEST_SIDECAR:
             return []
         listed = json.loads(sidecar.read_bytes())["may_be"]
         return [record for record in listed if isinstance(record["sha256"], str) and isinstance(record["size"], int)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo_recipes.checkpointing import read_checkpoint
-from attnzoo_recipes.data.tokenizers import from_dict
-from attnzoo_recipes.model_config import KEY, model_from_checkpoint
+from attnzoo_recipes.model_config import model_from_checkpoint, tokenizer_from_checkpoint
 from attnzoo_recipes.options import (
     add_allow_import,
     add_device,
@@ -31,13 +30,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
         device = device_named(options.device)
         checkpoint = read_checkpoint(options.checkpoint)
-        model = model_from_checkpoint(checkpoint, allowed).to(device)
-        settings = checkpoint[KEY].get("tokenizer")
-        if settings is None:
-            raise ValueError(f"checkpoint {options.checkpoint} holds no tokenizer, so it cannot read or write text")
+        where = f"checkpoint {options.checkpoint}"
+        model = model_from_checkpoint(checkpoint, allowed, where).to(device)
+        tokenizer = tokenizer_from_checkpoint(checkpoint, where)
+        if tokenizer is None:
+            raise ValueError(f"{where} holds no tokenizer, so it cannot read or write text")
         text = continue_text(
             model,
-            from_dict(settings),
+            tokenizer,
             options.prompt,
             options.max_new_tokens,
             seed=options.seed,

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from attnzoo_recipes.allowlist import ALLOWED, check_import, check_settings
+import attnzoo
+from attnzoo_recipes.allowlist import ALLOWED, ImportRefusedError, added_packages, find_class
+from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
 from attnzoo_recipes.lm import DecoderLM
 
 KEY = "attnzoo"
 """Key of a checkpoint's entry {"model": configuration, "tokenizer": settings}."""
+
+ZOO: dict[str, type[nn.Module]] = {
+    f"attnzoo.{name}": cls
+    for name in attnzoo.__all__
+    if isinstance(cls := getattr(attnzoo, name), type) and issubclass(cls, nn.Module)
+}
+"""The mechanisms that a checkpoint may name without further ado."""
+
+_DEEPEST = 8
 
 _FREE_TO_CHANGE = {"backend", "dropout", "activation_checkpointing", "init", "init_std", "device", "dtype"}
 
@@ -44,56 +60,144 @@ def describe_attention(attention: Callable[[int], nn.Module]) -> dict[str, Any]:
 def build_attention(
     description: Mapping[str, Any], allowed: Iterable[str] = ALLOWED, where: str = "the checkpoint"
 ) -> Callable[[int], nn.Module]:
-    """The inverse of `describe_attention`; checks everything that it names against the allow-list before it imports.
+    """The inverse of `describe_attention`: a class of the zoo, or of a package that the user has added, with options.
+
+    Options are plain values of the types in the class's signature; nothing that a description names is called but
+    that class, and dataclasses among the types of its arguments. An option `device` is ignored: who builds the module
+    says where.
 
     Args:
         description: {"class_path", "init_args"}.
-        allowed: packages that it may name.
+        allowed: `ALLOWED` and packages that the user has added.
         where: what messages call the source of the description.
 
     Raises:
-        ImportRefusedError: for the first import path outside `allowed`.
-        ValueError: if the class cannot be imported, or the options do not fit it.
+        ImportRefusedError: for any other class, and for a class_path among the options.
+        ValueError: for an option that the class does not have, or whose value is not of its type.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    check_import(description["class_path"], allowed, where)
-    check_settings(dict(description), allowed, where)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--attention", type=Callable[[int], nn.Module])
-    try:
-        parsed = parser.parse_object({"attention": dict(description)})
-    except ArgumentError as error:
-        raise ValueError(f"the attention {dict(description)} of {where} cannot be built: {error}") from error
-    attention: Callable[[int], nn.Module] = parser.instantiate_classes(parsed).attention
-    return attention
+    class_path, init_args = description["class_path"], description["init_args"]
+    _refuse_classes(init_args, where)
+    added = added_packages(allowed)
+    cls = ZOO.get(class_path) or find_class(class_path, added)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise ImportRefusedError(
+            f"{where} names {class_path}, which is neither a mechanism of attnzoo nor one of the packages given in "
+            f"--allow-import ({', '.join(added) or 'none'}); if you trust it, add --allow-import "
+            f"{class_path.rpartition('.')[0] or class_path}"
+        )
+    options = arguments_of(cls, init_args, f"{where} has an attention whose")
+    options.pop("device", None)
+    return functools.partial(cls, **options)
 
 
 def build_model(
     config: Mapping[str, Any], allowed: Iterable[str] = ALLOWED, where: str = "the checkpoint"
 ) -> DecoderLM:
-    """A decoder of this configuration, newly initialised; other arguments are those of `build_attention`."""
+    """A decoder of this configuration, newly initialised; other arguments are those of `build_attention`.
+
+    Raises:
+        ValueError: also if the configuration does not fit, or is too large for this machine.
+    """
     options = dict(config)
-    return DecoderLM(options.pop("vocab_size"), build_attention(options.pop("attention"), allowed, where), **options)
+    attention = build_attention(options.pop("attention"), allowed, where)
+    options = arguments_of(DecoderLM, options, f"{where} has a model whose")
+    if "vocab_size" not in options:
+        raise ValueError(f"{where} has a model without vocab_size")
+    try:
+        return DecoderLM(options.pop("vocab_size"), attention, **options)
+    except (ValueError, TypeError, RuntimeError, MemoryError, ArithmeticError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"the model of {where} cannot be built: {kind}{error}") from error
 
 
-def model_from_checkpoint(checkpoint: Mapping[str, Any], allowed: Iterable[str] = ALLOWED) -> DecoderLM:
+def saved_settings(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Mapping[str, Any]:
+    """A checkpoint's {"model": configuration, "tokenizer": settings}; says nothing about the values in it.
+
+    Raises:
+        ValueError: if it was not written by this recipe.
+    """
+    saved, state = checkpoint.get(KEY), checkpoint.get("state_dict")
+    if not isinstance(saved, dict) or not isinstance(state, dict):
+        raise ValueError(f"{where} was not written by attnzoo-pretrain: it names no attnzoo model")
+    model = saved.get("model")
+    attention = model.get("attention") if isinstance(model, dict) else None
+    described = attention if isinstance(attention, dict) else {}
+    if not isinstance(described.get("class_path"), str) or not isinstance(described.get("init_args"), dict):
+        raise ValueError(f"{where} must describe its model's attention by class_path and init_args")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise ValueError(f"{where} must hold a state_dict of tensors by name")
+    if not isinstance(saved.get("tokenizer", {}), dict):
+        raise ValueError(f"{where} must hold the settings of its tokenizer, got {saved['tokenizer']!r:.80}")
+    return saved
+
+
+def model_from_checkpoint(
+    checkpoint: Mapping[str, Any], allowed: Iterable[str] = ALLOWED, where: str = "the checkpoint"
+) -> DecoderLM:
     """The trained decoder in eval mode, from the dictionary that torch.load(path, weights_only=True) returns.
 
     Raises:
-        ImportRefusedError: if it names a package outside `allowed`.
+        ImportRefusedError: if it names a class that is neither in the zoo nor in a package that the user has added.
         ValueError: if it was not written by this recipe, or its weights do not fit its configuration.
     """
-    if KEY not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError("the checkpoint was not written by attnzoo-pretrain: it names no attnzoo model")
-    model = build_model(checkpoint[KEY]["model"], allowed)
+    config = saved_settings(checkpoint, where)["model"]
     prefix = "model."
     state = {
         name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
     }
-    check_state(model, state)
+    if isinstance(config.get("num_layers"), int) and config["num_layers"] > len(state):
+        raise ValueError(
+            f"{where} must have weights of every layer, got {len(state)} for {config['num_layers']} layers"
+        )
+    if config["attention"]["class_path"] in ZOO:
+        # Of no size yet, so that a configuration cannot ask for more memory than the checkpoint's weights take.
+        with torch.device("meta"):
+            check_state(build_model(config, allowed, where), state, where)
+    model = build_model(config, allowed, where)
+    check_state(model, state, where)
     model.load_state_dict(state)
     return model.eval()
+
+
+def tokenizer_from_checkpoint(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Tokenizer | None:
+    """The tokenizer of a checkpoint, or None.
+
+    Raises:
+        ValueError: if its settings are not those of one.
+    """
+    settings = saved_settings(checkpoint, where).get("tokenizer")
+    try:
+        return None if settings is None else from_dict(settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the tokenizer of {where} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def arguments_of(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain values as arguments of a class, each checked against the type in the signature of its constructor.
+
+    A class whose constructor passes **options on takes those of its base classes. An argument without a type takes
+    any plain value; an argument that is a dataclass is made from a mapping of its fields.
+
+    Raises:
+        ValueError: for an unknown name, or a value that is not of its type: True is no number, "2" is none either.
+    """
+    known: dict[str, Any] = {}
+    is_open = False
+    for base in cls.__mro__:
+        if base in (nn.Module, object) or "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        hints = _type_hints(base.__init__)  # type: ignore[misc]
+        for one in parameters:
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+                known.setdefault(one.name, hints.get(one.name, Any))
+        is_open = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        if not is_open:
+            break
+    unknown = [name for name in values if name not in known]
+    if unknown and not is_open:
+        raise ValueError(f"{where} {unknown[0]!r:.80} is no option of {cls.__name__}")
+    return {str(name): _argument(f"{where} {name}", known.get(str(name), Any), value) for name, value in values.items()}
 
 
 def check_same_model(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
@@ -113,7 +217,7 @@ def check_same_model(saved: Mapping[str, Any], configured: Mapping[str, Any]) ->
         raise ValueError(f"the checkpoint's model differs from the configured one in {', '.join(differences)}")
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_state(model: nn.Module, state: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
     """Raise ValueError in one sentence that lists all weights that are missing, unknown or of the wrong shape."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
@@ -124,8 +228,11 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         for name, shape in expected.items()
         if name in given and given[name] != shape
     ]
+    problems += [
+        f"{name} is {value.layout}, {value.dtype}" for name, value in state.items() if not _is_plain_tensor(value)
+    ]
     if problems:
-        raise ValueError(f"the checkpoint's weights do not fit the model: {'; '.join(problems)}")
+        raise ValueError(f"the weights of {where} do not fit the model: {'; '.join(problems)}")
 
 
 def _differences(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
@@ -136,6 +243,69 @@ def _differences(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> lis
         for name in shared
         if saved[name] != configured[name]
     ]
+
+
+def _is_plain_tensor(value: Tensor) -> bool:
+    return value.layout is torch.strided and not (value.is_complex() or value.is_quantized or value.is_meta)
+
+
+def _refuse_classes(value: Any, where: str, depth: int = 0) -> None:
+    """Raise for a class_path at any depth of an attention's options."""
+    if depth > _DEEPEST:
+        raise ValueError(f"{where} has options of the attention that are nested more than {_DEEPEST} deep")
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            raise ImportRefusedError(
+                f"{where} names {value['class_path']!r:.80} among the options of its attention, which must be plain "
+                "values: it is not imported"
+            )
+        value = list(value.values())
+    for inner in value if isinstance(value, list | tuple) else ():
+        _refuse_classes(inner, where, depth + 1)
+
+
+def _type_hints(function: Any) -> dict[str, Any]:
+    # Names that a module imports for type checkers only are not there: such arguments take any plain value.
+    with contextlib.suppress(NameError, TypeError, AttributeError):
+        return typing.get_type_hints(function)
+    return {}
+
+
+def _argument(name: str, kind: Any, value: Any) -> Any:
+    """The value as an argument of that type, or ValueError."""
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        others = [one for one in inner if one is not types.NoneType]
+        if value is not None and len(others) == 1:
+            return _argument(name, others[0], value)
+        for one in inner:
+            with contextlib.suppress(ValueError):
+                return _argument(name, one, value)
+    elif kind is float and type(value) in (int, float):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    elif kind in (int, bool, str, types.NoneType):
+        if type(value) is kind:
+            return value
+    elif origin is typing.Literal:
+        if any(value == one and type(value) is type(one) for one in inner):
+            return value
+    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        try:
+            return kind(**arguments_of(typing.cast(type, kind), value, f"{name} has"))  # type: ignore[operator]
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{name} cannot be made of {value!r:.80}: {error}") from error
+    elif kind is Any or (origin in (dict, Mapping) and isinstance(value, Mapping)):
+        return _plain(name, value)
+    elif origin in (list, tuple, Sequence, Iterable) and isinstance(value, list | tuple):
+        kinds = [inner[0] if inner else Any] * len(value)
+        if origin is tuple and inner and inner[-1] is not Ellipsis:
+            kinds = list(inner)
+        if len(kinds) == len(value):
+            items = [_argument(name, one, item) for one, item in zip(kinds, value, strict=True)]
+            return tuple(items) if origin is tuple else items
+    shown = kind.__name__ if isinstance(kind, type) and not inner else str(kind).replace("typing.", "")
+    raise ValueError(f"{name} must be {shown}, got {value!r:.80}")
 
 
 def _plain(name: str, value: Any) -> Any:

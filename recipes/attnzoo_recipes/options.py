@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from attnzoo_recipes.allowlist import ALLOWED, enforce
+from attnzoo import BackendUnavailable
+from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, added_packages, enforce
 
 
 def command_line(args: Sequence[str] | None) -> list[str]:
@@ -63,7 +64,7 @@ def add_allow_import(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--allow-import",
         metavar="PACKAGE,...",
-        help=f"packages that configs and checkpoints may name besides {', '.join(ALLOWED)}; importing runs their code",
+        help=f"packages that configs and checkpoints may name besides {SUMMARY}; importing runs their code",
     )
 
 
@@ -92,10 +93,13 @@ def device_named(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def mistakes_in_one_sentence(command: str) -> Iterator[None]:
-    """Turn a ValueError, an OSError or an error of the parser into one sentence on stderr and exit code 2."""
+    """Turn a ValueError, an OSError or an error of the parser into one sentence on stderr and exit code 2.
+
+    A backend that cannot run here is the user's choice as well, or that of the checkpoint.
+    """
     try:
         yield
-    except (ArgumentError, ValueError, OSError) as error:
+    except (ArgumentError, ValueError, OSError, BackendUnavailable) as error:
         sys.stderr.write(f"{command}: error: {one_sentence(error)}\n")
         raise SystemExit(2) from None
 
@@ -107,4 +111,4 @@ def one_sentence(error: BaseException) -> str:
 
 def join_allowed(allowed: Iterable[str]) -> list[str]:
     """The words that pass an allow-list on to another command."""
-    return [word for package in allowed if package not in ALLOWED for word in ("--allow-import", package)]
+    return [word for package in added_packages(allowed) for word in ("--allow-import", package)]

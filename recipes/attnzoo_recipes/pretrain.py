@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from attnzoo import BackendUnavailable
-from attnzoo_recipes.allowlist import ALLOWED, check_arguments
+from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
 from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Samples, StepProgress, Throughput
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.callbacks.summary import Report
@@ -36,7 +37,7 @@ _EXPECTED_WARNINGS = (
     ".*LeafSpec.*is deprecated.*",  # Lightning uses a class that torch is about to remove
 )
 _EPILOG = (
-    f"--allow-import PACKAGE,...: packages that configs and checkpoints may name besides {', '.join(ALLOWED)}; "
+    f"--allow-import PACKAGE,...: packages that configs and checkpoints may name besides {SUMMARY}; "
     "importing runs their code."
 )
 
@@ -68,6 +69,8 @@ class PretrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the precision if the user did not: bf16 on a GPU that supports it."""
         trainer = self.config[self.subcommand]["trainer"]
+        if not hasattr(trainer, "as_dict"):
+            raise ValueError(f"trainer must be a section of settings, got {trainer!r:.80}")
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(trainer["accelerator"])
 
@@ -120,9 +123,10 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"attnzoo-pretrain: {stop}\n")
         raise SystemExit(stop.exit_code) from None
     except Exception as error:
-        if not is_user_mistake(error):
+        unreadable = unreadable_checkpoint(error)
+        if unreadable is None and not is_user_mistake(error):
             raise
-        sys.stderr.write(f"attnzoo-pretrain: error: {one_sentence(error)}\n")
+        sys.stderr.write(f"attnzoo-pretrain: error: {unreadable or one_sentence(error)}\n")
         raise SystemExit(2) from None
 
 
@@ -150,14 +154,16 @@ def find_configs(words: list[str]) -> list[str]:
 
 def config_path(name: str) -> str:
     """The file itself if it exists, otherwise the packaged config of that name, with or without the prefix configs/."""
-    if Path(name).is_file() or name.lstrip().startswith("{"):
-        return name
+    with contextlib.suppress(OSError, ValueError):  # of names that no file can have
+        if Path(name).is_file() or name.lstrip().startswith("{"):
+            return name
     relative = name.removeprefix("configs/")
     for folder in CONFIG_FOLDERS:
-        if ".." not in Path(relative).parts and (folder / relative).is_file():
-            return str(folder / relative)
+        with contextlib.suppress(OSError, ValueError):
+            if ".." not in Path(relative).parts and (folder / relative).is_file():
+                return str(folder / relative)
     packaged = sorted({str(path.relative_to(folder)) for folder in CONFIG_FOLDERS for path in folder.rglob("*.yaml")})
-    raise ValueError(f"config {name!r} is neither a file nor one of {', '.join(packaged)}")
+    raise ValueError(f"config {name!r:.200} is neither a file nor one of {', '.join(packaged)}")
 
 
 def default_precision(accelerator: str) -> str:
@@ -167,12 +173,29 @@ def default_precision(accelerator: str) -> str:
 
 
 def is_user_mistake(error: Exception) -> bool:
-    """Whether an exception is meant for the user: a parser's, Lightning's, or a ValueError raised by this project."""
+    """Whether an exception is meant for the user: a parser's, or a ValueError or OSError of who checks settings."""
     if isinstance(error, ArgumentError | MisconfigurationException | BackendUnavailable):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_by = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, ValueError | OSError) and raised_by.split(".")[0] in ("attnzoo", "attnzoo_recipes")
+    if raised_by == "torch.cuda" and isinstance(error, AssertionError | RuntimeError):
+        return True  # there is no GPU, or torch is built without
+    checks = ("attnzoo", "attnzoo_recipes", "jsonargparse", "lightning")
+    return isinstance(error, ValueError | OSError) and raised_by.split(".")[0] in checks
+
+
+def unreadable_checkpoint(error: Exception) -> str | None:
+    """What is wrong with a checkpoint if Lightning failed while it restored one that lacks what it looks for."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        is_restoring = frame.f_code.co_name in ("resume_start", "restore_model", "restore_training_state")
+        if is_restoring and frame.f_globals.get("__name__", "").endswith("checkpoint_connector"):
+            path = frame.f_locals["self"].trainer.ckpt_path
+            reason = one_sentence(error)
+            if str(path) in reason:
+                return reason
+            reason = reason if is_user_mistake(error) else f"{type(error).__name__}: {reason}"
+            return f"checkpoint {path} cannot be continued: {reason}"
+    return None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -76,7 +76,13 @@ def generate(
 def choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, random: torch.Generator
 ) -> Tensor:
-    """One token id for each row of logits (B, V) -> (B,). `random` is a CPU generator: tokens are drawn on the CPU."""
+    """One token id for each row of logits (B, V) -> (B,). `random` is a CPU generator: tokens are drawn on the CPU.
+
+    Raises:
+        ValueError: for logits that are not numbers.
+    """
+    if bool(logits.isnan().any()):
+        raise ValueError("the model's logits must be numbers to sample from, got NaN: its weights are damaged")
     if temperature == 0:
         return logits.argmax(-1)
     ranked, order = (logits.double().cpu() / temperature).sort(dim=-1, descending=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo_recipes.data.module import IGNORED
 from attnzoo_recipes.lm import DecoderLM
-from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention
+from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention, saved_settings
 from attnzoo_recipes.trainer import log_interval
 
 
@@ -140,10 +140,8 @@ class Pretraining(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise, in one sentence, for a checkpoint of another mechanism, of other sizes or of another tokenizer."""
-        if KEY not in checkpoint:
-            raise ValueError("the checkpoint was not written by attnzoo-pretrain: it names no attnzoo model")
+        saved = saved_settings(checkpoint)
         self.configure_model()
-        saved = checkpoint[KEY]
         check_same_model(saved["model"], self.model_config())
         tokenizer = getattr(self._data(), "tokenizer", None)
         if tokenizer is not None and saved.get("tokenizer", tokenizer.to_dict()) != tokenizer.to_dict():

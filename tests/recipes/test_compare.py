@@ -10,7 +10,8 @@ from scipy.stats import ttest_rel
 
 from attnzoo_recipes.compare.cli import main, parse
 from attnzoo_recipes.compare.plan import Settings, attention_of, plan, run_key
-from attnzoo_recipes.compare.table import as_csv, draw_losses, draw_quality, markdown, summarise
+from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
+from attnzoo_recipes.tables import as_csv
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))

@@ -1,9 +1,15 @@
 """A user's mistake ends in one sentence and exit code 2, and leaves nothing behind."""
 
+import importlib
+import json
+import os
+
 import pytest
 import torch
 
-from attnzoo_recipes.checkpointing import newest_valid
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid
+from attnzoo_recipes.lm import DecoderLM
+from attnzoo_recipes.model_config import build_attention
 
 MISTAKES = {
     "misspelled key": (["--trainer.max_step=3"], "max_step"),
@@ -21,6 +27,14 @@ MISTAKES = {
     "negative learning rate": (["--model.lr=-1"], "lr must be positive, got -1"),
     "no end": (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "max_steps must be given"),
     "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "a GPU that is not there": (["--trainer.accelerator=cuda"], "CUDAAccelerator"),
+    "a mechanism on a GPU that is not there": (["--model.attention.init_args.device=cuda"], "CUDA"),
+    "no such accelerator": (["--trainer.accelerator=tape"], "invalid accelerator name"),
+    "no such strategy": (["--trainer.strategy=tape"], "invalid strategy name"),
+    "no settings": (["--trainer=5"], "trainer"),
+    "rotation that cannot be": (["--model.attention.init_args.rope.theta=-1"], "theta must be finite"),
+    "config without a name": (["--config"], "expected one argument"),
+    "config with a name that no file has": (["--config", "x" * 5000], "neither a file nor one of"),
     "backend that does not exist": (["--model.attention.init_args.backend=cuda"], "backend"),
 }
 
@@ -97,3 +111,195 @@ def test_a_checkpoint_with_other_objects_is_not_unpickled(arguments, run, tmp_pa
     torch.save({"state_dict": {}, "x": Evil()}, path)
     refused(run, arguments("kha", f"--ckpt_path={path}"), capsys)
     assert not (tmp_path / "executed").exists()
+
+
+COMMANDS = {
+    "pretrain": "pretrain", "generate": "generate", "compare": "compare.cli", "heads": "diagnose.heads",
+    "prune": "diagnose.prune", "spectrum": "diagnose.spectrum",
+}  # fmt: skip
+READERS = ("pretrain", "generate", "heads", "prune", "spectrum")
+ATTENTION = {"class_path": "attnzoo.MultiHeadAttention", "init_args": {"num_heads": 2}}
+CONFIG = {"vocab_size": 257, "embed_dim": 8, "num_layers": 1, "attention": ATTENTION}
+
+
+def command(name):
+    return importlib.import_module(f"attnzoo_recipes.{COMMANDS[name]}").main
+
+
+def state():
+    model = DecoderLM(257, build_attention(ATTENTION), embed_dim=8, num_layers=1)
+    return {f"model.{name}": value for name, value in model.state_dict().items()}
+
+
+def with_model(**changes):
+    return lambda: {"attnzoo": {"model": {**CONFIG, **changes}, "tokenizer": {"kind": "byte"}}, "state_dict": state()}
+
+
+def with_options(**changes):
+    return with_model(attention={**ATTENTION, "init_args": {"num_heads": 2, **changes}})
+
+
+def with_state(change):
+    return lambda: {**with_model()(), "state_dict": change(state())}
+
+
+ODD = {
+    "nothing": (dict, "names no attnzoo model"),
+    "no settings": (lambda: {"attnzoo": None, "state_dict": {}}, "names no attnzoo model"),
+    "no model": (lambda: {"attnzoo": {"model": None}, "state_dict": {}}, "must describe its model's attention"),
+    "no attention": (with_model(attention=None), "must describe its model's attention"),
+    "weights in a list": (lambda: {"attnzoo": {"model": CONFIG}, "state_dict": [1]}, "names no attnzoo model"),
+    "weights that are none": (with_state(lambda w: {"model.x": 3}), "state_dict of tensors by name"),
+    "weights without names": (with_state(lambda w: {3: torch.zeros(1)}), "state_dict of tensors by name"),
+    "no weights": (with_state(lambda w: {}), "weights of every layer"),
+    "a weight missing": (with_state(lambda w: dict(list(w.items())[1:])), "embedding.weight is missing"),
+    "sparse weights": (with_state(lambda w: {n: v.to_sparse() for n, v in w.items()}), "torch.sparse_coo"),
+    "complex weights": (with_state(lambda w: {n: v.to(torch.complex64) for n, v in w.items()}), "torch.complex64"),
+    "a size in quotes": (with_model(vocab_size="257"), "vocab_size must be int, got '257'"),
+    "a size that is true": (with_model(vocab_size=True), "vocab_size must be int, got True"),
+    "a negative size": (with_model(vocab_size=-1), "vocab_size must be at least 1"),
+    "too large a size": (with_model(vocab_size=10**13), "embedding.weight has shape (257, 8) instead of"),
+    "too many layers": (with_model(num_layers=10**8), "weights of every layer, got"),
+    "an unknown size": (with_model(width=3), "'width' is no option of DecoderLM"),
+    "an unknown option": (with_options(width=3), "'width' is no option of MultiHeadAttention"),
+    "a number in quotes": (with_options(head_dim="4"), "head_dim must be int, got '4'"),
+    "a flag that is a number": (with_options(bias=1), "bias must be bool, got 1"),
+    "a number that is a flag": (with_options(dropout=True), "dropout must be float, got True"),
+    "a text that is a number": (with_options(backend=3), "backend must be str, got 3"),
+    "a dtype": (with_options(dtype="torch.float16"), "dtype must be dtype"),
+    "a rotation that is a number": (with_options(rope=10000.0), "rope must be Rotary, got 10000.0"),
+    "a rotation with an unknown field": (with_options(rope={"base": 1e4}), "'base' is no option of Rotary"),
+    "heads that do not fit": (with_options(num_heads=3), "num_heads must divide embed_dim"),
+    "a width given twice": (with_options(embed_dim=4), "cannot be built: TypeError"),
+    "an unknown tokenizer": (
+        lambda: {**with_model()(), "attnzoo": {"model": CONFIG, "tokenizer": {"kind": "words"}}}, "tokenizer",
+    ),
+    "a tokenizer without its text": (
+        lambda: {**with_model()(), "attnzoo": {"model": CONFIG, "tokenizer": {"kind": "bpe"}}}, "tokenizer",
+    ),
+    "a tokenizer that is a number": (
+        lambda: {**with_model()(), "attnzoo": {"model": CONFIG, "tokenizer": 5}}, "tokenizer",
+    ),
+    "weights that are not numbers": (with_state(lambda w: {n: v * torch.nan for n, v in w.items()}), "got NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), ODD.values(), ids=ODD)
+def test_an_odd_checkpoint(content, message, tmp_path, capsys):
+    path = tmp_path / "odd.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(), path)
+    sentence = refused(command("generate"), [str(path)], capsys)
+    assert message in sentence
+    assert "odd.ckpt" in sentence or message == "got NaN"
+
+
+def test_a_checkpoint_that_was_not_written_by_a_trainer(arguments, run, tmp_path, capsys):
+    run(arguments("mha"))
+    path = newest_valid(tmp_path / "run")
+    content = torch.load(path, weights_only=True)
+    odd = tmp_path / "odd.ckpt"
+    for key in ("pytorch-lightning_version", "state_dict", "attnzoo", "loops", "optimizer_states"):
+        AtomicCheckpointIO().save_checkpoint({**content, key: 5}, odd)
+        assert str(odd) in refused(run, arguments("mha", f"--ckpt_path={odd}", steps=4), capsys), key
+
+
+SPECIAL = {
+    "a FIFO": (lambda path: os.mkfifo(path), "must be a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "must be a regular file"),
+    "no file": (lambda path: None, "odd.ckpt"),
+    "an empty file": (lambda path: path.touch(), "cannot be verified"),
+}
+SIDECARS = {
+    "a FIFO": lambda path: os.mkfifo(path),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "nested objects": lambda path: path.write_text('{"may_be": ' * 50_000),
+    "odd": lambda path: path.write_text('{"may_be": [5, null, {"sha256": "x", "size": true, "saved_at_ns": "x"}]}'),
+}
+
+
+def reading(name, path, text, arguments):
+    more = {"heads": ["--text", str(text)], "prune": ["--data", str(text)]}
+    return arguments("mha", f"--ckpt_path={path}") if name == "pretrain" else [str(path), *more.get(name, [])]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("make", "message"), SPECIAL.values(), ids=SPECIAL)
+def test_a_path_that_is_no_checkpoint(make, message, name, arguments, corpus_file, tmp_path, capsys):
+    path = tmp_path / "odd.ckpt"
+    make(path)
+    (tmp_path / "odd.ckpt.json").write_text(json.dumps({"may_be": [{"sha256": "x", "size": 0}]} if message else {}))
+    sentence = refused(command(name), reading(name, path, corpus_file, arguments), capsys)
+    assert message in sentence or "is damaged" in sentence
+    assert "odd.ckpt" in sentence
+
+
+@pytest.mark.parametrize("make", SIDECARS.values(), ids=SIDECARS)
+def test_a_sidecar_that_is_none(make, tmp_path, capsys):
+    path = tmp_path / "odd.ckpt"
+    path.write_bytes(b"x")
+    make(tmp_path / "odd.ckpt.json")
+    sentence = refused(command("generate"), [str(path)], capsys)
+    assert "odd.ckpt cannot be verified" in sentence or "odd.ckpt is damaged" in sentence
+
+
+@pytest.mark.parametrize("name", ["generate", "heads", "prune", "spectrum"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "tape", "meta"])
+def test_a_device_that_is_not_there(device, name, corpus_file, tmp_path, capsys):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    path = tmp_path / "some.ckpt"
+    AtomicCheckpointIO().save_checkpoint(with_model()(), path)
+    words = [*reading(name, path, corpus_file, None), "--device", device]
+    assert repr(device) in refused(command(name), words, capsys)
+
+
+FILES = {
+    "missing": None, "empty": "", "list": "[1, 2]", "scalar": "hello", "broken": "model: [", "tabs": "model:\n\t- b",
+    "two documents": "a: 1\n---\nb: 2", "odd key": "? [a]\n: b", "deep": "[" * 3000 + "]" * 3000,
+    "bytes": bytes(range(256)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_odd_config(name, arguments, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "odd.yaml"
+    content = FILES[name]
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = ["--out", str(tmp_path / "out")]
+    for command_name, words in (
+        ("compare", ["--mechanisms", f"mha,{path}", *out]), ("compare", ["--config", str(path), *out]),
+        ("pretrain", arguments("mha", "--config", str(path))),
+    ):  # fmt: skip
+        if name == "empty" and command_name == "pretrain":
+            continue  # nothing to change is no mistake
+        sentence = refused(command(command_name), words, capsys)
+        assert "odd.yaml" in sentence or name not in ("missing", "bytes")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_config_without_a_name(name, capsys):
+    sentence = refused(command(name), ["fit", "--config"] if name == "pretrain" else ["--config"], capsys)
+    assert "--config" in sentence or "required" in sentence
+
+
+LINES = {
+    "broken": '{"query": "a", "doc', "nested": "[" * 100_000, "a long number": f'{{"query": {"9" * 10_000}}}',
+    "no objects": "5", "bytes": bytes(range(128, 256)), "blank": " \n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_broken_lines_of_pairs(name, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from tiny_hugging_face import bert
+
+    path = tmp_path / "pairs.jsonl"
+    good = b'{"query": "the cat", "document": "a mat"}\n'
+    path.write_bytes(LINES[name] if isinstance(LINES[name], bytes) else b"" if name == "blank" else good)
+    if name not in ("bytes", "blank"):
+        path.write_bytes(good + LINES[name].encode())
+    folder, _, _ = bert(tmp_path / "bert")
+    sentence = refused(command("prune"), [str(folder), "--data", str(path), "--length", "16"], capsys)
+    assert "in line 2" in sentence or name in ("bytes", "blank")
+    assert "data must" in sentence

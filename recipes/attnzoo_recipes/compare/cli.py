@@ -22,9 +22,10 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 import attnzoo
+from attnzoo_recipes.allowlist import check_arguments
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
 from attnzoo_recipes.compare.plan import EQUAL, MATCHES, Plan, Settings, attention_of, plan, run_key
-from attnzoo_recipes.compare.table import as_csv, draw_losses, draw_quality, markdown, summarise
+from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.files import write_atomically
 from attnzoo_recipes.lm import DecoderLM
@@ -37,6 +38,7 @@ from attnzoo_recipes.options import (
     take_allowed_imports,
 )
 from attnzoo_recipes.pretrain import config_path, find_configs
+from attnzoo_recipes.tables import as_csv
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5
 _DIVERGED = 3
@@ -77,7 +79,9 @@ def parse(words: Sequence[str]) -> Settings:
     parser.add_argument("--out", default="runs/compare", help="folder of the results")
     parser.add_argument("--train", type=dict[str, Any], default={}, help="settings over those of configs/pretrain.yaml")
     add_allow_import(parser)
-    parsed = parser.parse_args(find_configs(words))
+    words = find_configs(words)
+    check_arguments(words, allowed)
+    parsed = parser.parse_args(words)
     if parsed.allow_import is not None:
         raise ValueError("allow_import must be given on the command line, not in a config")
     if parsed.mechanisms is None:
@@ -135,6 +139,8 @@ def compare(settings: Settings, passed_on: list[str]) -> None:
     draw_quality(rows, settings.out / "quality_vs_cache.png")
     sys.stdout.write(f"\n{text}\nwritten to {settings.out}: table.md, table.csv, results.json, learning_curves.png, ")
     sys.stdout.write("quality_vs_cache.png\n")
+    if all(run["status"] != "finished" for run in runs):
+        raise ValueError(f"no run finished: {rows[0]['note']}; their logs are in {settings.out / 'cells'}")
 
 
 def resolved(command: list[str]) -> Mapping[str, Any]:
@@ -249,7 +255,8 @@ def speeds(
     models: dict[str, DecoderLM] = {}
     for run in runs:
         if run["status"] == "finished" and run["mechanism"] not in models:
-            models[run["mechanism"]] = model_from_checkpoint(read_checkpoint(run["checkpoint"]), allowed)
+            path = run["checkpoint"]
+            models[run["mechanism"]] = model_from_checkpoint(read_checkpoint(path), allowed, f"checkpoint {path}")
     best = dict.fromkeys(models, (0.0, 0.0))
     for _ in range(ROUNDS):
         for name, model in models.items():

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from attnzoo.costs import cache_bytes
-from attnzoo_recipes.allowlist import ALLOWED, check_import, check_settings
+from attnzoo_recipes.allowlist import ALLOWED, check_import, check_settings, enforce
 from attnzoo_recipes.lm import default_mlp_dim
-from attnzoo_recipes.model_config import build_model
+from attnzoo_recipes.model_config import build_model, describe_attention
 
 MATCHES = ("params", "flops", "none")
 EQUAL = {
@@ -119,7 +120,10 @@ def attention_of(config: Path, allowed: Iterable[str] = ALLOWED) -> Mapping[str,
         ImportRefusedError: for an import path outside `allowed`.
         ValueError: if the file has no description, or anything else, which would not be equal between mechanisms.
     """
-    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{config} must be YAML in UTF-8: {error}") from error
     try:
         description = content["model"]["attention"]
         class_path = str(description["class_path"])
@@ -136,6 +140,21 @@ def attention_of(config: Path, allowed: Iterable[str] = ALLOWED) -> Mapping[str,
     check_import(class_path, allowed, str(config))
     check_settings(description, allowed, str(config))
     return {"class_path": class_path, "init_args": description.get("init_args") or {}}
+
+
+def _described(attention: Mapping[str, Any], allowed: Iterable[str], where: str) -> dict[str, Any]:
+    """The description of a config as a checkpoint has it: defaults added, and classes of settings gone."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    check_settings(attention, allowed, where)
+    enforce(allowed)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--attention", type=Callable[[int], nn.Module])
+    try:
+        parsed = parser.parse_object({"attention": dict(attention)})
+    except ArgumentError as error:
+        raise ValueError(f"the attention {dict(attention)} of {where} cannot be built: {error}") from error
+    return describe_attention(parser.instantiate_classes(parsed).attention)
 
 
 _MEASURES: dict[str, Callable[[Plan], int]] = {
@@ -171,9 +190,15 @@ def plan(
     measure = _MEASURES.get(match, _MEASURES["params"])
     plans: list[Plan] = []
     for name, attention in attentions.items():
+        described = _described(attention, allowed, f"mechanism {name}")
 
-        def planned(mlp_dim: int, name: str = name, attention: Mapping[str, Any] = attention) -> Plan:
-            config = {"vocab_size": vocab_size, "attention": attention, "mlp_dim": mlp_dim, **sizes}
+        def planned(
+            mlp_dim: int,
+            name: str = name,
+            attention: Mapping[str, Any] = attention,
+            described: Mapping[str, Any] = described,
+        ) -> Plan:
+            config = {"vocab_size": vocab_size, "attention": described, "mlp_dim": mlp_dim, **sizes}
             with torch.device("meta"):
                 decoder = build_model(config, allowed, f"mechanism {name}")
             return Plan(
@@ -212,7 +237,7 @@ def own_source(class_path: str) -> str | None:
     another mechanism.
     """
     package = class_path.split(".")[0]
-    if package in ALLOWED:
+    if package == "attnzoo":
         return None
     digest = hashlib.sha256()
     for name in sorted(sys.modules):

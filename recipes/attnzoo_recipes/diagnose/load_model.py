@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import json
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import SUFFIX, newest_valid, read_checkpoint
-from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
-from attnzoo_recipes.model_config import KEY, model_from_checkpoint
+from attnzoo_recipes.data.tokenizers import Tokenizer
+from attnzoo_recipes.model_config import model_from_checkpoint, tokenizer_from_checkpoint
 
 _TENSORS = ".safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_COMPUTED = ("inv_freq", "masked_bias", "position_ids")  # buffers that transformers once saved
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ def load_model(
         loaded = _hugging_face(path.parent) if configured else _weights([path], path, num_heads, num_kv_heads)
     elif path.is_dir() and (path / "config.json").is_file():
         loaded = _hugging_face(path)
-    elif path.is_dir() and sorted(path.glob(f"*{_TENSORS}")):
-        loaded = _weights(sorted(path.glob(f"*{_TENSORS}")), path, num_heads, num_kv_heads)
+    elif path.is_dir() and (files := sorted(file for file in path.glob(f"*{_TENSORS}") if file.is_file())):
+        loaded = _weights(files, path, num_heads, num_kv_heads)
     elif path.is_dir() or path.suffix == SUFFIX:
         loaded = _checkpoint(path, allowed)
     else:
@@ -97,9 +100,9 @@ def _checkpoint(path: Path, allowed: Iterable[str]) -> LoadedModel:
             )
         file = newest
     checkpoint = read_checkpoint(file)
-    model = model_from_checkpoint(checkpoint, allowed)
-    settings = checkpoint[KEY].get("tokenizer")
-    tokenizer = None if settings is None else from_dict(settings)
+    where = f"checkpoint {file}"
+    model = model_from_checkpoint(checkpoint, allowed, where)
+    tokenizer = tokenizer_from_checkpoint(checkpoint, where)
     return LoadedModel(model, f"{path.stem or path.name}", "attnzoo", file, tokenizer)
 
 
@@ -108,17 +111,68 @@ def _hugging_face(folder: Path) -> LoadedModel:
         import transformers
     except ImportError:
         raise ValueError("a Hugging Face folder needs the package transformers: pip install attnzoo[hf]") from None
+    _refuse_kernels(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
-        cls: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        architecture = (config.architectures or [""])[0]
+        causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        cls: Any = getattr(transformers, architecture, None) if architecture else None
+        if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
+            cls = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         # Only safetensors: other formats can contain code.
-        model = cls.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        model, found = cls.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # what transformers raises for files that it cannot read is not documented
+        reason = own_code(folder, "config.json") or error
+        raise ValueError(f"the Hugging Face model in {str(folder)!r} cannot be loaded: {reason}") from error
+    _check_weights(folder, model, found, causal)
+    own = own_code(folder, "config.json")
+    if own is not None:
+        sys.stderr.write(f"{own}; transformers' {type(model).__name__} is used\n")
+    return LoadedModel(model if causal else model.base_model, folder.resolve().name, "huggingface", folder)
+
+
+def own_code(folder: Path, name: str) -> str | None:
+    """A sentence about the code that a Hugging Face folder brings, if that file asks for any; it is never run."""
+    if not _json(folder / name).get("auto_map"):
+        return None
+    return f"{str(folder / name)!r} asks for code of its own (auto_map), which attnzoo never runs"
+
+
+def _check_weights(folder: Path, model: nn.Module, found: Mapping[str, Any], causal: bool) -> None:
+    """Raise if the weights were not exactly those of the model; tied ones count as there."""
+    problems = {
+        # Nothing reads the pooler of an encoder, and many are saved without.
+        "are missing": [name for name in found["missing_keys"] if causal or ".pooler." not in f".{name}"],
+        "belong nowhere": [name for name in found["unexpected_keys"] if name.rsplit(".", 1)[-1] not in _COMPUTED],
+        "have another shape": [str(key) for key in found["mismatched_keys"]],
+    }
+    for what, names in problems.items():
+        if names:
+            raise ValueError(
+                f"the weights in {str(folder)!r} do not fit the {type(model).__name__} that its config.json describes: "
+                f"{len(names)} {what}, such as {min(names)}"
+            )
+
+
+def _refuse_kernels(folder: Path) -> None:
+    """Raise if the config asks for an attention function that transformers would download and run."""
+    asked = [str(value) for key, value in _json(folder / "config.json").items() if key.endswith("_implementation")]
+    if any("/" in value for value in asked):
+        raise ValueError(
+            f"config.json in {str(folder)!r} asks for kernels of others ({', '.join(asked)}), which attnzoo never runs"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the Hugging Face model in {str(folder)!r} cannot be loaded: {error}") from error
-    return LoadedModel(model, folder.resolve().name, "huggingface", folder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if the file is not there or holds nothing of the kind."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _weights(files: list[Path], path: Path, num_heads: int | None, num_kv_heads: int | None) -> LoadedModel:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -15,6 +13,7 @@ from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.training_records import finite
 from attnzoo_recipes.diagnose.html import Picture, Section, html_report, number
 from attnzoo_recipes.files import write_atomically
+from attnzoo_recipes.tables import as_csv
 
 
 class Results:
@@ -41,12 +40,8 @@ class Results:
         self.files[name] = (json.dumps(finite(content), indent=1, allow_nan=False) + "\n").encode()
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows under the union of their keys; floats that are not finite become empty."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(finite(list(rows)))
-        self.files[name] = text.getvalue().encode()
+        """Rows under the union of their keys; floats that are not finite become empty, see `as_csv`."""
+        self.files[name] = as_csv(finite(list(rows))).encode()
 
     def picture(self, name: str, text: str, draw: Callable[..., Any], *arguments: Any, **options: Any) -> Picture:
         """Call draw(*arguments, **options, theme=...) for both themes.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo_recipes.diagnose.load_model import LoadedModel
+from attnzoo_recipes.diagnose.load_model import LoadedModel, own_code
 
 _CHARACTERS_PER_TOKEN = 16
 
@@ -55,11 +55,12 @@ def reader(loaded: LoadedModel) -> Reader:
 
     folder = loaded.path if loaded.path.is_dir() else loaded.path.parent
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a")["input_ids"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {error}") from error
+    except Exception as error:  # what transformers raises for files that it cannot read is not documented
+        reason = own_code(folder, "tokenizer_config.json") or error
+        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {reason}") from error
     if not plain:
         raise ValueError(
             f"the tokenizer in {str(folder)!r} must make tokens of text, got none of 'a': is it all there?"
@@ -200,7 +201,7 @@ def _first_tokens(encode: Callable[[str], list[int]], text: str, wanted: int) ->
 def _pair(name: str, number: int, line: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         row = None
     texts = (row.get("query"), row.get("document")) if isinstance(row, dict) else (None, None)
     query, document = texts
