@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import attnzoo
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
+from attnzoo_recipes.commandline import config_path, find_configs
 from attnzoo_recipes.compare.plan import EQUAL, MATCHES, Plan, Settings, attention_of, plan, run_key
 from attnzoo_recipes.compare.table import as_csv, draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.data.module import TextDataModule
@@ -36,7 +37,6 @@ from attnzoo_recipes.options import (
     mistakes_in_one_sentence,
     take_allowed_imports,
 )
-from attnzoo_recipes.pretrain import config_path, find_configs
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5
 _DIVERGED = 3
