@@ -48,8 +48,8 @@ class RandomStates(L.Callback):
 
     A checkpoint has those of every process. A run that resumes with another number of processes warns, and seeds them
     from the saved states, so that at least it is reproducible. Validation, and what other callbacks do at its end, does
-    not advance the states of training: they are restored after it, since a resumed run does not repeat it. Exact resuming also needs batches that are a
-    function of their number, like those of `data.module.TextDataModule`.
+    not advance the states of training: they are restored after it, since a resumed run does not repeat it. Exact
+    resuming also needs batches that are a function of their number, like those of `data.module.TextDataModule`.
     """
 
     def __init__(self) -> None:
