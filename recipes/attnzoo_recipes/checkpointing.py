@@ -3,16 +3,15 @@
 Next to each checkpoint NAME there is a sidecar NAME.json with the SHA-256 and size of *each* version that NAME may be
 at this moment: one, or two while a save is in progress. A save
 
-1. streams the checkpoint to NAME.tmp-PID in the same folder, hashing as it writes, and syncs it to the disk;
+1. streams the checkpoint to NAME.tmp-RANDOM in the same folder, hashing as it writes, and syncs it to the disk;
 2. replaces the sidecar by one that lists the new version and the one in place;
-3. replaces NAME by NAME.tmp-PID;
+3. replaces NAME by NAME.tmp-RANDOM;
 4. replaces the sidecar by one that lists only the new version.
 
 Each replacement is one atomic rename, followed by a sync of the folder (`files.replacing`). Killed before 2, the old
 checkpoint has its old sidecar. Killed between 2 and 4, the sidecar lists both, and NAME is one of them, complete.
 After 3 the new one is in place. So NAME is never half written and never without a record that vouches for it. A kill
-can leave a file NAME.tmp-PID behind; the next save into the folder removes those whose process has ended. Only one
-machine at a time may save into a folder.
+can leave a file NAME.tmp-RANDOM behind; the next save into the folder removes those that no living process has locked.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from attnzoo_recipes import files
 SUFFIX = ".ckpt"
 """File extension of checkpoints, the one that Lightning uses."""
 
-_TEMPORARY = re.compile(r".+\.tmp-(\d+)")
+_VERSION_FOLDER = re.compile(r"version_(\d+)")
 _LARGEST_SIDECAR = 1_000_000
 
 
@@ -75,8 +74,9 @@ class AtomicCheckpointIO(CheckpointIO):
         target = _local(path)
         step = checkpoint.get("global_step")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target.parent)
+            with files.naming(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            files.sweep(target.parent)
             _save(checkpoint, target, step)
         except OSError as error:
             # Two files saved in one step, such as the best and the last, count as one failure.
@@ -149,14 +149,25 @@ def verify(path: str | Path) -> str | None:
 
 
 def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
-    """The most recently saved checkpoint of a folder among those that `verify` accepts, or None."""
+    """The newest checkpoint of a folder among those that `verify` accepts, or None.
+
+    Within a run, which has a folder of its own, it is the one of the largest step, whatever the clock said. Runs that
+    are folders version_0, version_1, ... side by side follow their numbers, and others the time of their last save.
+    """
     folder = _local(folder)
     paths = [path for path in (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}") if path.is_file()]
-    # A link has the age of the checkpoint that it links to; the file itself comes before links to it.
-    for path in sorted(paths, key=lambda path: (_saved_at(path), not path.is_symlink(), str(path)), reverse=True):
-        if verify(path) is None:
-            return path
-    return None
+    saved = {path: _saved(path) for path in paths}
+    last: dict[Path, int] = {}
+    for path, (_, time_ns) in saved.items():
+        runs, _ = _run(path)
+        last[runs] = max(time_ns, last.get(runs, 0))
+
+    def age(path: Path) -> tuple[Any, ...]:
+        runs, number = _run(path)
+        # A link has the age of the checkpoint that it links to; the file itself comes before links to it.
+        return last[runs], str(runs), number, *saved[path], not path.is_symlink(), str(path)
+
+    return next((path for path in sorted(paths, key=age, reverse=True) if verify(path) is None), None)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -243,26 +254,6 @@ def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:
     files.write_atomically(_sidecar(target), json.dumps({"may_be": records}, indent=1))
 
 
-def _sweep(folder: Path) -> None:
-    """Remove temporary files of processes that have ended; a file with this process's id is of an earlier process."""
-    for path in folder.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and path.is_file() and not path.is_symlink():
-            pid = int(match.group(1))
-            if pid == os.getpid() or not _is_alive(pid):
-                path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _remove(target: Path) -> None:
     if target.is_file() or target.is_symlink():
         target.unlink()
@@ -308,14 +299,23 @@ def _records(target: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _saved_at(target: Path) -> int:
-    """When the checkpoint was saved, in ns, from the record of its size, so that copying a run changes nothing."""
+def _saved(target: Path) -> tuple[int, int]:
+    """Step and time in ns of a save, from the record of the file's size, so that copying a run changes nothing."""
     try:
         size = target.stat().st_size
     except OSError:
-        return 0
-    times = [record.get("saved_at_ns") for record in _records(target) if record["size"] == size]
-    return max((time for time in times if isinstance(time, int)), default=0)
+        return -1, 0
+    found = [(record.get("step"), record.get("saved_at_ns")) for record in _records(target) if record["size"] == size]
+    return max(((step, at) for step, at in found if isinstance(step, int) and isinstance(at, int)), default=(-1, 0))
+
+
+def _run(target: Path) -> tuple[Path, int]:
+    """The folder of the runs to which a checkpoint belongs, and the number of its own among them."""
+    for folder in target.parents:
+        match = _VERSION_FOLDER.fullmatch(folder.name)
+        if match:
+            return folder.parent, int(match.group(1))
+    return target.parent, 0
 
 
 def _wrong(target: Path, file: BufferedReader) -> str | None:

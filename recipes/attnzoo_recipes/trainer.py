@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from attnzoo_recipes.data.module import TextDataModule
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Raise ValueError for a strategy under which this recipe has not been shown to train as in one process."""
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ValueError(
+            "trainer.strategy must be auto, for one device, or one of the forms of ddp, got "
+            f"{type(trainer.strategy).__name__}"
+        )
 
 
 def run_folder(trainer: L.Trainer) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -19,7 +19,7 @@ import attnzoo
 from attnzoo_recipes.data.module import IGNORED
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention, saved_settings
-from attnzoo_recipes.trainer import log_interval
+from attnzoo_recipes.trainer import check_strategy, log_interval
 
 
 class Pretraining(L.LightningModule):
@@ -83,6 +83,12 @@ class Pretraining(L.LightningModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        numbers = {
+            "norm_eps": norm_eps, "dropout": dropout, "init_std": init_std, "lr": lr, "betas": betas,
+            "adam_eps": adam_eps, "weight_decay": weight_decay, "knock_weight_decay": knock_weight_decay,
+            "min_lr_ratio": min_lr_ratio, "aux_loss_weight": aux_loss_weight,
+        }  # fmt: skip
+        check_finite(numbers)
         if lr <= 0:
             raise ValueError(f"lr must be positive, got {lr}")
         for name, value in (
@@ -116,6 +122,10 @@ class Pretraining(L.LightningModule):
 
     # model
 
+    def setup(self, stage: str) -> None:
+        """Raise ValueError for a strategy that the recipe does not support, or a training without an end."""
+        check_strategy(self.trainer)
+
     def configure_model(self) -> None:
         """Build the decoder, once; the size of the vocabulary is known by now."""
         if "model" in self._modules:
@@ -124,7 +134,8 @@ class Pretraining(L.LightningModule):
             self.vocab_size = int(self._data().tokenizer.vocab_size)
         self.model = DecoderLM(self.vocab_size, self.attention, **self.sizes)
         if self.compile_model:
-            self.model.compile()
+            # Drawn by torch's own generator, dropout is that of an uncompiled run, and continues in a resumed one.
+            self.model.compile(options={"fallback_random": True})
 
     def model_config(self) -> dict[str, Any]:
         """The arguments of `model_config.build_model` for the same decoder, as plain types."""
@@ -186,6 +197,9 @@ class Pretraining(L.LightningModule):
 
     def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
         boundaries = batch.get("cu_seqlens")
+        if boundaries is not None and self.compile_model:
+            # Otherwise the graph, and with it rounding, would depend on how many documents the first batches had.
+            torch._dynamo.maybe_mark_dynamic(boundaries, 0)
         mask = None if boundaries is None else attnzoo.AttentionMask.packed(boundaries)
         logits = self.model(batch["tokens"], mask=mask)
         return F.cross_entropy(
@@ -308,6 +322,18 @@ class Pretraining(L.LightningModule):
         if math.isinf(steps):
             raise ValueError("trainer.max_steps must be given: the learning rate's cosine ends there, got no end")
         return int(steps)
+
+
+def check_finite(settings: Any, name: str = "") -> None:
+    """Raise ValueError for the first number in nested settings that is NaN or infinite, with its dotted name."""
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            check_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            check_finite(value, name)
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise ValueError(f"{name} must be a finite number, got {settings}")
 
 
 def warmup_cosine(warmup_steps: int, last_step: int, min_ratio: float) -> Callable[[int], float]:

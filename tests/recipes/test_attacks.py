@@ -103,7 +103,7 @@ OPTIONS = {
 CLASSES = (
     f"{MODULE}.Thing", "subprocess.Popen", "os.system", "torch.hub.load", "torch.utils.cpp_extension.load",
     "torch.nn.Linear", "torch.nn.modules.os.system", "attnzoo.modules.gqa.torch.hub.load", "builtins.exec",
-    "attnzoo_recipes.pretrain.PretrainCLI", "lightning.pytorch.callbacks.LambdaCallback", "Popen", "",
+    "attnzoo_recipes.commandline.PretrainCLI", "lightning.pytorch.callbacks.LambdaCallback", "Popen", "",
 )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ CONFIGS = {
     "lightning.pytorch.callbacks.model_checkpoint.shutil.rmtree, init_args: {path: .}}]}",
     "function of torch.nn": "model: {attention: torch.nn.functional.relu}",
     "checkpoints by another reader": "trainer: {plugins: [lightning.pytorch.plugins.io.TorchCheckpointIO]}",
-    "another command": "trainer: {callbacks: [{class_path: attnzoo_recipes.pretrain.PretrainCLI}]}",
+    "another command": "trainer: {callbacks: [{class_path: attnzoo_recipes.commandline.PretrainCLI}]}",
     "an allow-list of its own": "trainer: {callbacks: [{class_path: attnzoo_recipes.callbacks.summary.Report, "
     "init_args: {allowed: [MODULE]}}]}",
     "allow_import": "allow_import: MODULE\ntrainer: {callbacks: [{class_path: MODULE.Callback}]}",

@@ -177,14 +177,17 @@ def test_kill_before_every_line_of_a_save(tmp_path):
 
 
 def test_files_of_living_processes_are_not_swept(tmp_path):
-    alive, dead = tmp_path / f"b.ckpt.tmp-{os.getppid()}", tmp_path / "c.ckpt.json.tmp-999999999"
+    """Containers share process numbers: a lock tells the living from the dead, even one of this process's number."""
+    dead = [tmp_path / f"c.ckpt.tmp-{end}" for end in (1, os.getpid(), os.getppid(), "0123456789abcdef")]
     other = tmp_path / "notes.tmp-mine"
-    for path in (alive, dead, other):
+    for path in (*dead, other):
         path.write_bytes(b"x")
-    write(tmp_path / "a.ckpt", 1)
-    assert alive.exists()
+    with files.replacing(tmp_path / "b.ckpt") as alive:
+        write(tmp_path / "a.ckpt", 1)
+        assert os.path.exists(alive.name)
+    assert (tmp_path / "b.ckpt").exists()
     assert other.exists()
-    assert not dead.exists()
+    assert not any(path.exists() for path in dead)
 
 
 # failing disks
@@ -341,6 +344,31 @@ def test_a_folder_means_its_newest_valid_checkpoint(tmp_path):
     assert AtomicCheckpointIO().load_checkpoint(tmp_path)["global_step"] == 2
     flip(second, 1000)
     assert read_checkpoint(tmp_path)["global_step"] == 5
+
+
+def test_within_a_run_the_step_decides_and_not_the_clock(tmp_path, monkeypatch):
+    """The clock of a machine may be set back while it trains."""
+    clock = iter(range(10**18, 0, -(10**15)))
+    monkeypatch.setattr(checkpointing.time, "time_ns", lambda: next(clock))
+    folder = tmp_path / "run" / "version_0" / "checkpoints"
+    for step in (9, 10, 11):
+        write(folder / f"step={step}.ckpt", step)
+    stopped = write(folder / "stopped-step=12.ckpt", 12)
+    assert newest_valid(tmp_path) == newest_valid(folder, recursive=False) == stopped
+    flip(stopped, 3000)
+    assert read_checkpoint(tmp_path)["global_step"] == 11
+    with pytest.warns(UserWarning, match=r"loading .*step=11.ckpt"):
+        assert AtomicCheckpointIO().load_checkpoint(stopped)["global_step"] == 11
+    again = write(tmp_path / "run" / "version_1" / "checkpoints" / "step=3.ckpt", 3)
+    assert newest_valid(tmp_path) == again, "a later run of the same folder, though it has made fewer steps"
+    tenth = write(tmp_path / "run" / "version_10" / "checkpoints" / "step=1.ckpt", 1)
+    assert newest_valid(tmp_path) == tenth
+
+
+def test_runs_in_unrelated_folders_go_by_their_last_save(tmp_path):
+    write(tmp_path / "first" / "version_7" / "step=900.ckpt", 900)
+    second = write(tmp_path / "second" / "version_0" / "step=5.ckpt", 5)
+    assert newest_valid(tmp_path) == second
 
 
 def test_a_link_is_verified_like_its_target(tmp_path):

@@ -139,6 +139,20 @@ def test_validation_changes_no_later_draw(tmp_path):
     assert straight(tmp_path, 7).losses == straight(tmp_path, 7, **VALIDATION).losses
 
 
+def test_what_other_callbacks_draw_after_validation_changes_no_later_draw(tmp_path):
+    class Drawing(L.Callback):
+        def on_validation_end(self, *arguments):
+            torch.rand(3)
+
+    losses = []
+    for callbacks in ([RandomStates()], [RandomStates(), Drawing()]):
+        seed()
+        model = Tiny()
+        trainer(tmp_path, 7, *callbacks, **VALIDATION).fit(model)
+        losses.append(model.losses)
+    assert losses[0] == losses[1]
+
+
 def test_states_load_as_plain_data(tmp_path):
     seed()
     trainer(tmp_path, 2, RandomStates(), saver(tmp_path, 2)).fit(Tiny())
@@ -417,7 +431,7 @@ def test_handlers_are_given_back_after_a_whole_run(tmp_path):
 
     stop = GracefulStop()
     trainer(tmp_path, 1, stop, Look()).fit(Tiny())
-    assert during == [stop._handle]
+    assert during == [stop.stop.handle]
     assert [signal.getsignal(each) for each in signal.valid_signals()] == before
 
 

@@ -4,10 +4,12 @@ import csv
 import functools
 import itertools
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 import attnzoo
 from attnzoo_recipes.checkpointing import read_checkpoint
@@ -49,6 +51,22 @@ def test_matrices_decay_and_the_rest_does_not():
         ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
         ({"min_lr_ratio": 2.0}, r"min_lr_ratio must lie in \[0, 1\], got 2"),
+        *[
+            ({name: wrong}, f"{name} must be a finite number, got {wrong}")
+            for name in (
+                "lr",
+                "weight_decay",
+                "knock_weight_decay",
+                "adam_eps",
+                "norm_eps",
+                "dropout",
+                "init_std",
+                "min_lr_ratio",
+                "aux_loss_weight",
+            )
+            for wrong in (math.nan, math.inf)
+        ],
+        ({"betas": (0.9, math.nan)}, "betas must be a finite number, got nan"),
     ],
 )
 def test_refusals(options, message):
@@ -125,3 +143,105 @@ def test_an_attention_is_described_by_what_makes_it():
 def test_a_lambda_is_no_description():
     with pytest.raises(ValueError, match=r"attention must be a class or functools\.partial"):
         describe_attention(lambda width: attnzoo.MultiHeadAttention(width, 4))
+
+
+BAD_SETTINGS = {
+    "no end": (["--trainer.max_steps=-1"], "trainer.max_steps must be given", "got -1"),
+    "no end but one of time": (["--trainer.max_steps=-1", "--trainer.max_time=00:01:00:00"], "trainer.max_steps", "-1"),
+    "infinite rate": (["--model.lr=.inf"], "model.lr must be a finite number", "got inf"),
+    "decay": (["--model.weight_decay=.nan"], "model.weight_decay must be a finite number", "got nan"),
+    "a beta": (["--model.betas=[0.9,.nan]"], "model.betas must be a finite number", "got nan"),
+    "of the trainer": (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val", "got nan"),
+    "share of data": (["--data.val_fraction=.nan"], "data.val_fraction", "got nan"),
+    "temperature": (["--samples.temperature=.inf"], "samples.temperature", "got inf"),
+    "negative temperature": (["--samples.temperature=-1"], "temperature must be finite and not negative", "got -1"),
+    "samples without tokens": (["--samples.max_new_tokens=0"], "samples.max_new_tokens must be at least 1", "got 0"),
+    "mechanism": (["--model.attention.init_args.dropout=.nan"], "dropout must be a finite number", "got nan"),
+    "keeps none": (["--checkpoints.keep=0"], "checkpoints.keep must be at least 1", "got 0"),
+    "never saves": (["--checkpoints.every_n_train_steps=0"], "checkpoints.every_n_train_steps", "got 0"),
+    "ranks apart": (
+        ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
+        "trainer.strategy must be auto", "got ModelParallelStrategy",
+    ),
+    "sharded": (["--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], "fsdp", "requires a GPU"),
+    "deepspeed": (["--trainer.strategy=deepspeed"], "DeepSpeed", "installed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "named", "got"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_settings_that_cannot_train_are_refused_first(more, named, got, arguments, run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments("mha", *more))
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "attnzoo-pretrain: error:" in line]
+    assert named in sentence
+    assert got in sentence
+    assert not (tmp_path / "data").exists(), "before the corpus is tokenised"
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()], ids=lambda each: type(each).__name__)
+def test_sharding_strategies_are_refused_by_the_module_too(strategy):
+    module = Pretraining(functools.partial(attnzoo.MultiHeadAttention, num_heads=4))
+    module.trainer = types.SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match=f"trainer.strategy must be .* got {type(strategy).__name__}"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize(("command", "name"), [("fit", "val_loss"), ("validate", "val_loss"), ("test", "test_loss")])
+def test_an_evaluation_that_is_not_finite_has_exit_code_3(command, name, arguments, run, capsys, monkeypatch):
+    original = Pretraining._cross_entropy
+
+    def spoiled(module, batch, reduction):
+        return original(module, batch, reduction) * (1.0 if module.training else math.nan)
+
+    monkeypatch.setattr(Pretraining, "_cross_entropy", spoiled)
+    words = arguments("mha", "--trainer.val_check_interval=2", steps=4)
+    with pytest.raises(SystemExit) as stopped:
+        run([command, *words[1:]])
+    assert stopped.value.code == 3
+    step = 2 if command == "fit" else 0
+    assert f"attnzoo-pretrain: {name} is not finite after step {step}: it is nan" in capsys.readouterr().err
+
+
+def no_memory(kind):
+    """The errors of torch on a CPU, which is a real one, of torch on a GPU, and of NumPy and Python."""
+    if kind == "cpu":
+        torch.empty(2**62, dtype=torch.uint8)
+    raise {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried"), "python": MemoryError()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "python"])
+def test_out_of_memory_is_one_sentence(kind, arguments, run, tmp_path, capsys, monkeypatch):
+    original = Pretraining.training_step
+
+    def greedy(module, batch, batch_idx):
+        if module.global_step == 3:
+            no_memory(kind)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "training_step", greedy)
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments("kha", "--checkpoints.every_n_train_steps=2", steps=4))
+    assert stopped.value.code == 5
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnzoo-pretrain")]
+    assert "out of memory" in sentence
+    assert "(B, T) = (4, 32)" in sentence
+    for setting in ("data.batch_size", "data.block_size", "model.activation_checkpointing"):
+        assert setting in sentence
+    # Parameters of a layer: four matrices of 32 x 32 and the knocking maps; 16 bytes each in two layers.
+    layer = attnzoo.KnockingHeadsAttention(32, 4)
+    expected = attnzoo.cost(layer, 4, 32, dtype=torch.float32)
+    trained, moved = 2 * expected.parameters * 16 / 2**20, 2 * expected.bytes_moved / 2**20
+    assert f"2 layers of KnockingHeadsAttention take about {trained:,.1f} MiB" in sentence
+    assert f"at least {moved:,.1f} MiB in a forward pass" in sentence
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 2
+
+
+def test_a_model_that_does_not_fit_is_one_sentence(arguments, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments("kha", "--model.embed_dim=8000000"))
+    assert stopped.value.code == 5
+    err = capsys.readouterr().err
+    assert "out of memory" in err
+    assert "E = 8000000" in err
+    assert "Traceback" not in err

@@ -27,7 +27,7 @@ from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.spectra.spectrum import analyze_attention
 from attnzoo.diagnostics.training_records import read_records, to_line
-from attnzoo_recipes.files import write_atomically
+from attnzoo_recipes.files import Appender, training_goes_on, write_atomically
 from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data
 
 PRESETS = ("jha_reagen",)
@@ -67,6 +67,7 @@ class Recorder(L.Callback, ABC):
         """The part of it after the last step."""
         self._rows: list[dict[str, Any]] = []
         self._file: Path | None = None
+        self._lines = Appender()
         self._last = -1
         self._resumed: dict[str, Any] | None = None
 
@@ -127,7 +128,9 @@ class Recorder(L.Callback, ABC):
 
         began = time.perf_counter()
         for name, figure in self._figures().items():
-            plots.save(figure, self._file.with_name(f"{name.replace('/', '_')}.png"))
+            path = self._file.with_name(f"{name.replace('/', '_')}.png")
+            with training_goes_on(path):
+                plots.save(figure, path)
         self.seconds_at_end += time.perf_counter() - began
         self.seconds += self.seconds_at_end
 
@@ -149,7 +152,8 @@ class Recorder(L.Callback, ABC):
             return
         self._rows = [row for row in read_records(source) if row["step"] <= step]
         self._last = int(before["last"])
-        write_atomically(self._file, "".join(to_line(row) for row in self._rows))
+        with training_goes_on(self._file):
+            write_atomically(self._file, "".join(to_line(row) for row in self._rows))
 
     @torch.no_grad()
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -157,9 +161,7 @@ class Recorder(L.Callback, ABC):
         began = time.perf_counter()
         step = trainer.global_step
         rows = [{"step": step, **row} for row in self.rows(trainer, pl_module)]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write("".join(to_line(row) for row in rows))
+        self._lines.append(self._file, "".join(to_line(row) for row in rows))
         self._rows += [{key: value for key, value in row.items() if key != "eigenvalues"} for row in rows]
         self._last = step
         scalars = self.scalars(rows)

@@ -13,9 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from attnzoo_recipes.files import write_atomically
-from attnzoo_recipes.sampling import continue_text
+from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
+from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
+from attnzoo_recipes.sampling import check_sampling, continue_text
 from attnzoo_recipes.trainer import log_interval, run_folder, text_data
+
+_KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
 
 
 class StepProgress(TQDMProgressBar):
@@ -39,12 +42,21 @@ class StepProgress(TQDMProgressBar):
 class Checkpoints(ModelCheckpoint):
     """Save at regular intervals and at the end, and keep the newest checkpoints.
 
+    A save that fails is none: it does not count towards `keep`, and removes nothing.
+
     Args:
         every_n_train_steps: optimiser steps between two checkpoints.
         keep: number of checkpoints to keep.
+
+    Raises:
+        ValueError: for an argument less than 1.
+        RunStoppedError: in training, with exit code 4, if the last save fails or too many in a row do.
     """
 
     def __init__(self, every_n_train_steps: int = 250, keep: int = 2) -> None:
+        for name, value in (("every_n_train_steps", every_n_train_steps), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"checkpoints.{name} must be at least 1, got {value}")
         super().__init__(
             filename="{step}",
             monitor="step",
@@ -61,7 +73,37 @@ class Checkpoints(ModelCheckpoint):
         """Save the last step if it has not been saved."""
         if trainer.global_step != self._last_global_step_saved and trainer.global_step > 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            if trainer.global_step != self._last_global_step_saved:
+                newest = self.best_model_path or "none"
+                raise RunStoppedError(
+                    f"the checkpoint of the last step, {trainer.global_step}, could not be saved in {self.dirpath} "
+                    f"({free_space(Path(self.dirpath or '.') / 'any')}); the newest one is {newest}",
+                    NOT_SAVED,
+                )
         super().on_train_end(trainer, pl_module)
+
+    def _update_best_and_save(self, current: Tensor, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        before = {name: getattr(self, name) for name in _KEPT} | {"best_k_models": dict(self.best_k_models)}
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        if trainer.global_step != self._last_global_step_saved:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Save the metrics, then the checkpoint; a step that could not be saved is not noted as saved."""
+        for logger in trainer.loggers:
+            logger.save()
+        noted = self._last_global_step_saved, self._last_checkpoint_saved
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except OSError as error:
+            raise RunStoppedError(f"{error}; too many checkpoints in a row could not be saved", NOT_SAVED) from error
+        if not self.file_exists(filepath, trainer):
+            self._last_global_step_saved, self._last_checkpoint_saved = noted
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        saved = trainer.global_step == self._last_global_step_saved
+        return saved and super()._should_remove_checkpoint(trainer, previous, current)
 
 
 class Throughput(L.Callback):
@@ -160,7 +202,8 @@ class LossCurve(L.Callback):
         axes.legend()
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
-        write_atomically(path, png.getvalue())
+        with training_goes_on(path):
+            write_atomically(path, png.getvalue())
 
 
 class Samples(L.Callback):
@@ -170,12 +213,19 @@ class Samples(L.Callback):
         prompt: the text to continue.
         max_new_tokens: length of the continuation.
         temperature: divides the logits.
+
+    Raises:
+        ValueError: for an argument outside its rule.
     """
 
     def __init__(self, prompt: str = "def ", max_new_tokens: int = 200, temperature: float = 0.8) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"samples.max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_sampling(temperature, None, None)
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self._file = Appender()
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -189,7 +239,5 @@ class Samples(L.Callback):
             self.max_new_tokens,
             temperature=self.temperature,
         )
-        path = run_folder(trainer) / "samples.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"--- step {trainer.global_step}\n{self.prompt}{text}\n")
+        text = f"--- step {trainer.global_step}\n{self.prompt}{text}\n"
+        self._file.append(run_folder(trainer) / "samples.txt", text)

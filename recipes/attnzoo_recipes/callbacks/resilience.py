@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -24,13 +19,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from attnzoo_recipes.files import write_atomically
+from attnzoo_recipes.checkpointing import newest_valid
+from attnzoo_recipes.files import training_goes_on, write_atomically
+from attnzoo_recipes.signals import EXIT_CODES, Stop
 
 NOT_FINITE = 3
 """Exit code of a run whose loss is no longer finite."""
 
-_EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
-_SAME_SIGNAL = 0.5  # seconds: timeout(1) and others signal a process and then its group, so it comes twice
+NOT_SAVED = 4
+"""Exit code of a run whose last checkpoint could not be saved."""
 
 
 class RunStoppedError(Exception):
@@ -50,9 +47,9 @@ class RandomStates(L.Callback):
     """Saves the random states of Python, NumPy, torch and the current CUDA device, and restores them on resuming.
 
     A checkpoint has those of every process. A run that resumes with another number of processes warns, and seeds them
-    from the saved states, so that at least it is reproducible. Validation does not advance the states of training:
-    they are restored after it, since a resumed run does not repeat it. Exact resuming also needs batches that are a
-    function of their number, like those of `data.module.TextDataModule`.
+    from the saved states, so that at least it is reproducible. Validation, and what other callbacks do at its end, does
+    not advance the states of training: they are restored after it, since a resumed run does not repeat it. Exact
+    resuming also needs batches that are a function of their number, like those of `data.module.TextDataModule`.
     """
 
     def __init__(self) -> None:
@@ -74,7 +71,13 @@ class RandomStates(L.Callback):
         self._loaded = state_dict
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
-        """Restore the loaded states; earlier, Lightning would still set up the validation that it skips."""
+        """Restore the loaded states, or those from before a validation.
+
+        Earlier, Lightning would still set up the validation that it skips, and other callbacks would draw after it.
+        """
+        if self._validating and self._after_batch is not None:
+            set_random_states(self._after_batch)
+        self._validating = False
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
@@ -101,14 +104,8 @@ class RandomStates(L.Callback):
         self._after_batch = random_states()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on, checkpoints save the states with which training continues."""
+        """Until the next batch, checkpoints save the states with which training continues."""
         self._validating = True
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the states from before validation."""
-        self._validating = False
-        if self._after_batch is not None and not trainer.sanity_checking:
-            set_random_states(self._after_batch)
 
 
 def random_states() -> dict[str, Any]:
@@ -146,6 +143,8 @@ class LossGuard(L.Callback):
     step is counted, also for the learning rate. All processes skip the same steps. With gradient accumulation one bad
     batch drops the whole step. Infinite gradients of a finite loss are left to float16's gradient scaler, if there is
     one, and do not count.
+
+    A loss of validation or testing that is not finite stops the run at once, with exit code 3.
 
     Every skipped step writes nonfinite-step=N-rank=R.json into the run's folder: the batches (their "index", if they
     have one), their losses, and statistics of each parameter's gradient. The decision synchronises with the device
@@ -212,6 +211,14 @@ class LossGuard(L.Callback):
                 NOT_FINITE,
             )
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop if the validation loss is not finite."""
+        _stop_unless_finite(trainer, "val_loss")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop if the test loss is not finite."""
+        _stop_unless_finite(trainer, "test_loss")
+
     def _report(
         self, trainer: L.Trainer, module: L.LightningModule, batches: list[dict[str, Any]], norm: Tensor
     ) -> Path:
@@ -228,8 +235,15 @@ class LossGuard(L.Callback):
                 if parameter.grad is not None
             },
         }
-        write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        with training_goes_on(path):
+            write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         return path
+
+
+def _stop_unless_finite(trainer: L.Trainer, name: str) -> None:
+    value = float(trainer.callback_metrics.get(name, 0.0))
+    if not math.isfinite(value):
+        raise RunStoppedError(f"{name} is not finite after step {trainer.global_step}: it is {value}", NOT_FINITE)
 
 
 def _statistics(gradient: Tensor) -> dict[str, Any]:
@@ -248,31 +262,40 @@ def _plain(value: Any) -> Any:
 class GracefulStop(L.Callback):
     """On SIGTERM, SIGINT or SIGUSR1: finish the step, save a checkpoint, and stop with exit code 143, 130 or 0.
 
-    The checkpoint is stopped-step=N.ckpt in the folder of the trainer's checkpoints. With gradient accumulation, a
-    step is one of the optimiser. Validation is interrupted, and the resumed run does not repeat it. A second signal
-    exits immediately. All processes stop after the same step, whichever of them received the signal. During fitting
-    these handlers replace those of Lightning, which exits with code 0 on SIGTERM.
+    The checkpoint is stopped-step=N.ckpt in the folder of the trainer's checkpoints; if it cannot be saved, exit code 0
+    becomes 4. With gradient accumulation, a step is one of the optimiser. Validation is interrupted, and the resumed
+    run does not repeat it. A run that has ended its last step saves and reports as usual, and then stops. A second
+    signal exits immediately. All processes stop after the same step, whichever of them received the signal.
+
+    Args:
+        stop: the handlers of the command that trains. Without it the callback has its own while the trainer fits; they
+            replace those of Lightning, which exits with code 0 on SIGTERM.
 
     Raises:
         RunStoppedError: in training, after a signal.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-        self._received_at = 0.0
-        self._previous: dict[int, Any] = {}
-        self._trainer: L.Trainer | None = None
+    def __init__(self, stop: Stop | None = None) -> None:
+        self.stop = Stop() if stop is None else stop
+        self._is_own = stop is None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the command's handlers: Lightning would put its own before them."""
+        self.stop.launcher = trainer.strategy.launcher
+        if not self._is_own:
+            lightnings: Any = trainer._signal_connector
+            lightnings.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace Lightning's handlers, which it has just installed."""
-        self._trainer = trainer
-        self.received = 0
+        """From here on a signal would lose what has been trained."""
+        if self._is_own:
+            self.stop.received = 0
         if trainer.received_sigterm:
-            self.received = signal.SIGTERM
+            self.stop.received = signal.SIGTERM
             # Otherwise Lightning ends the run after this step, without a checkpoint and with exit code 0.
             trainer._signal_connector.received_sigterm = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _EXIT_CODES}
+        self.stop.saving = True
+        self.stop.install()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -286,28 +309,25 @@ class GracefulStop(L.Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the previous handlers."""
-        self._restore()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop if a signal came after the last step. Lightning has given the handlers from before back by now."""
+        if self._is_own:
+            self.stop.forget()
+        # Processes do not wait for each other any more, so that each speaks for itself.
+        number = self.stop.received
+        if number:
+            name = signal.Signals(number).name
+            raise RunStoppedError(
+                f"stopped by {name} after the last step {trainer.global_step}; the run is complete", EXIT_CODES[number]
+            )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers."""
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if not self.received:
-            self.received, self._received_at = number, now
-            _say(f"{name}: stopping after this step, once a checkpoint is saved; a second signal exits at once")
-        elif now - self._received_at > _SAME_SIGNAL:
-            _say(f"{name} again: exiting at once")
-            launcher = self._trainer.strategy.launcher if self._trainer is not None else None
-            if launcher is not None:
-                launcher.kill(signal.SIGKILL)
-            os._exit(128 + number)
+        """Restore the previous handlers if they are the callback's own."""
+        if self._is_own:
+            self.stop.restore()
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        number = int(self.received)
+        number = int(self.stop.received)
         if trainer.world_size > 1:
             heard = torch.tensor(number, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(heard, reduce_op="max"))
@@ -315,19 +335,15 @@ class GracefulStop(L.Callback):
             return
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
         path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
-        left = f"resume with --ckpt_path {path}" if path.exists() else "no checkpoint could be saved"
+        code, left = EXIT_CODES[number], f"resume with --ckpt_path {path}"
+        try:
+            trainer.save_checkpoint(path)
+            reason = ""
+        except OSError as error:
+            reason = f" ({error})"
+        if not path.exists():
+            newest = newest_valid(folder, recursive=False)
+            left = f"no checkpoint could be saved{reason}, and the newest one is {newest or 'none'}"
+            code = code or NOT_SAVED
         name = signal.Signals(number).name
-        raise RunStoppedError(f"stopped by {name} after step {trainer.global_step}; {left}", _EXIT_CODES[number])
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            # A handler that was not installed from Python cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous = {}
-
-
-def _say(sentence: str) -> None:
-    """Write to stderr without Python's buffers, which may be locked in a signal handler."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"attnzoo-pretrain: {sentence}\n".encode())
+        raise RunStoppedError(f"stopped by {name} after step {trainer.global_step}; {left}", code)

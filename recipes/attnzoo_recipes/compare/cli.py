@@ -24,6 +24,7 @@ from tqdm import tqdm
 import attnzoo
 from attnzoo_recipes.allowlist import check_arguments
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
+from attnzoo_recipes.commandline import config_path, find_configs
 from attnzoo_recipes.compare.plan import EQUAL, MATCHES, Plan, Settings, attention_of, plan, run_key
 from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.data.module import TextDataModule
@@ -37,7 +38,6 @@ from attnzoo_recipes.options import (
     mistakes_in_one_sentence,
     take_allowed_imports,
 )
-from attnzoo_recipes.pretrain import config_path, find_configs
 from attnzoo_recipes.tables import as_csv
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5

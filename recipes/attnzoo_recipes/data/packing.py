@@ -3,9 +3,10 @@
     KEY/meta.json              settings, and for each split: tokens, documents, bytes, entropies
     KEY/tokenizer.json         the tokenizer
     KEY/{train,val,test}.bin   ids, little-endian uint16 or uint32
+    KEY/SHA256SUMS             digests of all of these, as sha256sum(1) writes and checks them
 
 Every document in a file begins with the document token, so that boundaries need no index. A folder is created under
-another name and renamed when it is complete.
+another name, by one process at a time, and renamed when it is complete. Opening it compares every file with its digest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from attnzoo_recipes import files
 from attnzoo_recipes.data.corpus import Corpus
 from attnzoo_recipes.data.tokenizers import (
     BpeTokenizer,
@@ -31,9 +33,10 @@ from attnzoo_recipes.data.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
-from attnzoo_recipes.files import sync, temporary, write_atomically
 
 SPLITS = ("train", "val", "test")
+_SUMS = "SHA256SUMS"
+_NAMES = ("meta.json", "tokenizer.json", *(f"{split}.bin" for split in SPLITS))
 _VERSION = 1
 _DOCUMENTS_AT_ONCE = 256
 _BPE_TRAINING_BYTES = 50_000_000
@@ -49,7 +52,12 @@ class PackedCorpus:
 
     @classmethod
     def open(cls, folder: Path) -> PackedCorpus:
-        """Read what `pack` wrote."""
+        """Read what `pack` wrote.
+
+        Raises:
+            ValueError: with the file's name, if one is missing or is not what was written.
+        """
+        _verify(folder)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = from_dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
         return cls(folder, meta, tokenizer)
@@ -76,7 +84,9 @@ def pack(
         cache_dir: folder in which the corpus gets its folder.
 
     Raises:
-        ValueError: if the corpus holds no text or cannot be read, or the tokenizer cannot be used.
+        OSError: if the files cannot be written, with the free space of their disk.
+        ValueError: if the corpus holds no text or cannot be read, the tokenizer cannot be used, or a file that exists
+            is not what was written.
     """
     given = load_tokenizer(Path(tokenizer)) if tokenizer not in ("byte", "bpe") else None
     settings = {
@@ -88,15 +98,56 @@ def pack(
         "test_fraction": test_fraction,
     }
     folder = cache_dir / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    if not (folder / "meta.json").is_file():
-        unfinished = temporary(folder)
-        unfinished.mkdir(parents=True)
-        try:
-            _write(unfinished, corpus, given, settings)
-            _rename_unless_there(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    if not folder.exists() or lock.exists():
+        with files.locked(lock) as alone:
+            for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
+                shutil.rmtree(left, ignore_errors=True)
+            if not folder.exists():
+                _create(folder, corpus, given, settings)
     return PackedCorpus.open(folder)
+
+
+def _create(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any]) -> None:
+    """Make the folder in one piece."""
+    unfinished = files.temporary(folder)
+    try:
+        with files.naming(unfinished):
+            unfinished.mkdir()
+            _write(unfinished, corpus, tokenizer, settings)
+            files.sync_folder(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Only where locks do not work can another process have made it in the meantime.
+            if not (folder / _SUMS).is_file():
+                raise
+        files.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _verify(folder: Path) -> None:
+    again = f"; remove {folder}, and the next run tokenises the corpus anew"
+    name = _SUMS
+    try:
+        written = (folder / _SUMS).read_bytes()
+        found = b""
+        for name in _NAMES:
+            line = _sum(folder, name)
+            if line not in written:
+                raise ValueError(f"{folder / name} is not what was written: its SHA-256 is not in {_SUMS}{again}")
+            found += line
+    except OSError as error:
+        raise ValueError(f"{folder / name} cannot be read ({error.strerror}){again}") from None
+    if found != written:
+        raise ValueError(f"{folder / _SUMS} is not what was written{again}")
+
+
+def _sum(folder: Path, name: str) -> bytes:
+    """A line of SHA256SUMS."""
+    with (folder / name).open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()
 
 
 def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
@@ -145,25 +196,27 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: 
     statistics = {split: ByteStatistics() for split in ("val", "test")}
     documents = corpus.documents()
     with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
+        parts = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
             for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 split = split_of(text, *fractions)
-                files[split].write(np.concatenate([[tokenizer.document_id], ids]).astype(dtype).tobytes())
+                parts[split].write(np.concatenate([[tokenizer.document_id], ids]).astype(dtype).tobytes())
                 counts[split]["tokens"] += 1 + len(ids)
                 counts[split]["documents"] += 1
                 counts[split]["bytes"] += len(text.encode())
                 if split in statistics:
                     statistics[split].add(text)
-        for file in files.values():
-            sync(file)
+        for file in parts.values():
+            files.sync(file)
     if not any(each["documents"] for each in counts.values()):
         raise ValueError("the corpus holds no text")
     for split, counted in statistics.items():
         if counts[split]["documents"]:
             counts[split] |= counted.entropies()
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    write_atomically(folder / "meta.json", json.dumps({**settings, "dtype": dtype, "splits": counts}, indent=1))
+    meta = {**settings, "dtype": dtype, "splits": counts}
+    files.write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
+    files.write_atomically(folder / _SUMS, b"".join(_sum(folder, name) for name in _NAMES))
 
 
 def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:
@@ -174,12 +227,3 @@ def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:
         if split_of(text, *fractions) == "train":
             taken += len(text.encode())
             yield text
-
-
-def _rename_unless_there(unfinished: Path, folder: Path) -> None:
-    """Another process may have created the same folder in the meantime; then that one is kept."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not (folder / "meta.json").is_file():
-            raise

@@ -1,0 +1,86 @@
+"""Metrics as CSV that outlive a full disk and a kill."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from attnzoo_recipes import files
+
+_WRITING = ("log_hyperparams", "log_metrics", "log_graph", "save", "after_save_checkpoint", "finalize")
+
+
+class MetricsWriter(ExperimentWriter):
+    """Writes rows whole or not at all; those that a failing disk does not take are written with later ones.
+
+    Lightning's own empties the file before it writes it anew for another column.
+    """
+
+    def save(self) -> None:
+        """Write the rows that have not been written, with a warning if the disk does not take them."""
+        if not self.metrics:
+            return
+        path, columns = Path(self.metrics_file_path), sorted({*self.metrics_keys, *set().union(*self.metrics)})
+        with files.training_goes_on(path):
+            if columns != self.metrics_keys or not path.is_file():
+                earlier: list[dict[str, Any]] = []
+                if path.is_file():
+                    with path.open(newline="", encoding="utf-8") as file:
+                        earlier = list(csv.DictReader(file))
+                files.write_atomically(path, _table(columns, [*earlier, *self.metrics], header=True))
+            else:
+                files.append(path, _table(columns, self.metrics, header=False))
+            self.metrics_keys, self.metrics = columns, []
+
+
+class Metrics(CSVLogger):
+    """metrics.csv in the run's folder, by `MetricsWriter`.
+
+    Args:
+        folder: of the runs; each gets a folder version_N in it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, in the first process, and a dummy in the others."""
+        if self._experiment is None:
+            self._experiment = MetricsWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+def outlive_failing_disks(logger: Logger) -> Logger:
+    """The logger itself, whose methods warn from now on if a disk fails, and do not end the training."""
+
+    def forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> None:
+            try:
+                method(*arguments, **keywords)
+            except OSError as error:
+                with files.training_goes_on(Path(error.filename or logger.log_dir or logger.save_dir or ".")):
+                    raise error
+
+        return call
+
+    for name in _WRITING:
+        setattr(logger, name, forgiving(getattr(logger, name)))
+    return logger
+
+
+def _table(columns: list[str], rows: Iterable[dict[str, Any]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,249 @@
+"""The command line of attnzoo-pretrain: its settings, the objects that every run has, and how errors end it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from attnzoo import BackendUnavailable
+from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
+from attnzoo_recipes.callbacks.memory import OUT_OF_MEMORY, MemoryEstimate, is_out_of_memory, out_of_memory
+from attnzoo_recipes.callbacks.metrics import Metrics, outlive_failing_disks
+from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Samples, StepProgress, Throughput
+from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
+from attnzoo_recipes.callbacks.summary import Report
+from attnzoo_recipes.checkpointing import AtomicCheckpointIO
+from attnzoo_recipes.data.module import TextDataModule
+from attnzoo_recipes.files import Unbreakable, is_failing_disk
+from attnzoo_recipes.options import one_sentence, take_allowed_imports
+from attnzoo_recipes.signals import Stop
+from attnzoo_recipes.trainer import check_strategy
+from attnzoo_recipes.training import Pretraining, check_finite
+
+CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
+"""Folders of named configs: in an installed wheel, and in the repository."""
+
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # reading a slice of a memory map does not get faster with workers
+    ".*LeafSpec.*is deprecated.*",  # Lightning uses a class that torch is about to remove
+)
+_EPILOG = (
+    f"--allow-import PACKAGE,...: packages that configs and checkpoints may name besides {SUMMARY}; "
+    "importing runs their code."
+)
+
+
+class PretrainCLI(LightningCLI):
+    """LightningCLI with this recipe's loggers, callbacks, checkpoint writer and precision.
+
+    Args:
+        allowed: packages that a checkpoint may name.
+        stop: the handlers of signals.
+        arguments: of LightningCLI.
+    """
+
+    def __init__(self, *arguments: Any, allowed: Iterable[str] = ALLOWED, stop: Stop | None = None, **options: Any):
+        self.allowed = tuple(allowed)
+        self.stop = stop
+        super().__init__(*arguments, **options)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit, validate and test."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without the base's warning that `args` and a command line are given: main makes one from the other."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: settings of a checkpoint are not used, but compared by `Pretraining.on_load_checkpoint`."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check the numbers; choose the precision if the user did not: bf16 on a GPU that supports it."""
+        settings = self.config[self.subcommand].as_dict()
+        trainer = self.config[self.subcommand]["trainer"]
+        if not hasattr(trainer, "as_dict"):
+            raise ValueError(f"trainer must be a section of settings, got {trainer!r:.80}")
+        check_finite(settings)
+        if self.subcommand == "fit":
+            check_end(settings["trainer"])
+        if trainer["precision"] is None:
+            trainer["precision"] = default_precision(trainer["accelerator"])
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add options of the callbacks that every run has."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LossGuard, "loss_guard")
+        parser.add_lightning_class_args(Samples, "samples")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, which always logs to CSV and writes checkpoints atomically."""
+        trainer = self._get(self.config_init, "trainer")
+        loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
+        report = Report(allowed=self.allowed)
+        always = [RandomStates(), Throughput(), LossCurve(), report, MemoryEstimate(), GracefulStop(self.stop)]
+        if trainer["enable_progress_bar"] is not False:
+            always.append(StepProgress(refresh_rate=10))
+        made = super().instantiate_trainer(
+            logger=[outlive_failing_disks(logger) for logger in loggers],
+            plugins=[AtomicCheckpointIO(), *_listed(trainer["plugins"])],
+            callbacks=[*always, *_listed(trainer["callbacks"])],
+            **kwargs,
+        )
+        check_strategy(made)
+        if self.stop is not None:
+            self.stop.launcher = made.strategy.launcher
+        return made
+
+
+def run(args: Sequence[str] | None, stop: Stop) -> None:
+    """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2.
+
+    Args:
+        args: the words, or those of the process.
+        stop: the handlers of signals, which are installed.
+    """
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    if "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    with (
+        contextlib.redirect_stdout(cast(TextIO, Unbreakable(sys.stdout))),
+        contextlib.redirect_stderr(cast(TextIO, Unbreakable(sys.stderr))),
+        _errors_in_one_sentence(),
+    ):
+        words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
+        words = find_configs(words)
+        check_arguments(words, allowed)
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "epilog": _EPILOG}
+        PretrainCLI(
+            Pretraining,
+            TextDataModule,
+            allowed=allowed,
+            stop=stop,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**strict, **dict.fromkeys(PretrainCLI.subcommands(), strict)},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=words,
+        )
+
+
+@contextlib.contextmanager
+def _errors_in_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunStoppedError):
+            code, sentence = error.exit_code, str(error)
+        elif is_out_of_memory(error):
+            code, sentence = OUT_OF_MEMORY, out_of_memory(error)
+        elif (unreadable := unreadable_checkpoint(error)) is not None:
+            code, sentence = 2, f"error: {unreadable}"
+        elif is_user_mistake(error) or is_failing_disk(error):
+            code, sentence = 2, f"error: {one_sentence(error)}"
+        else:
+            raise
+        sys.stderr.write(f"attnzoo-pretrain: {sentence}\n")
+        raise SystemExit(code) from None
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def find_configs(words: list[str]) -> list[str]:
+    """Replace the name of each `--config` that is not a file by the path of the packaged config of that name.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    replaced, is_config = [], False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if is_config:
+            word = config_path(word)
+        elif equals and name in ("--config", "-c"):
+            word = f"{name}={config_path(value)}"
+        is_config = word in ("--config", "-c")
+        replaced.append(word)
+    return replaced
+
+
+def config_path(name: str) -> str:
+    """The file itself if it exists, otherwise the packaged config of that name, with or without the prefix configs/."""
+    with contextlib.suppress(OSError, ValueError):  # of names that no file can have
+        if Path(name).is_file() or name.lstrip().startswith("{"):
+            return name
+    relative = name.removeprefix("configs/")
+    for folder in CONFIG_FOLDERS:
+        with contextlib.suppress(OSError, ValueError):
+            if ".." not in Path(relative).parts and (folder / relative).is_file():
+                return str(folder / relative)
+    packaged = sorted({str(path.relative_to(folder)) for folder in CONFIG_FOLDERS for path in folder.rglob("*.yaml")})
+    raise ValueError(f"config {name!r:.200} is neither a file nor one of {', '.join(packaged)}")
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16-mixed for a run on a GPU with bfloat16, otherwise 32-true."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def check_end(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of a trainer that would never end: the training data have no end."""
+    limited = isinstance(trainer["limit_train_batches"], int) and (trainer["max_epochs"] or 0) > 0
+    if trainer["max_steps"] < 0 and not (limited or trainer["fast_dev_run"] or trainer["overfit_batches"]):
+        raise ValueError(
+            "trainer.max_steps must be given, since the training data have no end and the learning rate's cosine ends "
+            f"there, got {trainer['max_steps']}"
+        )
+
+
+def is_user_mistake(error: Exception) -> bool:
+    """Whether an exception is meant for the user: a parser's, or a ValueError or OSError of who checks settings."""
+    if isinstance(error, ArgumentError | MisconfigurationException | BackendUnavailable):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_by = frames[-1].f_globals.get("__name__", "") if frames else ""
+    if raised_by == "torch.cuda" and isinstance(error, AssertionError | RuntimeError):
+        return True  # there is no GPU, or torch is built without
+    checks = ("attnzoo", "attnzoo_recipes", "jsonargparse", "lightning")
+    return isinstance(error, ValueError | OSError) and raised_by.split(".")[0] in checks
+
+
+def unreadable_checkpoint(error: Exception) -> str | None:
+    """What is wrong with a checkpoint if Lightning failed while it restored one that lacks what it looks for."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        is_restoring = frame.f_code.co_name in ("resume_start", "restore_model", "restore_training_state")
+        if is_restoring and frame.f_globals.get("__name__", "").endswith("checkpoint_connector"):
+            path = frame.f_locals["self"].trainer.ckpt_path
+            reason = one_sentence(error)
+            if str(path) in reason:
+                return reason
+            reason = reason if is_user_mistake(error) else f"{type(error).__name__}: {reason}"
+            return f"checkpoint {path} cannot be continued: {reason}"
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    """A trainer argument, which may be absent, a single value or a list, as a list."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
