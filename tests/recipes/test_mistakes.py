@@ -28,7 +28,7 @@ MISTAKES = {
     "no end": (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "max_steps must be given"),
     "no such checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "a GPU that is not there": (["--trainer.accelerator=cuda"], "CUDAAccelerator"),
-    "a mechanism on a GPU that is not there": (["--model.attention.init_args.device=cuda"], "CUDA"),
+    "a mechanism on a GPU that is not there": (["--model.attention.init_args.device=cuda"], "device that is there"),
     "no such accelerator": (["--trainer.accelerator=tape"], "invalid accelerator name"),
     "no such strategy": (["--trainer.strategy=tape"], "invalid strategy name"),
     "no settings": (["--trainer=5"], "trainer"),
