@@ -12,6 +12,7 @@ from attnzoo.costs import cost
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
+from attnzoo.modules.eit import EnhancedMultiheadAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
@@ -39,6 +40,7 @@ __all__ = [
     "MixtureOfAttentionHeads",
     "DynamicallyComposableAttention",
     "TalkingHeadsAttention",
+    "EnhancedMultiheadAttention",
     "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention",
     "KnockingHeadsLatentAttention",

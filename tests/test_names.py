@@ -8,8 +8,8 @@ import attnzoo
 NAMES = (
     "MultiHeadAttention", "MultiQueryAttention", "GroupedQueryAttention", "GroupedTiedAttention",
     "MultiHeadLatentAttention", "MixtureOfHeadAttention", "MixtureOfAttentionHeads", "DynamicallyComposableAttention",
-    "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
-    "LinearAttention", "MultiHeadLinearAttention",
+    "TalkingHeadsAttention", "EnhancedMultiheadAttention", "KnockingHeadsAttention",
+    "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
 )  # fmt: skip
 
 

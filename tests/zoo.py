@@ -40,6 +40,10 @@ MECHANISMS: dict[str, Make] = {
     "talking-heads": lambda embed_dim=E, **options: attnzoo.TalkingHeadsAttention(
         embed_dim, H, chunk_size=5, **options
     ),
+    "eit": lambda embed_dim=E, **options: attnzoo.EnhancedMultiheadAttention(embed_dim, H, chunk_size=5, **options),
+    "eit-efficient": lambda embed_dim=E, **options: attnzoo.EnhancedMultiheadAttention(
+        embed_dim, H, efficient=True, interaction_bias=False, **options
+    ),
     "moh": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
         embed_dim, H, G, num_shared_heads=1, num_routed_active=2, **options
     ),
@@ -107,7 +111,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "mla-pre": ("plain",),
     **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
-    "talking-heads": ("plain", "no-rope", "window"),
+    **dict.fromkeys(("talking-heads", "eit", "eit-efficient"), ("plain", "no-rope", "window")),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -123,6 +127,7 @@ REFUSED = [
 LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
+    **dict.fromkeys(("eit", "eit-efficient"), ("head order by rows", "sdpa", "rounding of its own")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask", "pruning as a mask")),
     "moa": (
         "head order by rows",

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import Visibility
+from attnzoo.ops.head_interaction import Interaction
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
@@ -70,6 +71,10 @@ class Composition:
             out = out + torch.einsum("bnrts,bsnrj->bnjts", low, v) + x * g.permute(0, 2, 3, 1)[..., None, :]
         return out.flatten(1, 2)
 
+    def heads_after(self, heads: int) -> int:
+        """How many target heads so many source heads become."""
+        return heads if self.matrix is None else self.matrix.shape[0] * self.matrix.shape[2]
+
     @property
     def groups(self) -> int:
         """Number N of head groups."""
@@ -83,7 +88,7 @@ def composed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: Composition | None,
+    pre: Composition | Interaction | None,
     post: Composition | None,
     view: Visibility,
     *,
@@ -104,7 +109,7 @@ def composed_attention(
         q: queries (B, T, Hk, D).
         k: keys (B, S, G, D); head h reads key h // (Hk / G).
         v: values (B, S, Gv, Dv); target head n reads value n // (targets / Gv).
-        pre: on the scores, before the mask; None: nothing.
+        pre: on the scores, before the mask; None: nothing. An `Interaction` has no kernel.
         post: on the normalised weights; None: nothing.
         view: which key each query may attend to.
         scale: factor of the scores.
@@ -137,6 +142,7 @@ def composed_attention(
     if choose(backend, "composed_attention", obstacles) == "triton":
         from attnzoo_kernels.composed_attention import composed_attention as kernel
 
+        assert not isinstance(pre, Interaction)
         options = view.for_kernel((B, softmax_heads, T, S), q.device)
         del options["sink_tokens"]
         (residual_pre, q_pre, k_pre), (residual_post, q_post, k_post) = (_matrices(c, v.dtype) for c in (pre, post))
@@ -165,7 +171,7 @@ def composed_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: Composition | None,
+    pre: Composition | Interaction | None,
     post: Composition | None,
     view: Visibility,
     rules: ScoreRules,
@@ -179,7 +185,8 @@ def composed_attention_reference(
     if rows is not None:
         keys = view.keys_of(rows, T, S)
         q, k, v = q[:, rows], k[:, keys], v[:, keys]
-        pre, post = (None if c is None else c.at(rows, keys) for c in (pre, post))
+        pre = None if pre is None else pre.at(rows, keys)
+        post = None if post is None else post.at(rows, keys)
     with without_autocast(q):
         k = k.repeat_interleave(H // max(G, 1), dim=2) if H != G else k
         a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype)) * rules.scale
@@ -203,11 +210,8 @@ def _recomputes() -> bool:
     return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
-def _heads_after(composition: Composition | None, heads: int) -> int:
-    """How many target heads so many source heads become."""
-    if composition is None or composition.matrix is None:
-        return heads
-    return composition.matrix.shape[0] * composition.matrix.shape[2]
+def _heads_after(score_map: Composition | Interaction | None, heads: int) -> int:
+    return heads if score_map is None else score_map.heads_after(heads)
 
 
 def _chosen(out: Tensor, heads: Tensor | None) -> Tensor:
@@ -217,14 +221,16 @@ def _chosen(out: Tensor, heads: Tensor | None) -> Tensor:
 # As softmax attention
 
 
-def _folds(k: Tensor, v: Tensor, pre: Composition | None, post: Composition | None) -> bool:
+def _folds(k: Tensor, v: Tensor, pre: Composition | Interaction | None, post: Composition | None) -> bool:
     """Whether each group's heads read one key and one value, and nothing depends on the key's token."""
     keys = k.shape[2]
     used = [c for c in (pre, post) if c is not None]
-    return keys == v.shape[2] > 0 and all(c.key is None and c.groups % keys == 0 for c in used)
+    if not keys == v.shape[2] > 0:
+        return False
+    return all(isinstance(c, Composition) and c.key is None and c.groups % keys == 0 for c in used)
 
 
-def _on_heads(composition: Composition | None, x: Tensor) -> Tensor:
+def _on_heads(composition: Composition | Interaction | None, x: Tensor) -> Tensor:
     """A composition without key part on the heads' vectors x (B, T, H, D), in their dtype."""
     if composition is None:
         return x
@@ -237,9 +243,16 @@ def _on_heads(composition: Composition | None, x: Tensor) -> Tensor:
 
 
 def _kernel_obstacle(
-    q: Tensor, v: Tensor, pre: Composition | None, post: Composition | None, view: Visibility, dropout: float
+    q: Tensor,
+    v: Tensor,
+    pre: Composition | Interaction | None,
+    post: Composition | None,
+    view: Visibility,
+    dropout: float,
 ) -> str | None:
     """Why the kernels cannot serve this call, or None."""
+    if isinstance(pre, Interaction):
+        return "there is no kernel for score maps that pass through hidden layers"
     obstacle = kernel_obstacle(q.device, q.dtype)
     if obstacle is not None:
         return obstacle
