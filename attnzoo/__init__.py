@@ -11,6 +11,7 @@ from attnzoo.backends import BackendUnavailable
 from attnzoo.costs import cost
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.chai import ClusteredHeadAttention
+from attnzoo.modules.complexformer import ComplexAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.eit import EnhancedMultiheadAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
@@ -41,6 +42,7 @@ __all__ = [
     "DynamicallyComposableAttention",
     "TalkingHeadsAttention",
     "EnhancedMultiheadAttention",
+    "ComplexAttention",
     "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention",
     "KnockingHeadsLatentAttention",

@@ -8,7 +8,7 @@ import attnzoo
 NAMES = (
     "MultiHeadAttention", "MultiQueryAttention", "GroupedQueryAttention", "GroupedTiedAttention",
     "MultiHeadLatentAttention", "MixtureOfHeadAttention", "MixtureOfAttentionHeads", "DynamicallyComposableAttention",
-    "TalkingHeadsAttention", "EnhancedMultiheadAttention", "KnockingHeadsAttention",
+    "TalkingHeadsAttention", "EnhancedMultiheadAttention", "ComplexAttention", "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
 )  # fmt: skip
 

@@ -44,6 +44,7 @@ MECHANISMS: dict[str, Make] = {
     "eit-efficient": lambda embed_dim=E, **options: attnzoo.EnhancedMultiheadAttention(
         embed_dim, H, efficient=True, interaction_bias=False, **options
     ),
+    "complexformer": lambda embed_dim=E, **options: attnzoo.ComplexAttention(embed_dim, H, G, **options),
     "moh": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
         embed_dim, H, G, num_shared_heads=1, num_routed_active=2, **options
     ),
@@ -110,6 +111,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
     **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
+    "complexformer": tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
     **dict.fromkeys(("talking-heads", "eit", "eit-efficient"), ("plain", "no-rope", "window")),
     "linear": ("plain",),

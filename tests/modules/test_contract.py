@@ -293,7 +293,9 @@ def permuted(state: dict[str, Tensor], heads: Tensor, groups: Tensor) -> dict[st
     result = {}
     for key, value in state.items():
         layer = key.split(".")[0]
-        if layer in ("q_proj", "g_proj", "sinks") or (layer == "mixing_matrix" and value.ndim == 3):
+        if layer in ("q_proj", "g_proj", "sinks", "phase_scale", "phase_bias") or (
+            layer == "mixing_matrix" and value.ndim == 3
+        ):
             value = rows(value, heads)
         elif layer in ("k_proj", "v_proj", "kv_proj"):
             value = rows(value, groups)
