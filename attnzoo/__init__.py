@@ -26,6 +26,7 @@ from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.rotary import Rotary
 
@@ -43,6 +44,7 @@ __all__ = [
     "TalkingHeadsAttention",
     "EnhancedMultiheadAttention",
     "ComplexAttention",
+    "TABAttention",
     "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention",
     "KnockingHeadsLatentAttention",

@@ -45,8 +45,8 @@ class ComplexAttention(GroupedQueryAttention):
         eps: added to the squared moduli.
         phase_init: start of phase_scale: "identity" (1) or "official" (normal, std (D / 2) ** -0.5).
         bias: whether the projections have one.
-        options: v_head_dim, kdim, vdim, o_bias, sliding_window, sink_tokens, sink, logit_softcap, causal, dropout, init,
-            init_std, backend, device and dtype, as in `GroupedQueryAttention`.
+        options: v_head_dim, kdim, vdim, o_bias, sliding_window, sink_tokens, sink, logit_softcap, causal, dropout,
+            init, init_std, backend, device and dtype, as in `GroupedQueryAttention`.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
