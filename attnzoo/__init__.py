@@ -20,6 +20,7 @@ from attnzoo.modules.kha import KnockingHeadsAttention
 from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
 from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.linear import LinearAttention
+from attnzoo.modules.mditface import StaticContextAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhla import MultiHeadLinearAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
@@ -45,6 +46,7 @@ __all__ = [
     "EnhancedMultiheadAttention",
     "ComplexAttention",
     "TABAttention",
+    "StaticContextAttention",
     "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention",
     "KnockingHeadsLatentAttention",

@@ -234,6 +234,27 @@ class KeyValueCache(TokenCache):
         return k, v, positions
 
 
+class StaticContextCache(KeyValueCache):
+    """Keys and values of the static tokens first, and in the prefix form those of the dynamic tokens after them.
+
+    Attributes:
+        num_static: static tokens in it.
+    """
+
+    num_static = 0
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay allocated."""
+        super().reset()
+        self.num_static = 0
+
+    def truncate(self, length: int) -> None:
+        """As `TokenCache.truncate`; static tokens stay."""
+        if 0 <= length < self.num_static:
+            raise ValueError(f"length must be at least the {self.num_static} static tokens, got {length}; or reset()")
+        super().truncate(length)
+
+
 class LatentCache(TokenCache):
     """Latent attention: latents and rotary keys side by side, (B, 1, S, R + Gr Dr)."""
 

@@ -45,6 +45,9 @@ MECHANISMS: dict[str, Make] = {
         embed_dim, H, efficient=True, interaction_bias=False, **options
     ),
     "complexformer": lambda embed_dim=E, **options: attnzoo.ComplexAttention(embed_dim, H, G, **options),
+    "static-context": lambda embed_dim=E, **options: attnzoo.StaticContextAttention(
+        embed_dim, H, G, **{"causal": True, "rope": attnzoo.Rotary(), "separate_static": False} | options
+    ),
     "moh": lambda embed_dim=E, **options: attnzoo.MixtureOfHeadAttention(
         embed_dim, H, G, num_shared_heads=1, num_routed_active=2, **options
     ),
@@ -111,6 +114,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kha-mla", "mla"), ("plain", "no-rope")),
     "mla-pre": ("plain",),
     **dict.fromkeys(("dcmha", "dcmha-folded"), ("plain", "no-rope", "qk-norm", "window")),
+    "static-context": ("plain", "no-rope", "qk-norm"),
     "complexformer": tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
     **dict.fromkeys(("talking-heads", "eit", "eit-efficient"), ("plain", "no-rope", "window")),
@@ -131,6 +135,7 @@ LACKS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
     **dict.fromkeys(("eit", "eit-efficient"), ("head order by rows", "sdpa", "rounding of its own")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask", "pruning as a mask")),
+    "static-context": ("context",),
     "moa": (
         "head order by rows",
         "counted flops",

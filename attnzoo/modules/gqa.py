@@ -60,7 +60,7 @@ class GroupedQueryAttention(Mechanism):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    shown = ("rope", "logit_softcap", "sliding_window", "sink", "pruned_heads")
+    shown: tuple[str, ...] = ("rope", "logit_softcap", "sliding_window", "sink", "pruned_heads")
     sinks: nn.Parameter | None
 
     def __init__(
