@@ -70,7 +70,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("causal", "bias", "o_bias", "out_bias", "k_rope_bias", "q_bias", "kv_b_bias", "kv_norm", "qk_norm", "alibi",
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
-         "static_base", "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad"), SWITCH,
+         "static_base", "efficient", "interaction_bias", "separate_static", "mixing_per_head", "mixing_trainable",
+         "probe_causal", "allow_grad"), SWITCH,
     ),
     **dict.fromkeys(("absorb", "sparse"), SWITCH_OR_AUTO),
     **dict.fromkeys(
@@ -79,7 +80,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("sliding_window", "max_length"), SIZE),
     **dict.fromkeys(
-        ("init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps", "aux_loss_coef",
+        ("init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps", "eps", "aux_loss_coef",
          "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
     ),
     **dict.fromkeys(("logit_softcap", "mixing_sigma"), POSITIVE),

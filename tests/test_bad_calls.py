@@ -230,7 +230,7 @@ def forward(draw: random.Random) -> tuple[Callable[[], Any], str, Any, str]:
                     module(torch.randn(B, tokens, E), cache=full)
             value = draw.choice([full, module.init_cache(B + 1, ROOM), module.init_cache(B, ROOM, dtype=torch.float64)])
     else:
-        contexts = [torch.randn(B, S, E)] if causal else list(bad_inputs(E, B, S))
+        contexts = [torch.randn(B, S, E)] if causal and name != "static-context" else list(bad_inputs(E, B, S))
         contexts += [torch.randn(B + 1, S, E), (torch.randn(B, S, E),) * 3, (torch.randn(B, S, E),)]
         value = draw.choice(contexts)
     arguments[kind] = value

@@ -199,8 +199,9 @@ class ClusteredHeadAttention(nn.Module):
             return self.attn.init_cache(batch_size, max_length, device, dtype)  # type: ignore[no-any-return]
         own = place_of(self)
         return ClusteredCache(
-            batch_size, max_length, self.cache_layout(), device=device or own[0], dtype=dtype or own[1]
-        )
+            batch_size, max_length, self.cache_layout(), device=own[0] if device is None else device,
+            dtype=own[1] if dtype is None else dtype,
+        )  # fmt: skip
 
     def cache_layout(self) -> ClusteredLayout:
         """What a cache must look like to be this module's."""

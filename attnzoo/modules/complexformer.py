@@ -15,6 +15,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import keep_entries
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary
+from attnzoo.rules import NUMBER, POSITIVE, check, check_options, one_of
 
 
 class ComplexAttention(GroupedQueryAttention):
@@ -68,21 +69,21 @@ class ComplexAttention(GroupedQueryAttention):
         **options: Any,
     ) -> None:
         for name in ("scale", "qk_norm", "alibi"):
-            if options.get(name):
+            if options.get(name) not in (None, False):
                 raise ValueError(f"{name} is not an option of ComplexAttention, got {options[name]!r}")
+        check_options(eps=eps)
+        check("softmax_scale", softmax_scale, (*NUMBER, (lambda value: value != 0, "not be 0")))
+        check("phase_init", phase_init, one_of("identity", "official", words="be 'identity' or 'official'"))
         if rope_theta is not None:
-            if rope is None:
-                raise ValueError(f"rope_theta needs rope, got {rope_theta} and rope=None")
+            check("rope_theta", rope_theta, POSITIVE)
+            if not isinstance(rope, Rotary):
+                raise ValueError(f"rope_theta needs rope, got {rope_theta} and rope={rope!r}")
             rope = replace(rope, theta=rope_theta)
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, rope=rope, scale=softmax_scale, bias=bias, **options
         )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        if not 0 <= eps < float("inf"):
-            raise ValueError(f"eps must be finite and not negative, got {eps}")
-        if phase_init not in ("identity", "official"):
-            raise ValueError(f"phase_init must be 'identity' or 'official', got {phase_init!r}")
         self.eps = eps
         self.phase_init = phase_init
         like = self.q_proj.weight

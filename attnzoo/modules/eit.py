@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.composed_attention import composed_attention
 from attnzoo.ops.head_interaction import Interaction
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check, check_options, check_sizes, one_of
 
 INTERACTION = ("isi_w1", "isi_b1", "isi_w2", "isi_b2", "csi_w1", "csi_b1", "csi_w2")
 
@@ -98,20 +98,20 @@ class EnhancedMultiheadAttention(Mechanism):
             embed_dim, num_heads, head_dim=head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend,
         )  # fmt: skip
+        check_options(efficient=efficient, interaction_bias=interaction_bias, bias=bias, device=device, dtype=dtype)
+        check("init", init, one_of("default", "mha", words="be 'default' or 'mha'"))
         if efficient and csi_hidden is not None:
             raise ValueError(f"csi_hidden needs efficient=False, got {csi_hidden} and efficient=True")
         A = (2 if efficient else 8) if isi_hidden is None else isi_hidden
         C = 4 * num_heads if csi_hidden is None else csi_hidden
-        check_sizes(isi_hidden=A, csi_hidden=C, chunk_size=chunk_size)
-        if init not in ("default", "mha"):
-            raise ValueError(f"init must be 'default' or 'mha', got {init!r}")
+        A, C, self.chunk_size = check_sizes(isi_hidden=A, csi_hidden=C, chunk_size=chunk_size)
         if init == "mha" and (A < 2 or 2 * num_heads > C):
             raise ValueError(
                 f"init 'mha' needs isi_hidden of at least 2 and csi_hidden of at least 2 num_heads, got {A} and {C}"
             )
-        self.num_qk_heads = H = num_heads
+        self.num_qk_heads = H = self.num_heads
         self.isi_hidden, self.csi_hidden = A, None if efficient else C
-        self.efficient, self.init, self.chunk_size = efficient, init, chunk_size
+        self.efficient, self.init = efficient, init
         width = H * self.head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, width, bias, **factory_kwargs)

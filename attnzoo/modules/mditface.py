@@ -17,6 +17,7 @@ from attnzoo.modules.heads import keep_columns, keep_rows
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, RotaryTable, rotary_table
+from attnzoo.rules import check_options, describe, is_integer
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -83,6 +84,7 @@ class StaticContextAttention(GroupedQueryAttention):
             rope=rope, scale=scale, causal=causal, dropout=dropout, init_std=init_std, backend=backend, device=device,
             dtype=dtype,
         )  # fmt: skip
+        check_options(separate_static=separate_static)
         self.separate_static = separate_static
         for name in PARTS if separate_static else ():
             part = getattr(self, name)
@@ -146,12 +148,12 @@ class StaticContextAttention(GroupedQueryAttention):
         Raises:
             ValueError: for arguments that do not fit each other.
         """
-        check_input("x", x, self.embed_dim)
-        if type(num_static) is not int or not 0 <= num_static <= x.shape[1]:
+        check_input("x", x, self.embed_dim, self.q_proj)
+        if not is_integer(num_static) or not 0 <= num_static <= x.shape[1]:
             raise ValueError(f"num_static must lie between 0 and the {x.shape[1]} tokens of x, got {num_static}")
         if context is not None and (num_static or cache is not None):
             raise ValueError(
-                "context needs num_static=0 and no cache: static tokens come with one of x, context and cache"
+                f"context needs num_static=0 and no cache, which have static tokens, got {describe(context)}"
             )
         held = 0 if cache is None else self._held(cache, num_static)
         if not (num_static or held) and context is None:
@@ -159,7 +161,9 @@ class StaticContextAttention(GroupedQueryAttention):
                 raise ValueError("cache must hold static tokens: fill it by a call with num_static, got an empty one")
             return super().forward(x, mask=mask, positions=positions, cache=cache)
         if context is not None:
-            check_input("context", context, self.embed_dim)
+            check_input("context", context, self.embed_dim, self.q_proj)
+            if context.shape[0] != x.shape[0]:
+                raise ValueError(f"context must have the batch of x, got {context.shape[0]} and {x.shape[0]}")
         T = x.shape[1] - num_static
         dynamic, static = (x, context) if num_static == 0 else (x[:, :T], x[:, T:])
         S = held if static is None else static.shape[1]

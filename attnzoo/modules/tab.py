@@ -14,6 +14,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import masked_softmax
 from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.rules import is_integer
 
 
 class TABAttention(GroupedQueryAttention):
@@ -62,7 +63,7 @@ class TABAttention(GroupedQueryAttention):
             backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         for name, indices in (("gate_rows", tuple(gate_rows)), ("bottleneck_index", (bottleneck_index,))):
-            if not all(type(index) is int and index >= 0 for index in indices) or len(set(indices)) < len(indices):
+            if not all(is_integer(index) and index >= 0 for index in indices) or len(set(indices)) < len(indices):
                 raise ValueError(f"{name} must hold token numbers from 0 on, each once, got {indices}")
         self.gate_rows = tuple(gate_rows)
         self.bottleneck_index = bottleneck_index

@@ -141,7 +141,7 @@ def test_official_start():
     ("options", "message"),
     [
         ({"head_dim": 5, "rope": None}, "head_dim must be even, got 5"),
-        ({"eps": -1.0}, "eps must be finite and not negative, got -1"),
+        ({"eps": -1.0}, "eps must not be negative, got -1"),
         ({"phase_init": "zero"}, "phase_init must be 'identity' or 'official'"),
         ({"alibi": True}, "alibi is not an option of ComplexAttention"),
         ({"scale": 0.1}, "scale is not an option of ComplexAttention"),
