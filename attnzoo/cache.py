@@ -234,7 +234,7 @@ class KeyValueCache(TokenCache):
         return k, v, positions
 
 
-class StaticContextCache(KeyValueCache):
+class StaticContextCache(TokenCache):
     """Keys and values of the static tokens first, and in the prefix form those of the dynamic tokens after them.
 
     Attributes:
@@ -242,6 +242,11 @@ class StaticContextCache(KeyValueCache):
     """
 
     num_static = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k (B, T, G, D) and v (B, T, G, D); return all keys, values and their positions."""
+        (k, v), positions = self._append(k, v)
+        return k, v, positions
 
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""

@@ -159,7 +159,7 @@ class StaticContextAttention(GroupedQueryAttention):
         if not (num_static or held) and context is None:
             if cache is not None and not self.causal:
                 raise ValueError("cache must hold static tokens: fill it by a call with num_static, got an empty one")
-            return super().forward(x, mask=mask, positions=positions, cache=cache)
+            return super().forward(x, mask=mask, positions=positions, cache=cache)  # type: ignore[arg-type]
         if context is not None:
             check_input("context", context, self.embed_dim, self.q_proj)
             if context.shape[0] != x.shape[0]:

@@ -198,8 +198,10 @@ class Pretraining(L.LightningModule):
     def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
         boundaries = batch.get("cu_seqlens")
         if boundaries is not None and self.compile_model:
-            # Otherwise the graph, and with it rounding, would depend on how many documents the first batches had.
-            torch._dynamo.maybe_mark_dynamic(boundaries, 0)
+            # One length for all batches, by empty documents at the end: what is compiled, and with it rounding, would
+            # depend on how many documents the first batch had.
+            tokens = batch["tokens"].numel()
+            boundaries = F.pad(boundaries, (0, tokens + 1 - boundaries.numel()), value=tokens)
         mask = None if boundaries is None else attnzoo.AttentionMask.packed(boundaries)
         logits = self.model(batch["tokens"], mask=mask)
         return F.cross_entropy(
