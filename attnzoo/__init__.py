@@ -22,6 +22,7 @@ from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.linear import LinearAttention
 from attnzoo.modules.mditface import StaticContextAttention
 from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mhe import MultipleHeadEmbeddingAttention
 from attnzoo.modules.mhla import MultiHeadLinearAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moa import MixtureOfAttentionHeads
@@ -53,6 +54,7 @@ __all__ = [
     "LinearAttention",
     "MultiHeadLinearAttention",
     "ClusteredHeadAttention",
+    "MultipleHeadEmbeddingAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

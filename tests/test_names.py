@@ -10,6 +10,8 @@ NAMES = (
     "MultiHeadLatentAttention", "MixtureOfHeadAttention", "MixtureOfAttentionHeads", "DynamicallyComposableAttention",
     "TalkingHeadsAttention", "EnhancedMultiheadAttention", "ComplexAttention", "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
+    "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
+    "LinearAttention", "MultiHeadLinearAttention", "MultipleHeadEmbeddingAttention",
 )  # fmt: skip
 
 

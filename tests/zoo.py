@@ -60,6 +60,10 @@ MECHANISMS: dict[str, Make] = {
     "moa": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentionHeads(
         embed_dim, H, 2, num_experts=5, out_bias=True, **options
     ),
+    "mhe": lambda embed_dim=E, **options: attnzoo.MultipleHeadEmbeddingAttention(embed_dim, H, **options),
+    "mhe-add": lambda embed_dim=E, **options: attnzoo.MultipleHeadEmbeddingAttention(
+        embed_dim, H, **{"mode": "add", "rope": attnzoo.Rotary()} | options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -118,6 +122,9 @@ TAKES: dict[str, tuple[str, ...]] = {
     "complexformer": tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
     **dict.fromkeys(("talking-heads", "eit", "eit-efficient"), ("plain", "no-rope", "window")),
+    "talking-heads": ("plain", "no-rope", "window"),
+    "mhe": tuple(option for option in OPTIONS if option != "qk-norm"),
+    "mhe-add": ("plain", "window", "window-sinks"),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -125,13 +132,15 @@ REFUSED = [
     (name, option)
     for name in TAKES
     for option in OPTIONS
-    if option not in TAKES[name] and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
+    if option not in TAKES[name]
+    and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
+    and not (name == "mhe-add" and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
 
 # What a mechanism cannot do, by the words that `cases` and `names` take; its own page and tests say why.
 LACKS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("kha-mla", "mla", "mla-pre"), ("head order by rows",)),
+    **dict.fromkeys(("kha-mla", "mla", "mla-pre", "mhe", "mhe-add"), ("head order by rows",)),
     **dict.fromkeys(("dcmha", "talking-heads"), ("head order by rows", "sdpa", "bidirectional window")),
     **dict.fromkeys(("eit", "eit-efficient"), ("head order by rows", "sdpa", "rounding of its own")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm"), ("head order by rows", "padding as a mask", "pruning as a mask")),

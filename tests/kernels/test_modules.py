@@ -19,7 +19,7 @@ from tests.zoo import OPTIONS, TAKES, build, gradients
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOFTMAX = (
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "kha-mla", "mla", "mla-pre", "moh", "moa",
-    "dcmha-folded",
+    "dcmha-folded", "mhe", "mhe-add",
 )  # fmt: skip
 B, T = 1, 19
 
@@ -125,6 +125,7 @@ DECODING: dict[str, tuple[str, dict[str, object]]] = {
     "routed heads": ("moh", {}),
     "routed experts": ("moa", {}),
     "knocking heads": ("kha-linear", {}),
+    "head embeddings": ("mhe", {"rope": attnzoo.Rotary()}),
 }
 
 
