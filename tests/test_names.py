@@ -12,6 +12,7 @@ NAMES = (
     "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
     "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
     "LinearAttention", "MultiHeadLinearAttention", "MultipleHeadEmbeddingAttention",
+    "MixtureOfGaussianKeysAttention",
 )  # fmt: skip
 
 

@@ -64,6 +64,15 @@ MECHANISMS: dict[str, Make] = {
     "mhe-add": lambda embed_dim=E, **options: attnzoo.MultipleHeadEmbeddingAttention(
         embed_dim, H, **{"mode": "add", "rope": attnzoo.Rotary()} | options
     ),
+    "mgk": lambda embed_dim=E, **options: attnzoo.MixtureOfGaussianKeysAttention(
+        embed_dim, H, G, **{"rope": attnzoo.Rotary()} | options
+    ),
+    "mgk-hard": lambda embed_dim=E, **options: attnzoo.MixtureOfGaussianKeysAttention(
+        embed_dim, H, G, shared_key=True, assignment="hard", eps=1e-3, **options
+    ),
+    "mgk-linear": lambda embed_dim=E, **options: attnzoo.MixtureOfGaussianKeysAttention(
+        embed_dim, H, G, shared_key=True, attention="linear", **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -125,6 +134,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "talking-heads": ("plain", "no-rope", "window"),
     "mhe": tuple(option for option in OPTIONS if option != "qk-norm"),
     "mhe-add": ("plain", "window", "window-sinks"),
+    "mgk": ("plain", "no-rope"),
+    **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -134,7 +145,7 @@ REFUSED = [
     for option in OPTIONS
     if option not in TAKES[name]
     and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
-    and not (name == "mhe-add" and option in ("no-rope", "alibi"))
+    and not (name in ("mhe-add", "mgk", "mgk-hard", "mgk-linear") and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
 
@@ -153,6 +164,9 @@ LACKS: dict[str, tuple[str, ...]] = {
         "rounding of its own",
     ),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
+    "mgk": ("head order by rows",),
+    "mgk-hard": ("head order by rows", "sdpa"),
+    "mgk-linear": ("head order by rows", "dense mask", "counted flops", "sdpa", "token cache"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),
     **dict.fromkeys(("mhla", "mhla-heads"), ("dense mask", "counted flops", "sdpa", "token cache", "context")),
 }
