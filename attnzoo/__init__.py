@@ -30,6 +30,7 @@ from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.tab import TABAttention
+from attnzoo.modules.smha import SelectiveMultiHeadAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.rotary import Rotary
 
@@ -57,6 +58,7 @@ __all__ = [
     "ClusteredHeadAttention",
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
+    "SelectiveMultiHeadAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

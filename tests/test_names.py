@@ -13,6 +13,7 @@ NAMES = (
     "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
     "LinearAttention", "MultiHeadLinearAttention", "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
+    "SelectiveMultiHeadAttention",
 )  # fmt: skip
 
 

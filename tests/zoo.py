@@ -73,6 +73,9 @@ MECHANISMS: dict[str, Make] = {
     "mgk-linear": lambda embed_dim=E, **options: attnzoo.MixtureOfGaussianKeysAttention(
         embed_dim, H, G, shared_key=True, attention="linear", **options
     ),
+    "smha": lambda embed_dim=E, **options: attnzoo.SelectiveMultiHeadAttention(
+        embed_dim, H, **{"bias": False} | options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -134,7 +137,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "talking-heads": ("plain", "no-rope", "window"),
     "mhe": tuple(option for option in OPTIONS if option != "qk-norm"),
     "mhe-add": ("plain", "window", "window-sinks"),
-    "mgk": ("plain", "no-rope"),
+    **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
     **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
     "linear": ("plain",),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
@@ -165,6 +168,7 @@ LACKS: dict[str, tuple[str, ...]] = {
     ),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
     "mgk": ("head order by rows",),
+    "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),
     "mgk-hard": ("head order by rows", "sdpa"),
     "mgk-linear": ("head order by rows", "dense mask", "counted flops", "sdpa", "token cache"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),

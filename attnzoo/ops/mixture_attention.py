@@ -81,7 +81,7 @@ def mixture_attention(
         view = repeated(view, q.shape[0], T, k.shape[1], k.shape[3], q.device)
         v = v[:, None].expand(-1, k.shape[3], -1, -1, -1).flatten(1, 2)
         k = k.permute(0, 3, 1, 2, 4).flatten(1, 2)
-        out = softmax_attention(q, k, v, view, scale=D**-0.5, sinks=sinks, backend=backend)
+        out: Tensor = softmax_attention(q, k, v, view, scale=D**-0.5, sinks=sinks, backend=backend)
         return out.to(dtype)
 
 
