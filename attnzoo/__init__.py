@@ -21,6 +21,7 @@ from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
 from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.linear import LinearAttention
 from attnzoo.modules.mditface import StaticContextAttention
+from attnzoo.modules.mae import MixtureOfAttentiveExperts
 from attnzoo.modules.mgk import MixtureOfGaussianKeysAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhe import MultipleHeadEmbeddingAttention
@@ -59,6 +60,7 @@ __all__ = [
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention",
+    "MixtureOfAttentiveExperts",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

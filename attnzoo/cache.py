@@ -5,7 +5,7 @@ A cache belongs to one module and one batch of sequences of equal length. No gra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,6 +258,61 @@ class StaticContextCache(TokenCache):
         if 0 <= length < self.num_static:
             raise ValueError(f"length must be at least the {self.num_static} static tokens, got {length}; or reset()")
         super().truncate(length)
+
+
+class MeanCache(KeyValueCache):
+    """Keys and values, and for a running mean the sum of all inputs (B, E) and their number (B, 1).
+
+    Attributes:
+        sums: (B, E) in float32, or float64 for a float64 cache.
+        counts: (B, 1).
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def make_sums(self, width: int) -> None:
+        """Allocate a sum of that width."""
+        buffer = self.buffers[0]
+        dtype = torch.promote_types(buffer.dtype, torch.float32)
+        self.sums = torch.zeros(self.batch_size, width, device=buffer.device, dtype=dtype)
+        self.counts = self.sums.new_zeros(self.batch_size, 1)
+
+    def store_sums(self, sums: Tensor, counts: Tensor) -> None:
+        """Move on to the sums after the tokens that were appended."""
+        self.sums, self.counts = sums.detach(), counts.detach()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that buffers and sums take."""
+        return super().nbytes + sum(part.numel() * part.element_size() for part in (self.sums, self.counts))
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay allocated."""
+        super().reset()
+        self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+
+    def reorder(self, index: Tensor) -> None:
+        """As `TokenCache.reorder`."""
+        super().reorder(index)
+        self.sums, self.counts = self.sums.index_select(0, index), self.counts.index_select(0, index)
+
+    def truncate(self, length: int) -> None:
+        """Forget everything (length 0) or nothing: a sum does not tell what single tokens brought."""
+        if length not in (0, self.length) and 0 < length < self.length:
+            raise ValueError(f"length must be 0 or {self.length}: a sum cannot give single tokens back, got {length}")
+        super().truncate(length)
+        if length == 0:
+            self.reset()
+
+    def snapshot(self, tokens: int) -> Any:
+        """As `TokenCache.snapshot`, with the sums, which are never written in place."""
+        return super().snapshot(tokens), self.sums, self.counts
+
+    def restore(self, snapshot: Any) -> None:
+        """Take back what was appended since the snapshot."""
+        before, self.sums, self.counts = snapshot
+        super().restore(before)
 
 
 class LatentCache(TokenCache):

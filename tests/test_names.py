@@ -13,7 +13,7 @@ NAMES = (
     "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
     "LinearAttention", "MultiHeadLinearAttention", "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
-    "SelectiveMultiHeadAttention",
+    "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts",
 )  # fmt: skip
 
 

@@ -76,6 +76,10 @@ MECHANISMS: dict[str, Make] = {
     "smha": lambda embed_dim=E, **options: attnzoo.SelectiveMultiHeadAttention(
         embed_dim, H, **{"bias": False} | options
     ),
+    "mae": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentiveExperts(embed_dim, H, G, gate_hidden=12, **options),
+    "mae-token": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentiveExperts(
+        embed_dim, H, G, gate_hidden=12, gate_input="token", num_active=2, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -168,6 +172,8 @@ LACKS: dict[str, tuple[str, ...]] = {
     ),
     "dcmha-folded": ("head order by rows", "bidirectional window"),
     "mgk": ("head order by rows",),
+    "mae": ("head order by rows", "padding as a mask", "token cache"),
+    "mae-token": ("head order by rows", "counted flops"),
     "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),
     "mgk-hard": ("head order by rows", "sdpa"),
     "mgk-linear": ("head order by rows", "dense mask", "counted flops", "sdpa", "token cache"),

@@ -12,6 +12,7 @@ from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
 from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
 from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
+from attnzoo.modules.mae import MixtureOfAttentiveExperts
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moh import MixtureOfHeadAttention
@@ -178,6 +179,26 @@ def to_moh(
         **{name: value for name, value in options.items() if name not in lacking},
     )  # fmt: skip
     converted.load_state_dict(module.state_dict())
+    return converted.train(module.training)
+
+
+def to_mae(module: GroupedQueryAttention, num_active: int | None = None, **gate: Any) -> MixtureOfAttentiveExperts:
+    """The same layer as a mixture of attentive experts, whose gate starts uniform: equal in output.
+
+    Args:
+        module: multi-head, multi-query or grouped-query attention of at least 2 heads, none of them pruned.
+        num_active: heads of an expert. Default: all but one.
+        gate: gate_input, gate_hidden and training_scheme, see `MixtureOfAttentiveExperts`.
+    """
+    if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
+    if module.pruned_heads:
+        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    converted = MixtureOfAttentiveExperts(
+        module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, num_active=num_active, **gate,
+        **_grouped_options(module),
+    )  # fmt: skip
+    converted.load_state_dict(converted.state_dict() | module.state_dict())
     return converted.train(module.training)
 
 

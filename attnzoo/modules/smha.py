@@ -112,8 +112,8 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """As the base's, the router too; output biases of heads are 0."""
         super().reset_parameters(std, out_std)
-        if getattr(self, "o_head_bias", None) is not None:
-            nn.init.zeros_(self.o_head_bias)
+        if (bias := getattr(self, "o_head_bias", None)) is not None:
+            nn.init.zeros_(bias)
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,

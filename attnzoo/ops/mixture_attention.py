@@ -81,8 +81,7 @@ def mixture_attention(
         view = repeated(view, q.shape[0], T, k.shape[1], k.shape[3], q.device)
         v = v[:, None].expand(-1, k.shape[3], -1, -1, -1).flatten(1, 2)
         k = k.permute(0, 3, 1, 2, 4).flatten(1, 2)
-        out: Tensor = softmax_attention(q, k, v, view, scale=D**-0.5, sinks=sinks, backend=backend)
-        return out.to(dtype)
+        return softmax_attention(q, k, v, view, scale=D**-0.5, sinks=sinks, backend=backend).to(dtype)
 
 
 def mixture_scores(q: Tensor, k: Tensor, precision: Tensor, log_prior: Tensor | None = None) -> Tensor:
@@ -93,7 +92,8 @@ def mixture_scores(q: Tensor, k: Tensor, precision: Tensor, log_prior: Tensor | 
     k, level = (x.repeat_interleave(repeats, 2) if repeats > 1 else x for x in (k, level))
     products = torch.einsum("bthd,bshrd->bhtsr", q, k)
     own = q.square().sum(-1).transpose(1, 2)[..., None, None]
-    return (precision * (products - own / 2) + level.transpose(1, 2)[:, :, None]) * D**-0.5
+    scores: Tensor = (precision * (products - own / 2) + level.transpose(1, 2)[:, :, None]) * D**-0.5
+    return scores
 
 
 def repeated(view: Visibility, batch: int, queries: int, keys: int, times: int, device: torch.device) -> Visibility:

@@ -223,7 +223,7 @@ def test_truncate_takes_tokens_back(name: str, option: str, length: int) -> None
     assert apart(decode(module, x[:, length:], cache=cache), module(x)[:, length:]) <= EXACT
 
 
-@every_windowed_case
+@pytest.mark.parametrize(("name", "option"), [case for case in cases("token cache") if case[1] in WINDOWED])
 def test_a_ring_buffer_is_truncated_only_while_nothing_is_lost(name: str, option: str) -> None:
     module, x = make(name, option), sample()
     cache = module.init_cache(B, T)
