@@ -11,7 +11,9 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, Visibility
+from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.score_rules import ScoreRules
 from attnzoo.ops.softmax_attention import softmax_attention
 
 
@@ -64,14 +66,20 @@ def mixture_attention(
     sinks = math.log(eps) if eps else None
     with without_autocast(q):
         q, k, v, a = (x.to(compute_dtype) for x in (q, k, v, precision))
-        if backend == "eager" or (backend == "auto" and T == 1):
+        observer = current_observer()
+        defines = backend == "eager" or (backend == "auto" and T == 1)
+        if defines or observer is not None:
             scores = mixture_scores(q, k, a, log_prior)
             scores = scores.amax(-1) if hard else scores.logsumexp(-1)
             # The scores are all in the bias; queries and keys have no features left.
+            plain = q[..., :0], k[..., 0, :0]
+            if observer is not None:
+                rules = ScoreRules(1.0, bias=scores, sinks=sinks)
+                observer(Observation("softmax_attention", *plain, v, view, rules))
+        if defines:
             out = softmax_attention(
-                q[..., :0], k[..., 0, :0], v, view, scale=1.0, bias=scores, sinks=sinks, dropout=dropout,
-                backend="eager",
-            )  # fmt: skip
+                *plain, v, view, scale=1.0, bias=scores, sinks=sinks, dropout=dropout, backend="eager"
+            )
             return out.to(dtype)
         a = a[:, None]
         level = -a * k.square().sum(-1, keepdim=True) / 2

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
+from attnzoo.ops.observation import observing
 from tests.zoo import E, G, H, build, gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mgk.safetensors"
@@ -235,6 +236,20 @@ def test_only_the_definition_takes_maxima_and_drops_weights(options):
     for backend in ("sdpa", "flash", "triton"):
         with pytest.raises(BackendUnavailable, match=f"backend '{backend}' cannot run mixture_attention: only the"):
             make(backend=backend, **options)(torch.randn(1, 3, E).double())
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_an_observer_sees_one_score_for_every_position(backend):
+    module, x, seen = make(G, backend=backend), torch.randn(2, 9, E).double(), []
+    heads = []
+    module.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0].unflatten(-1, (H, D))))
+    with observing(seen.append):
+        module(x)
+    first = seen[0]
+    visible = torch.ones(9, 9).bool().tril()
+    weights = first.rules.bias.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = torch.einsum("bhts,bshd->bthd", weights, first.v.repeat_interleave(H // G, 2))
+    torch.testing.assert_close(heads[0], expected, atol=1e-12, rtol=0)
 
 
 def test_half_the_heads_take_62_percent_of_the_projections():
