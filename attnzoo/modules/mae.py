@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from attnzoo.cache import CacheLayout, KeyValueCache, MeanCache
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.head_routing import Routing
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import precise_linear
+from attnzoo.rules import check_sizes
 from attnzoo.tracing import is_exported
 
 GATE_INPUTS = ("causal_mean", "mean", "token")

@@ -14,7 +14,6 @@ from attnzoo.cache import KeyValueCache
 from attnzoo.cache_state import StateCache
 from attnzoo.modules.base import per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.linear_attention import linear_attention
@@ -23,6 +22,7 @@ from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import constant
 from attnzoo.ops.submodules import place_of
 from attnzoo.rotary import Rotary
+from attnzoo.rules import check_sizes
 from attnzoo.tracing import is_readable
 
 CHUNK = 64  # Tokens of a chunk of the linear form; it changes speed only.

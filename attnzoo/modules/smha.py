@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from attnzoo.cache import ComposedCache
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.checks import check_sizes
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import keep_entries, keep_rows
 from attnzoo.ops.head_routing import Routing, load_balance_loss, top_heads
@@ -19,6 +18,7 @@ from attnzoo.ops.observation import current_observer
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import precise_linear
 from attnzoo.rotary import rotary_table, rotate
+from attnzoo.rules import check_sizes
 from attnzoo.tracing import has_values, is_exported
 
 GATES = ("normalized", "softmax", "none")
