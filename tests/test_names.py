@@ -10,8 +10,7 @@ NAMES = (
     "MultiHeadLatentAttention", "MixtureOfHeadAttention", "MixtureOfAttentionHeads", "DynamicallyComposableAttention",
     "TalkingHeadsAttention", "EnhancedMultiheadAttention", "ComplexAttention", "KnockingHeadsAttention",
     "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
-    "TalkingHeadsAttention", "KnockingHeadsAttention", "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention",
-    "LinearAttention", "MultiHeadLinearAttention", "MultipleHeadEmbeddingAttention",
+    "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts",
 )  # fmt: skip

@@ -138,7 +138,6 @@ TAKES: dict[str, tuple[str, ...]] = {
     "complexformer": tuple(option for option in OPTIONS if option not in ("qk-norm", "alibi")),
     **dict.fromkeys(("moh", "moh-few", "moh-norm", "moa"), ("plain", "no-rope")),
     **dict.fromkeys(("talking-heads", "eit", "eit-efficient"), ("plain", "no-rope", "window")),
-    "talking-heads": ("plain", "no-rope", "window"),
     "mhe": tuple(option for option in OPTIONS if option != "qk-norm"),
     "mhe-add": ("plain", "window", "window-sinks"),
     **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
