@@ -20,8 +20,8 @@ from attnzoo.modules.kha import KnockingHeadsAttention
 from attnzoo.modules.kha_gta import KnockingHeadsTiedAttention
 from attnzoo.modules.kha_mla import KnockingHeadsLatentAttention
 from attnzoo.modules.linear import LinearAttention
-from attnzoo.modules.mditface import StaticContextAttention
 from attnzoo.modules.mae import MixtureOfAttentiveExperts
+from attnzoo.modules.mditface import StaticContextAttention
 from attnzoo.modules.mgk import MixtureOfGaussianKeysAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mhe import MultipleHeadEmbeddingAttention
@@ -30,8 +30,8 @@ from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
-from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
+from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.rotary import Rotary
 
