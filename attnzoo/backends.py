@@ -26,16 +26,24 @@ def check_name(backend: str) -> str:
     return backend
 
 
-def choose(backend: str, operation: str, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
+def choose(
+    backend: str,
+    operation: str,
+    obstacles: Mapping[str, Callable[[], str | None]],
+    device: torch.device | None = None,
+) -> str:
     """Pick the backend that runs a call.
 
-    obstacles holds the operation's backends from fastest to slowest, each with a function that returns
-    None or one sentence why it cannot serve this call. "auto" takes the first without an obstacle; a named
-    backend is taken or `BackendUnavailable` is raised, and nothing falls back in silence.
+    obstacles holds the operation's backends from fastest to slowest on a GPU, each with a function that returns
+    None or one sentence why it cannot serve this call. "auto" takes the first without an obstacle, but on another
+    device "flash" and "triton" come last: they need a GPU, or an interpreter, which is for tests. A named backend is
+    taken or `BackendUnavailable` is raised, and nothing falls back in silence.
     """
     if backend == "auto":
-        for name, obstacle in obstacles.items():
-            if obstacle() is None:
+        on_gpu = device is None or device.type == "cuda"
+        names = obstacles if on_gpu else sorted(obstacles, key=("flash", "triton").__contains__)
+        for name in names:
+            if obstacles[name]() is None:
                 return name
         reasons = "; ".join(f"{name}: {obstacle()}" for name, obstacle in obstacles.items())
         raise BackendUnavailable(f"no backend can run {operation}: {reasons}")
@@ -72,6 +80,8 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return missing
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, got {dtype}"
+    if torch._C._are_functorch_transforms_active():
+        return "the kernels have no rules for the transforms of torch.func"
     if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None

@@ -16,6 +16,7 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.composed_attention import Composition, DynamicProjection, composed_attention
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
+from attnzoo.ops.softmax_attention import constant
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
 
@@ -115,8 +116,8 @@ class DynamicallyComposableAttention(Mechanism):
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (folded where that is possible, chunked for more than chunk_size queries), "eager" (all
-            scores at once) or "triton" (fused kernels, by name only); others where it folds.
+        backend: "auto" (folded where that is possible, else "triton" on GPUs, else chunked for more than chunk_size
+            queries), "eager" (all scores at once) or "triton" (fused kernels); others where it folds.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -274,7 +275,7 @@ class DynamicallyComposableAttention(Mechanism):
         """Values of all heads, (B, S, G, D), with zeros where only pruned heads read."""
         if self.num_kv_heads == self.num_key_heads:
             return v
-        groups = torch.tensor(self.heads.groups, dtype=torch.long, device=v.device)
+        groups = constant(self.heads.groups, v.device, torch.long)
         return v.new_zeros(*v.shape[:2], self.num_key_heads, self.head_dim).index_copy(2, groups, v)
 
     @property

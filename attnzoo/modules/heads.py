@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from attnzoo.ops.softmax_attention import constant
+
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -72,7 +74,7 @@ class HeadLayout:
         """Keys or values (B, S, G, D) as operations read them: one of each query head where pruning left gaps."""
         if self.is_regular:
             return tensors
-        index = torch.tensor(self.reads, device=tensors[0].device)
+        index = constant(self.reads, tensors[0].device, torch.long)
         return tuple(tensor.index_select(2, index) for tensor in tensors)
 
     def of_each_head(self, weights: Tensor) -> Tensor:
@@ -80,7 +82,19 @@ class HeadLayout:
         if self.is_regular:
             size = len(self.kept) // max(len(self.groups), 1)
             return weights if size == 1 else weights.repeat_interleave(size, 0)
-        return weights[list(self.reads)]
+        return weights.index_select(0, constant(self.reads, weights.device, torch.long))
+
+    def products(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x (B, T, H, m) of each head times the weights (G, m, n) that it reads: (B, T, H, n).
+
+        Weights that several heads share are not copied for each.
+        """
+        weights = weights.to(x.dtype)
+        if not self.is_regular:
+            return torch.einsum("bthm,hmn->bthn", x, self.of_each_head(weights))
+        groups = weights.shape[0]
+        grouped = x.unflatten(2, (groups, x.shape[2] // max(groups, 1)))
+        return torch.einsum("btgsm,gmn->btgsn", grouped, weights).flatten(2, 3)
 
 
 def head_rows(heads: Iterable[int], width: int) -> Tensor:

@@ -58,7 +58,8 @@ class LinearAttention(FeatureAttention):
         chunk_size: tokens of a chunk in the chunked form; it changes speed only.
         dropout: of the output, in training.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked), "eager" (the quadratic definition) or "triton" (chunked, in kernels).
+        backend: "auto" (chunked, on GPUs as "triton"), "eager" (the quadratic definition) or "triton" (chunked, in
+            kernels).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.

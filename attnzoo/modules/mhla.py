@@ -75,7 +75,8 @@ class MultiHeadLinearAttention(FeatureAttention):
         lepe_kernel: width of a depthwise convolution of the values that is added, 0 for none; needs a grid.
         dropout: of the output, in training.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked), "eager" (the quadratic definition) or "triton" (chunked, in kernels).
+        backend: "auto" (chunked, on GPUs as "triton"), "eager" (the quadratic definition) or "triton" (chunked, in
+            kernels).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.cache import CacheLayout, LatentCache
@@ -168,10 +167,9 @@ class MultiHeadLatentAttention(Mechanism):
             if self.absorbs(x, call.past):
                 # The same as attention of H queries of width R + Gr dr over one key, which is the value too.
                 key, value, bias = self.expansion()
-                key, value = (self.heads.of_each_head(w).to(q.dtype) for w in (key, value))
-                query = torch.einsum("bthd,hdr->bthr", q, key)
+                query = self.heads.products(q, key)
                 u = latent_attention(query, q_rope, latent, call.view, latent_width=self.kv_lora_rank, **options)
-                out = torch.einsum("bthr,hdr->bthd", u, value)
+                out = self.heads.products(u, value.transpose(1, 2))
                 out = out if bias is None else out + self._seen_bias(bias, out, latent, call)
             else:
                 k, v = self.heads.spread(*self.expand(latent[:, :, 0, : self.kv_lora_rank]))
@@ -206,7 +204,8 @@ class MultiHeadLatentAttention(Mechanism):
         q_rope, k_rope = call.rotate(q_rope, k_rope.unflatten(-1, (self.rope_kv_heads, self.qk_rope_head_dim)))
         if self.rope_kv_heads > 1:
             # Each head's rotary query goes to the slot of its key, zeros elsewhere.
-            own = F.one_hot(torch.tensor(self._rope_slots(), device=q.device), self.rope_kv_heads).to(q.dtype)
+            slots = tuple(tuple(float(n == slot) for n in range(self.rope_kv_heads)) for slot in self._rope_slots())
+            own = constant(slots, q.device, q.dtype)
             q_rope = (own[:, :, None] * q_rope[..., None, :]).flatten(-2)
         return q, q_rope, torch.cat([c, k_rope.flatten(2)], dim=-1).unsqueeze(2)
 
@@ -230,10 +229,10 @@ class MultiHeadLatentAttention(Mechanism):
         if self.rope_inv_freq is None or self.rope is None:
             return super().rotation_tables(x, source, positions, mask, **options)
         del options["limit"]
-        tables = []
+        tables, slots = [], constant(tuple(self._rope_slots()), x.device, torch.long)
         for at, heads in zip(token_positions(x, source, positions, mask, **options), (True, False), strict=True):
             angles = at[..., None, None].double() * constant(self.rope_inv_freq, x.device)
-            cos, sin = layout(angles[..., self._rope_slots(), :] if heads else angles, 1.0, self.rope.style, x.dtype)
+            cos, sin = layout(angles.index_select(-2, slots) if heads else angles, 1.0, self.rope.style, x.dtype)
             tables.append(RotaryTable(cos, sin, self.rope.style, True))
         return tables[0], tables[1]
 

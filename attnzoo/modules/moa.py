@@ -84,7 +84,7 @@ class MixtureOfAttentionHeads(Mechanism):
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" and the names of softmax attention's backends with grouped projections, which are torch's or,
-            with "triton", kernels; "eager" computes all experts, which is the definition.
+            with "triton" and on GPUs with "auto", kernels; "eager" computes all experts, which is the definition.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -216,8 +216,8 @@ class MixtureOfAttentionHeads(Mechanism):
             )  # fmt: skip
             out, factors = out.reshape(B * T, G, slots, M // G * Dv), gates.reshape(B * T, slots)
             project = _product_with(self.o_experts, out.dtype)
-            if self.backend == "triton" and is_plain(self.head_outputs, nn.Identity):
-                # Nobody looks at the heads' outputs, so the kernel takes the gates.
+            if is_plain(self.head_outputs, nn.Identity):
+                # Nobody looks at the heads' outputs, so the projection takes the gates.
                 y = project(out, routes=routes, gates=factors, backend=self.backend)
             else:
                 gated = out.transpose(1, 2) * factors.to(out.dtype)[..., None, None]

@@ -67,8 +67,8 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             query_norm.
         ste: gradient of query_norm's selection: through "all" routed gates, the "active" ones, or "none".
         aux_loss_coef: of the load balance.
-        sparse: "auto", True (always in self-attention without a cache) or False. With backend="triton" "auto" is
-            sparse wherever the sparse form can serve the call.
+        sparse: "auto", True (always in self-attention without a cache) or False. With our kernels, so on GPUs, "auto"
+            is sparse wherever the sparse form can serve the call.
         v_head_dim: width Dv of values. Default: D.
         kdim: width of the context. Default: E.
         vdim: width of the context that values are made from. Default: kdim.
@@ -223,9 +223,9 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             raise ValueError(f"sparse=True cannot run: {obstacle}")
         if self.sparse is True or obstacle is not None:
             return obstacle is None
-        if self.backend == "triton":
+        if runs_packed_kernels(q, v, call.view, self.backend):
             return self.active_share < 1
-        # Where packing has paid for itself on a CPU; the kernels have not been timed on a GPU yet.
+        # Where packing has paid for itself on a CPU; elsewhere it would wait for the routing.
         return q.device.type == "cpu" and self.active_share <= 0.5 and q.shape[1] >= 4096
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:

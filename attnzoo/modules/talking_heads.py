@@ -53,8 +53,8 @@ class TalkingHeadsAttention(Mechanism):
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked for more than chunk_size queries), "eager" (all scores at once) or "triton" (fused
-            kernels, by name only).
+        backend: "auto" ("triton" on GPUs, else chunked for more than chunk_size queries), "eager" (all scores at once)
+            or "triton" (fused kernels).
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.

@@ -19,7 +19,7 @@ from attnzoo.ops.head_interaction import Interaction
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
-from attnzoo.ops.softmax_attention import MAX_DECODED, softmax_attention
+from attnzoo.ops.softmax_attention import MAX_DECODED, constant, softmax_attention
 from attnzoo.tracing import is_exported
 
 DynamicProjection = tuple[Tensor, Tensor, Tensor]
@@ -114,10 +114,11 @@ def composed_attention(
         view: which key each query may attend to.
         scale: factor of the scores.
         dropout: probability of dropping a composed weight.
-        chunk_size: queries that "auto" does at once. Scores of a chunk are recomputed in the backward pass, so the
-            (B, H, T, S) scores never exist. None, and in exported programs: all at once.
+        chunk_size: queries that the plain form does at once. Scores of a chunk are recomputed in the backward pass, so
+            the (B, H, T, S) scores never exist. None, and in exported programs: all at once.
         value_heads: the target heads that are wanted, Hv of them. Default: all.
-        backend: "auto" (in chunks), "eager" (the definition) or "triton"; any where it is softmax attention.
+        backend: "auto" (the kernels on GPUs, else in chunks), "eager" (the definition) or "triton"; any where it is
+            softmax attention.
 
     Raises:
         BackendUnavailable: if a named backend cannot serve the call.
@@ -126,7 +127,7 @@ def composed_attention(
     softmax_heads = _heads_after(pre, H)
     targets = _heads_after(post, softmax_heads)
     rules = ScoreRules(scale, dropout=dropout)
-    wanted = None if value_heads is None else torch.tensor(value_heads, dtype=torch.long, device=q.device)
+    wanted = None if value_heads is None else constant(value_heads, q.device, torch.long)
     observer = current_observer()
     if observer is not None:
         reads = None if value_heads is None else tuple(head * v.shape[2] // targets for head in value_heads)
@@ -136,10 +137,10 @@ def composed_attention(
         out = softmax_attention(q, k, v, view, scale=scale, dropout=dropout, backend=backend)
         return _chosen(_on_heads(post, out), wanted)
     obstacles = {
-        "eager": lambda: None, "triton": lambda: _kernel_obstacle(q, v, pre, post, view, dropout),
+        "triton": lambda: _kernel_obstacle(q, v, pre, post, view, dropout), "eager": lambda: None,
         "sdpa": lambda: _MIXED, "flash": lambda: _MIXED,
     }  # fmt: skip
-    if choose(backend, "composed_attention", obstacles) == "triton":
+    if choose(backend, "composed_attention", obstacles, q.device) == "triton":
         from attnzoo_kernels.composed_attention import composed_attention as kernel
 
         assert not isinstance(pre, Interaction)

@@ -79,7 +79,7 @@ def expert_linear_pieces(
         out_groups: pieces of an output row; divides out.
         gates: (n, k), factors of the rows, or None for 1.
         backend: "eager" computes all experts; "triton" runs the kernels, which copy and sort no row; "auto" runs them
-            on GPUs where torch has no grouped product for the dtype, and otherwise `expert_linear`, as all others do.
+            on GPUs, and otherwise `expert_linear`, as all others do.
 
     Returns:
         (n, out_groups, k, out / out_groups).
@@ -107,11 +107,9 @@ def _kernels_run(x: Tensor, weight: Tensor, backend: str) -> bool:
     obstacle = kernel_obstacle(x.device, x.dtype)
     if obstacle is None and weight.dtype != x.dtype:
         obstacle = f"the kernels take rows and matrices of one dtype, got {x.dtype} and {weight.dtype}"
-    if backend == "triton":
-        return choose(backend, "expert_linear", {"triton": lambda: obstacle}) == "triton"
-    # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
-    automatic = backend == "auto" and x.is_cuda and not _grouped_product_takes(x.dtype, x.device, weight)
-    return automatic and obstacle is None
+    if backend not in ("auto", "triton"):
+        return False
+    return choose(backend, "expert_linear", {"triton": lambda: obstacle, "eager": lambda: None}, x.device) == "triton"
 
 
 def _grouped_product_takes(dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnzoo.backends import BackendUnavailable
 from attnzoo.masks import AttentionMask, Visibility
-from attnzoo.ops.score_rules import ScoreRules
+from attnzoo.ops.score_rules import ScoreRules, join_rope
 
 ROCM = 0
 """Stands for an AMD device where a number would be the major part of a CUDA compute capability."""
@@ -112,9 +112,12 @@ class _Case:
         self.lengths, self.packed, self.dense = mask.lengths, mask.cu_seqlens is not None, mask.dense_mask is not None
         self.padded = mask.lengths is not None
         self.mask_elsewhere = any(part is not None and part.device != q.device for part in parts)
-        self.major, self.d, self.dv = device_major(q.device), q.shape[3], v.shape[3]
+        # The shared part of the keys becomes further features of each key.
+        shared = 0 if rules.q_rope is None else rules.q_rope.shape[3]
+        self.major, self.d, self.dv = device_major(q.device), q.shape[3] + shared, v.shape[3]
         self.sinks = None if sinks is None else str(sinks.dtype if isinstance(sinks, Tensor) else float(sinks))
-        trained = any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks))
+        tensors = (q, k, v, sinks, rules.q_rope, rules.k_rope)
+        trained = any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
         self.needs_grad = torch.is_grad_enabled() and trained
 
 
@@ -203,7 +206,7 @@ def device_major(device: torch.device) -> int | None:
 def flash_obstacle(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> str | None:
     """Why no installed flash-attn can run this call, as one sentence, or None if one can.
 
-    q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), the shared part of the keys joined to both.
+    q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv).
     """
     chosen = _choose(_Case(q, k, v, view, rules))
     return chosen if isinstance(chosen, str) else None
@@ -220,6 +223,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: Sc
     chosen = _choose(_Case(q, k, v, view, rules))
     if isinstance(chosen, str):
         raise BackendUnavailable(f"backend 'flash' cannot run softmax_attention: {chosen}")
+    q, k = join_rope(q, k, rules)
     causal, mask, window, sinks = view.causal, view.mask, view.window, rules.sinks
     # Only what the call uses is passed: the packages differ in the rest.
     options: dict[str, Any] = {"softmax_scale": rules.scale}

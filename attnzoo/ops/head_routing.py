@@ -235,8 +235,7 @@ def runs_packed_kernels(q: Tensor, v: Tensor, view: Visibility, backend: str) ->
     dense = view.mask is not None and view.mask.dense_mask is not None
     obstacle = "the kernels of packed rows take no dense mask" if dense else None
     ways = {"triton": lambda: softmax_kernel_obstacle(q, v) or obstacle, "sdpa": lambda: obstacle}
-    # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
-    return choose(backend, "routed_attention", ways if q.is_cuda else dict(reversed(ways.items()))) == "triton"
+    return choose(backend, "routed_attention", ways, q.device) == "triton"
 
 
 def _packed_attention(

@@ -48,14 +48,13 @@ def latent_attention(
         BackendUnavailable: if a named backend cannot serve the call.
     """
     R = latent_width
-    query = q if q_rope is None else torch.cat([q, q_rope], dim=-1)
     if decodes(q, latent, view, q, q_rope, latent) and (backend == "triton" or (backend == "auto" and q.is_cuda)):
         # No other kernel takes a head as wide as a latent, so "auto" asks ours first.
         obstacle = softmax_kernel_obstacle(q, q, q_rope, dropout, MAX_LATENT)
         if obstacle is None:
             observer = current_observer()
             if observer is not None:
-                observer(Observation("latent_attention", query, latent, latent, view, ScoreRules(scale)))
+                observer(Observation("latent_attention", _joined(q, q_rope), latent, latent, view, ScoreRules(scale)))
             from attnzoo_kernels.decode import latent_decode
 
             options = view.for_kernel((q.shape[0], q.shape[2], q.shape[1], latent.shape[1]), q.device)
@@ -68,4 +67,9 @@ def latent_attention(
         if backend == "triton":
             choose(backend, "latent_attention", {"triton": lambda: obstacle})
     # The whole latent is passed as the value: a slice of it would be copied by the fused kernels.
+    query = _joined(q, q_rope)
     return softmax_attention(query, latent, latent, view, scale=scale, dropout=dropout, backend=backend)[..., :R]
+
+
+def _joined(q: Tensor, q_rope: Tensor | None) -> Tensor:
+    return q if q_rope is None else torch.cat([q, q_rope], dim=-1)

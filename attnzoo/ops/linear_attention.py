@@ -32,8 +32,8 @@ def linear_attention(
     """sum_s w_ts (q_t . k_s) v_s (B, T, H, Dv), and with a state the state after these tokens.
 
     w_ts is 1, or the entry of `mixing` for the blocks of t and s; 0 for a later key if causal, and across packed
-    documents. "eager" computes it so, and stores (B, H, T, S); "auto" and "triton" go through one sum of k v^T for
-    each block. All sums are in the dtype of q, which is float32 or float64; kernels multiply in the dtype of v.
+    documents. "eager" computes it so, and stores (B, H, T, S); the others go through one sum of k v^T for each
+    block. All sums are in the dtype of q, which is float32 or float64; kernels multiply in the dtype of v.
 
     Args:
         q: features of the queries (B, T, H, D).
@@ -115,13 +115,13 @@ def linear_attention(
 
 
 def choose_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "chunked" (for "auto"), "eager" or "triton", for tensors on that device and products in that dtype."""
+    """ "chunked", "eager" or "triton", for tensors on that device and products in that dtype."""
     no_softmax = "it has no softmax; only auto, eager and triton can"
     obstacles = {
-        "chunked": lambda: None, "eager": lambda: None, "triton": lambda: kernel_obstacle(device, dtype),
+        "triton": lambda: kernel_obstacle(device, dtype), "chunked": lambda: None, "eager": lambda: None,
         "sdpa": lambda: no_softmax, "flash": lambda: no_softmax,
     }  # fmt: skip
-    return choose(backend, "linear attention", obstacles)
+    return choose(backend, "linear attention", obstacles, device)
 
 
 def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:

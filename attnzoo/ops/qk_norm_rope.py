@@ -27,15 +27,17 @@ def qk_norm_rope(
         table: rotation; it may be narrower than D. None: no rotation.
         norm: root-mean-square norm over D, or None.
         head_map: map of each head's vector, or None.
-        backend: "triton" does everything in one pass; every other name is the plain form. A map or norm that is not
-            plain (hooks, parametrisations, replacements) is called before the kernel does the rest.
+        backend: "triton" does everything in one pass, as "auto" does on GPUs; every other name is the plain form. A
+            map or norm that is not plain (hooks, parametrisations, replacements) is called before the kernel does the
+            rest.
 
     Raises:
         BackendUnavailable: if "triton" cannot serve the call.
     """
-    fused = backend == "triton"
-    if fused:
-        choose(backend, "qk_norm_rope", {"triton": lambda: softmax_kernel_obstacle(z, z)})
+    fused = False
+    if backend == "triton" or (backend == "auto" and z.is_cuda):
+        ways = {"triton": lambda: softmax_kernel_obstacle(z, z), "eager": lambda: None}
+        fused = choose(backend, "qk_norm_rope", ways, z.device) == "triton" and not (table and table.per_head)
     if head_map is not None and not (fused and is_plain(head_map, HeadMap, GatedHeadMap) and _plain_parts(head_map)):
         z, head_map = head_map(z), None
     if norm is not None and not (fused and is_plain(norm, nn.RMSNorm)):

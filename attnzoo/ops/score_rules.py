@@ -36,6 +36,14 @@ class ScoreRules:
     dropout: float = 0.0
 
 
+def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
+    """Queries and keys with the shared part as further features, for backends that know one key only."""
+    if rules.q_rope is None or rules.k_rope is None:
+        return q, k
+    shared = rules.k_rope.expand(-1, -1, k.shape[2], -1)
+    return torch.cat([q, rules.q_rope], dim=-1), torch.cat([k, shared], dim=-1)
+
+
 def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float | None = None) -> Tensor:
     """Softmax over the last axis of scores (..., T, S); a fully masked row gets zero weights and zero gradients.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from attnzoo.masks import Visibility, broadcasts
 from attnzoo.ops.flash import flash_attention, flash_obstacle
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, join_rope, masked_softmax
 from attnzoo.tracing import is_traced
 
 MAX_HEAD_DIM = 256
 """Widest head that the kernels take."""
+HALF = (torch.float16, torch.bfloat16)
 MAX_DECODED = 16
 """New tokens up to which a call over a longer cache goes to the decoding kernels."""
 
@@ -87,14 +88,15 @@ def softmax_attention(
     observer = current_observer()
     if observer is not None:
         observer(Observation("softmax_attention", q, k, v, view, rules))
-    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules))
+    decoding = bias is None and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale)
+    chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules, decoding), q.device)
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
         options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
         del options["dropout"]
         if per_token:
             options["head_scale"] = None
-        if bias is None and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale):
+        if decoding:
             from attnzoo_kernels.decode import decode_attention
 
             del options["bias"], options["documents"]
@@ -108,7 +110,7 @@ def softmax_attention(
         # These kernels scale after masking, and -inf times such a scale is inf or nan.
         q, rules = q * scale, replace(rules, scale=1.0, q_rope=None if q_rope is None else q_rope * scale)
     if chosen == "flash":
-        out = flash_attention(*_join(q, k, rules), v, view, rules)
+        out = flash_attention(q, k, v, view, rules)
     elif chosen == "sdpa":
         out = _sdpa(q, k, v, view, rules)
     else:
@@ -148,7 +150,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     B, T, H, _ = q.shape
     S, G, value_width = k.shape[1], k.shape[2], v.shape[3]
     bias = _bias(T, S, q.device, view, rules)
-    q, k = _join(q, k, rules)
+    q, k = join_rope(q, k, rules)
     # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
     is_causal = view.is_plain_causal(T, S) and bias is None and rules.sinks is None
     visible = None if is_causal else view.dense((B, H, T, S), q.device)
@@ -216,14 +218,6 @@ def _append_sink(
     return k, v, visible, bias
 
 
-def _join(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
-    """Queries and keys with the shared part as further features, for backends that know one key only."""
-    if rules.q_rope is None or rules.k_rope is None:
-        return q, k
-    shared = rules.k_rope.expand(-1, -1, k.shape[2], -1)
-    return torch.cat([q, rules.q_rope], dim=-1), torch.cat([k, shared], dim=-1)
-
-
 def _scaled(out: Tensor, head_scale: Tensor | None) -> Tensor:
     """Each head's output (B, T, H, Dv) times its factor, (H,), (B, H) or (B, T, H)."""
     if head_scale is None:
@@ -233,16 +227,16 @@ def _scaled(out: Tensor, head_scale: Tensor | None) -> Tensor:
 
 
 def _obstacles(
-    q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules, decoding: bool
 ) -> dict[str, Callable[[], str | None]]:
-    """The backends in the order in which "auto" asks them, each with why it cannot serve this call."""
+    """The backends in the order in which "auto" asks them on a GPU, each with why it cannot serve this call."""
 
     def flash() -> str | None:
         if not q.is_cuda:
             return f"needs CUDA tensors, got {q.device.type}"
         if rules.bias is not None:
             return "flash-attn adds no bias tensor"
-        return flash_obstacle(*_join(q, k, rules), v, view, rules)
+        return flash_obstacle(q, k, v, view, rules)
 
     def triton() -> str | None:
         return softmax_kernel_obstacle(q, v, rules.q_rope, rules.dropout)
@@ -252,14 +246,33 @@ def _obstacles(
             return "scaled_dot_product_attention has no soft-cap"
         if isinstance(rules.sinks, Tensor) and rules.sinks.requires_grad and torch.is_grad_enabled():
             return "scaled_dot_product_attention gives no gradient to learned sinks without storing all scores"
+        if q.is_cuda and q.dtype in HALF and _needs_bias(rules):
+            return f"scaled_dot_product_attention reads a float32 bias beside {q.dtype} queries wrongly on a GPU"
         if 0 in q.shape or 0 in k.shape:
             return f"an empty call is left to eager, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         return None
 
-    if not q.is_cuda:
-        # On a CPU the kernels run in Triton's interpreter, which is for tests: only by name.
-        return {"sdpa": sdpa, "eager": lambda: None, "flash": flash, "triton": triton}
-    return {"flash": flash, "sdpa": sdpa, "triton": triton, "eager": lambda: None}
+    if decoding:
+        return {"triton": triton, "flash": flash, "sdpa": sdpa, "eager": lambda: None}
+    if _is_plain(q, k, v, view, rules):
+        return {"flash": flash, "sdpa": sdpa, "triton": triton, "eager": lambda: None}
+    return {"flash": flash, "triton": triton, "sdpa": sdpa, "eager": lambda: None}
+
+
+def _needs_bias(rules: ScoreRules) -> bool:
+    """Whether SDPA needs an additive mask, which holds (T, S) numbers in float32."""
+    return (
+        rules.bias is not None or rules.alibi_slopes is not None or isinstance(rules.sinks, Tensor) or bool(rules.sinks)
+    )
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> bool:
+    """Whether torch's own fused kernels serve the call as it is: no (T, S) mask, no repeated or joined keys."""
+    repeats = q.shape[2] != k.shape[2] and q.dtype not in HALF
+    if repeats or q.shape[3] != v.shape[3] or rules.q_rope is not None or rules.sinks is not None:
+        return False
+    bare = view.mask is None and view.window is None and view.key_positions is None
+    return bare and not _needs_bias(rules) and (not view.causal or view.is_plain_causal(q.shape[1], k.shape[1]))
 
 
 def softmax_kernel_obstacle(
@@ -332,13 +345,15 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     return (*slopes, *(2.0 ** (-4 * (2 * h + 1) / n) for h in range(num_heads - n)))
 
 
-@lru_cache(maxsize=64)
-def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
+@cache
+def _constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    # What is made in inference mode could not be saved for a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
-def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """A float64 tensor that stays on its device between calls and that `module.to(dtype)` cannot round."""
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A tensor that stays on its device between calls, where CUDA graphs find it, and that `module.to` cannot round."""
     if is_traced():
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    return _constant(values, device)
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, device, dtype)

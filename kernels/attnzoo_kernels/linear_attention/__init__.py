@@ -81,16 +81,27 @@ def linear_attention(
     return out
 
 
-@torch.no_grad()
 def linear_attention_states(k: Tensor, v: Tensor, size: int) -> Tensor:
-    """sum k_s^T v_s over each block of `size` tokens of k (B, S, G, D), v (B, S, G, Dv): (B, G, n, D, Dv), float32."""
-    k, v = dense_rows(k), dense_rows(v)
-    states, (kernel, grid, arguments) = Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v)
-    if states.numel() == 0:
-        return states
-    with on_device(k):
-        kernel[grid](**arguments)
+    """sum k_s^T v_s over each block of `size` tokens of k (B, S, G, D), v (B, S, G, Dv): (B, G, n, D, Dv), float32.
+
+    No gradients.
+    """
+    states: Tensor = _states(dense_rows(k.detach()), dense_rows(v.detach()), size)
     return states
+
+
+@library.custom_op("attnzoo::linear_attention_states", mutates_args=())
+def _states(k: Tensor, v: Tensor, size: int) -> Tensor:
+    states, (kernel, grid, arguments) = Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v)
+    if states.numel():
+        with on_device(k):
+            kernel[grid](**arguments)
+    return states
+
+
+@_states.register_fake
+def _states_fake(k: Tensor, v: Tensor, size: int) -> Tensor:
+    return Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v)[0]
 
 
 @library.custom_op("attnzoo::linear_attention", mutates_args=(), schema=schema(Inputs, 2))
