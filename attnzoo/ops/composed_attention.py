@@ -146,7 +146,8 @@ def composed_attention(
         assert not isinstance(pre, Interaction)
         options = view.for_kernel((B, softmax_heads, T, S), q.device)
         del options["sink_tokens"]
-        (residual_pre, q_pre, k_pre), (residual_post, q_post, k_post) = (_matrices(c, v.dtype) for c in (pre, post))
+        with without_autocast(q):
+            (residual_pre, q_pre, k_pre), (residual_post, q_post, k_post) = (_matrices(c, v.dtype) for c in (pre, post))
         out = kernel(
             q.to(v.dtype), k.to(v.dtype), v, scale=scale, groups=max(_groups(pre, post), default=1), q_pre=q_pre,
             k_pre=k_pre, q_post=q_post, k_post=k_post, residual_pre=residual_pre, residual_post=residual_post,
@@ -295,7 +296,7 @@ def _matrices(composition: Composition | None, dtype: torch.dtype) -> tuple[bool
     of_queries, of_keys = composition.matrix, None
     if composition.query is not None:
         dynamic = _matrix_of(*composition.query)
-        of_queries = dynamic if of_queries is None else dynamic + of_queries.float()
+        of_queries = dynamic if of_queries is None else dynamic.add_(of_queries)
     if composition.key is not None:
         of_keys = _matrix_of(*composition.key).to(dtype)
     return composition.residual, None if of_queries is None else of_queries.to(dtype), of_keys
@@ -303,5 +304,6 @@ def _matrices(composition: Composition | None, dtype: torch.dtype) -> tuple[bool
 
 def _matrix_of(u: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """sum_r u_r v_r^T + diag(g) of every token: (B, L, N, R, M) twice and (B, L, N, M) -> (B, L, N, M, M)."""
-    with without_autocast(u):
-        return u.float().transpose(-1, -2) @ v.float() + torch.diag_embed(g.float())
+    matrix = u.float().transpose(-1, -2) @ v.float()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(g)
+    return matrix

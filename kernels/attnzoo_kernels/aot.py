@@ -102,7 +102,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments.get(parameter.name, parameter.default)
-        kind, aligned = _type_of(value)
+        kind, aligned = _type_of(value, not parameter.do_not_specialize)
         if parameter.is_constexpr or kind == "constexpr":
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
@@ -148,14 +148,14 @@ def is_serialized(listing: str) -> bool:
     return 4 <= len(re.findall(r"\bHGMMA\.", listing)) <= len(re.findall(r"\bWARPGROUP\.ARRIVE\b", listing))
 
 
-def _type_of(value: Any) -> tuple[str, bool]:
+def _type_of(value: Any, specialised: bool) -> tuple[str, bool]:
     """Triton's name of an argument's type, and whether it is a multiple of 16, as its launcher would specialise."""
     if isinstance(value, torch.Tensor):
         return f"*{_ELEMENT[value.dtype]}", True
-    if value is None or isinstance(value, bool) or value == 1:
+    if value is None or isinstance(value, bool) or (value == 1 and specialised):
         return "constexpr", False
     if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialised and value % 16 == 0
     return ("fp32" if isinstance(value, float) else "constexpr"), False
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from attnzoo_kernels.launch import dense_rows, empty_if, gradient_buffer, on_device, precision, strides
+from attnzoo_kernels.primitives import LENGTHS
 from attnzoo_kernels.tuning import Lines, Table, cdiv, power_of_two
 
 # Tiles of BLOCK_T rows by BLOCK_S columns, whatever the width.
@@ -101,7 +102,7 @@ def feature_offsets(o, stride_g, WIDTH: tl.constexpr, PIECE: tl.constexpr):
 
 # grid (tiles of pairs * tiles of columns): one program owns BLOCK_T pairs of one expert and BLOCK_S of the OUT columns
 # of y. With dot_ptr it also stores its columns' part of sum_o z_o (W x)_o, (column tiles, pairs).
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def expert_projection_rows_kernel(
     x_ptr, w_ptr, order_ptr, ends_ptr, gates_ptr, y_ptr, z_ptr, dot_ptr,
     stride_x_n, stride_x_g, stride_x_k, stride_w_e, stride_w_o, stride_w_i, stride_y_n, stride_y_g, stride_y_k,

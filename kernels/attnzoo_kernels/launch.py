@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, get_type_hints, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnzoo_kernels import tuning
+from attnzoo_kernels.tuning import Config, or_pinned
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 """A kernel, its grid and its arguments.
@@ -17,6 +21,114 @@ them are made and dropped in order, and no helper is on the stack while a kernel
 """
 Result = TypeVar("Result")
 Launches = Generator[Launch, None, Result]
+
+PLANS_KEPT = 1024
+"""Plans that an operator keeps; a program that makes more starts again."""
+
+
+class Plan:
+    """What the launches of a kernel for one layout of its tensors share, and the kernels compiled for it.
+
+    Triton's own launcher looks at every argument in every launch. Where nothing but pointers and numbers that no
+    kernel is specialised for have changed, the compiled kernel is launched directly:
+
+        launch = plan.launch(q_ptr=q, S=S, ...)
+        launch.keep(launch.run[grid](*launch.values, **launch.options))
+
+    Args:
+        kernel: the kernel.
+        config: tiles, warps and stages.
+        arguments: what stays the same for these layouts; tensors are left out and have to be given to `launch`. Numbers
+            given there must be among those that the kernel is not specialised for.
+    """
+
+    def __init__(self, kernel: Any, config: Config, arguments: dict[str, Any]) -> None:
+        self.kernel, self.config = kernel, config
+        options = config.options()
+        self.options = {name: value for name, value in options.items() if name not in kernel.arg_names}
+        known = {name: x for name, x in (arguments | options).items() if not isinstance(x, Tensor)}
+        self.arguments = {name: known.get(name) for name in kernel.arg_names}
+        self.compiled: dict[tuple[bool, ...], Any] = {}
+
+    def launch(self, **changing: Any) -> PreparedLaunch:
+        """The launch with these arguments."""
+        values = (self.arguments | changing).values()
+        # Of the pointers Triton assumes that they are multiples of 16 where they are.
+        aligned = tuple([x.data_ptr() % 16 == 0 for x in changing.values() if isinstance(x, Tensor)])
+        return PreparedLaunch(self, aligned, values)
+
+
+class PreparedLaunch:
+    """One launch of a `Plan`: run[grid](*values, **options), whose result goes to `keep`."""
+
+    def __init__(self, plan: Plan, aligned: tuple[bool, ...], values: Iterable[Any]) -> None:
+        compiled = plan.compiled.get(aligned)
+        self.compiled, self.aligned, self.values = plan.compiled, aligned, values
+        self.run, self.options = (plan.kernel, plan.options) if compiled is None else (compiled, {})
+
+    def keep(self, compiled: Any) -> None:
+        """Remember what the kernel was compiled to; nothing in the interpreter, or if it was launched directly."""
+        if compiled is not None:
+            self.compiled[self.aligned] = compiled
+
+
+Key = tuple[Any, ...]
+Found = TypeVar("Found")
+
+
+def find_plan(plans: dict[Key, Found], key: Key) -> Found | None:
+    """What is kept under the key; nothing while a configuration is pinned."""
+    return None if _is_pinned() else plans.get(key)
+
+
+def keep_plan(plans: dict[Key, Found], key: Key, plan: Found) -> Found:
+    """The plan, kept under the key unless a configuration is pinned."""
+    if not _is_pinned():
+        if len(plans) >= PLANS_KEPT:
+            plans.clear()
+        plans[key] = plan
+    return plan
+
+
+_ANY = Config({}, 0, 0)
+
+
+def _is_pinned() -> bool:
+    return or_pinned(_ANY) is not _ANY
+
+
+def chip(device: torch.device) -> Key:
+    """A device and its limits, as a part of a key: limits may be those of another chip that is compiled for."""
+    return device, tuning.device_limits(device)
+
+
+def layouts(tensors: Iterable[Tensor | None]) -> Key:
+    """Sizes, strides and dtypes, as a part of a key."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
+
+
+def is_unobserved(*tensors: Tensor | None) -> bool:
+    """Whether an operator's body may be called by itself, which saves PyTorch's dispatcher.
+
+    That is where nobody compiles, exports, traces, transforms or differentiates the call, or watches its operators.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+                return False
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return False
+    return True
+
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", bool: "bool", str: "str",
@@ -29,9 +141,13 @@ def schema(inputs: type[tuple[Any, ...]], returns: int) -> str:
     return f"({arguments}) -> ({', '.join(['Tensor'] * returns)})"
 
 
+_HERE = nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Kernels launch on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else _HERE
 
 
 @overload

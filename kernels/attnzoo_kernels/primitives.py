@@ -9,6 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LENGTHS = [
+    "T", "S", "n", "rows", "pairs", "tiles_t", "share", "query_start", "begin", "end", "chunk", "splits", "window",
+    "sink_tokens", "stride_mask_b", "stride_mask_h", "stride_mask_t", "stride_mask_s",
+]  # fmt: skip
+"""Arguments that change from call to call: no kernel is compiled again because one is 1 or a multiple of 16."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

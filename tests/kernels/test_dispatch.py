@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import runpy
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo_kernels.composed_attention import composed_attention
+from attnzoo_kernels.decode import decode_attention
+from attnzoo_kernels.launch import Plan, find_plan, is_unobserved, keep_plan
+from attnzoo_kernels.tuning import Config, pinned
 from tests.zoo import MECHANISMS, build
 
 ROOT = Path(__file__).parents[2]
@@ -182,3 +189,207 @@ def test_remembered_indices_serve_training_after_inference():
         module(x)
     module(x).sum().backward()
     assert module.k_proj.weight.grad.abs().sum() > 0
+
+
+class Compiled:
+    """Stands for a compiled kernel; keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *values: self.launched.append((grid, *values))
+
+
+class Kernel:
+    """Stands for a kernel that Triton compiles anew in every launch through it."""
+
+    arg_names = ("x_ptr", "y_ptr", "stride", "length", "TILE", "FLAG")
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def run(*values: Any, **options: Any) -> Compiled:
+            self.launched.append((grid, *values, options))
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return run
+
+
+def test_a_plan_launches_what_was_compiled():
+    """Other addresses and lengths go to the compiled kernel; another alignment is compiled."""
+    kernel, x = Kernel(), torch.zeros(64)
+    plan = Plan(kernel, Config({"TILE": 16}, 4, 2), {"x_ptr": x, "stride": 8, "FLAG": True})
+    assert plan.arguments == {**dict.fromkeys(kernel.arg_names), "stride": 8, "TILE": 16, "FLAG": True}
+
+    def launch(x: Tensor, length: int) -> None:
+        made = plan.launch(x_ptr=x, length=length)
+        made.keep(made.run[length, 1, 1](*made.values, **made.options))
+
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    y = torch.zeros(64)
+    launch(x, 3)
+    launch(y, 5)
+    assert kernel.launched == [((3, 1, 1), x, None, 8, 3, 16, True, options)]
+    assert [values[1] is y and values[2:] for values in kernel.compiled[0].launched] == [(None, 8, 5, 16, True)]
+    launch(x[1:], 5)
+    launch(y[1:], 7)
+    assert len(kernel.launched) == 2
+    assert len(kernel.compiled[0].launched) == len(kernel.compiled[1].launched) == 1
+
+
+def test_a_pinned_configuration_leaves_no_plan():
+    plans: dict[Any, Any] = {}
+    with pinned(Config({"TILE": 32}, 4, 1)):
+        assert keep_plan(plans, ("key",), "pinned") == "pinned"
+        assert find_plan(plans, ("key",)) is None
+    keep_plan(plans, ("key",), "own")
+    with pinned(Config({"TILE": 32}, 4, 1)):
+        assert find_plan(plans, ("key",)) is None
+    assert find_plan(plans, ("key",)) == "own"
+
+
+@pytest.mark.parametrize("watched", ["nothing", "gradient", "dispatch", "function", "vmap", "forward mode"])
+def test_an_operator_is_passed_by_only_where_nobody_watches(watched: str):
+    x = torch.zeros(3, requires_grad=watched == "gradient")
+    with ExitStack() as stack:
+        if watched == "dispatch":
+            stack.enter_context(Operations())
+        elif watched == "function":
+            stack.enter_context(TorchFunctionMode())
+        elif watched == "forward mode":
+            stack.enter_context(forward_ad.dual_level())
+        found = [is_unobserved(x, None)]
+        if watched == "vmap":
+            torch.vmap(lambda row: found.append(is_unobserved(row)) or row)(x)
+    assert found[-1] == (watched == "nothing")
+    with torch.no_grad():
+        assert is_unobserved(x)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Kernels that are launched, and their arguments; they run."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if torch.cuda.is_available():
+        pytest.skip("watches the interpreter's launches")
+    seen: list[tuple[str, dict[str, Any]]] = []
+    run = InterpretedFunction.run
+
+    def watched(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = dict(zip(self.arg_names, values, strict=False)) | named
+        seen.append((self.__name__, {**arguments, "grid": tuple(grid), "kernel": self}))
+        run(self, *values, grid=grid, warmup=warmup, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "run", watched)
+    return seen
+
+
+def specialisation(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for: constants, and numbers that are 1 or multiples of 16 unless told otherwise."""
+    kernel, found = arguments["kernel"], []
+    general, types = kernel.kwargs.get("do_not_specialize") or (), kernel.fn.__annotations__
+    for name in kernel.arg_names:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            found.append((name, value.dtype))
+        elif isinstance(value, int) and not isinstance(value, bool) and "constexpr" not in str(types.get(name)):
+            found.append((name, None if name in general else (value % 16 == 0, value == 1)))
+        elif not isinstance(value, float):
+            found.append((name, value))
+    return tuple(found)
+
+
+def heads(tokens: int, heads: int = 2, width: int = 16) -> Tensor:
+    """Strides of a cache of 80 tokens, which do not depend on how many are used."""
+    return torch.randn(1, 80, heads, width)[:, :tokens]
+
+
+def decode_of(S: int) -> None:
+    decode_attention(heads(1), heads(S), heads(S), scale=0.3, query_start=S - 1, num_splits=2)
+
+
+def prefill_of(S: int) -> None:
+    softmax_attention(heads(S), heads(S), heads(S), Visibility(window=9), backend="triton")
+
+
+def composed_of(S: int) -> None:
+    matrices = {"q_pre": torch.randn(1, 2, 2), "k_post": torch.randn(1, S, 1, 2, 2)}
+    composed_attention(heads(1), heads(S), heads(S), scale=0.3, query_start=S - 1, **matrices)
+
+
+@pytest.mark.parametrize("call", [decode_of, prefill_of, composed_of])
+def test_no_length_is_compiled_again(call: Any, launches, monkeypatch: pytest.MonkeyPatch):
+    """Lengths that are 1, multiples of 16 and neither."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen = launches
+    monkeypatch.setattr(InterpretedFunction, "run", _only_noted(seen))
+    with torch.no_grad():
+        for S in range(1, 71):
+            call(S)
+    kernels: dict[str, set[Any]] = {}
+    for name, arguments in seen:
+        kernels.setdefault(name, set()).add(specialisation(arguments))
+    # Whether one program closes the row or several are merged is known to the compiler.
+    most = {"decode_attention_fwd_kernel": 2}
+    assert kernels
+    changed = {name: set.union(*map(set, keys)) - set.intersection(*map(set, keys)) for name, keys in kernels.items()}
+    assert {name: changed[name] for name, keys in kernels.items() if len(keys) > most.get(name, 1)} == {}
+
+
+def _only_noted(seen: list[tuple[str, dict[str, Any]]]) -> Any:
+    def run(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        seen.append((self.__name__, {**dict(zip(self.arg_names, values, strict=False)), **named, "kernel": self}))
+
+    return run
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"window": 7, "sink_tokens": 2}, {"causal": False}])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_one_recording_serves_every_length(options: dict[str, Any], tokens: int, launches):
+    """What a CUDA graph holds, launched again after the length on the device and the tensors' contents have changed."""
+    S, start = 80, torch.zeros(1, dtype=torch.int64)
+    q, k, v = torch.randn(1, tokens, 4, 16), heads(S), heads(S)
+    lengths = torch.zeros(1, dtype=torch.int64)
+    given = {**options, "lengths": lengths, "scale": 0.3}
+    out = decode_attention(q, k, v, query_start=start, num_splits=3, **given)
+    recorded = list(launches)
+    assert len(recorded) == 2
+    for length in (tokens, 16, 17, 41, 80):
+        start.fill_(length - tokens)
+        lengths.fill_(length)
+        q.normal_()
+        k[:, length:] = v[:, length:] = float("nan")
+        expected = decode_attention(
+            q, k[:, :length], v[:, :length], query_start=length - tokens, num_splits=1, scale=0.3, **options
+        )
+        for _, arguments in recorded:
+            grid, kernel = arguments["grid"], arguments["kernel"]
+            kernel[grid](**{name: value for name, value in arguments.items() if name not in ("grid", "kernel")})
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+        k, v = k.nan_to_num_(1.0), v.nan_to_num_(1.0)
+
+
+def test_one_compiled_graph_serves_every_length():
+    graphs = []
+
+    def backend(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    @torch.compile(backend=backend, fullgraph=True, dynamic=False)
+    def step(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+        return decode_attention(q, k, v, scale=0.3, query_start=start)
+
+    q, k, v = torch.randn(1, 1, 4, 16), heads(80), heads(80)
+    with torch.no_grad():
+        for length in (1, 16, 80):
+            found = step(q, k, v, torch.tensor([length - 1]))
+            expected = decode_attention(q, k[:, :length], v[:, :length], scale=0.3, query_start=length - 1)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 1

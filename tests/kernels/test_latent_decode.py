@@ -154,17 +154,19 @@ def test_latents_are_read_in_the_cache_and_once(monkeypatch: pytest.MonkeyPatch)
 
     class Recorder:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
-            def launch(**given: Any) -> None:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*values: Any, **options: Any) -> None:
+                given = dict(zip(self.arg_names, values, strict=True))
                 seen.append((given["k_ptr"].data_ptr(), given["v_ptr"].data_ptr(), given["TIED"]))
-                self.kernel[grid](**given)
+                self.kernel[grid](*values, **options)
 
             return launch
 
     recorder = Recorder(decode_module.decode_attention_fwd_kernel)
     monkeypatch.setattr(decode_module, "decode_attention_fwd_kernel", recorder)
+    monkeypatch.setattr(decode_module, "_PLANS", {})
     assert_as_good_as_eager(query, held, R, 2)
     start = cache.buffers[0].data_ptr()
     assert seen == [(start, start, True)]
@@ -240,7 +242,7 @@ def test_torch_compile_sees_one_operator() -> None:
 def test_opcheck() -> None:
     query, states = made(B=1, S=20)
     latent, k_rope = states[..., :R], states[..., R:]
-    arguments = (query[..., :R], latent, latent, query[..., R:], k_rope, *(None,) * 6, 0.3, 0.0, 0, 0, 17, 2, True)
+    arguments = (query[..., :R], latent, latent, query[..., R:], k_rope, *(None,) * 7, 0.3, 0.0, 0, 0, 17, 2, True)
     library.opcheck(torch.ops.attnzoo.decode_attention.default, arguments)
 
 

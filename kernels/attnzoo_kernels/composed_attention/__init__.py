@@ -22,10 +22,17 @@ from attnzoo_kernels.composed_attention.kernels_fwd import (
 )
 from attnzoo_kernels.composed_attention.tuning import TABLE, capacity, keys_in_one_launch, sizes, splits_of_keys
 from attnzoo_kernels.launch import (
+    Key,
+    Plan,
     arguments_of,
     as_int,
+    chip,
     dense_rows,
+    find_plan,
     gradient_buffer,
+    is_unobserved,
+    keep_plan,
+    layouts,
     on_device,
     precision,
     row_norm,
@@ -99,7 +106,9 @@ def composed_attention(
     softmax_heads = _heads_after(q.shape[2], groups, q_pre, k_pre)
     if splits is None:
         splits = 0 if split_keys else 1
-    out: Tensor = _forward(
+    # Without a gradient the operator's body runs by itself.
+    run = _run if is_unobserved(q, k, v, *matrices) else _forward
+    out: Tensor = run(
         q, k, v, *matrices, None if mask is None else mask.expand(B, softmax_heads, T, S), as_int(lengths),
         as_int(first), as_int(last), as_int(key_positions), scale, groups, window or 0,
         S - T if query_start is None else query_start, splits, causal, residual_pre, residual_post,
@@ -181,6 +190,34 @@ class _Inputs(NamedTuple):
             "BLOCK_DV": padded(DV),
         }  # fmt: skip
 
+    def key(self) -> Key:
+        """What decides the plan of the forward pass: everything but addresses, the number of keys, and `changing`."""
+        of_keys = (self.k, self.v, self.k_pre, self.k_post)
+        numbers = (self.lengths, self.first, self.last, self.positions)
+        return (
+            layouts((self.q, self.q_pre, self.q_post)), self.k.stride(), self.v.stride(), chip(self.q.device),
+            *[None if x is None else (x.shape[2:], x.stride()[1:], x.dtype) for x in of_keys], self.mask is None,
+            *[x is None for x in numbers], self.groups, self.window > 0, self.causal, self.residual_pre,
+            self.residual_post,
+        )  # fmt: skip
+
+    def dense(self) -> _Inputs:
+        """With tensors as the kernels read them."""
+        matrices: dict[str, Any] = {name: _rows_as_stored(getattr(self, name)) for name in MATRICES}
+        return self._replace(q=dense_rows(self.q), k=dense_rows(self.k), v=dense_rows(self.v), **matrices)
+
+    def changing(self) -> dict[str, Any]:
+        """The arguments of the forward kernels that `key` leaves open."""
+        pointers: dict[str, Any] = dict(zip(POINTERS, self, strict=False))
+        numbers = {"S": self.k.shape[1], "scale": self.scale, "window": self.window, "query_start": self.query_start}
+        for name in ("k_pre", "k_post"):
+            matrix = getattr(self, name)
+            numbers[f"stride_{name}_b"] = 0 if matrix is None else matrix.stride(0)
+        if self.mask is not None:
+            pointers["mask_ptr"] = self.mask.view(torch.uint8)
+            numbers |= strides(self.mask, "mask", "bhts")
+        return pointers | numbers
+
     def config(self, kernel: str) -> Config:
         size = sizes(self.tile_heads(), max(self.q.shape[3], self.v.shape[3]))
         return TABLE.config(kernel, self.q.dtype, self.q.device, *size)
@@ -204,44 +241,78 @@ class _Inputs(NamedTuple):
 
 
 TENSORS = _Inputs._fields.index("scale")
+POINTERS = [f"{name}_ptr" for name in _Inputs._fields[:TENSORS]]
 MATRICES = {"q_pre": "btn", "k_pre": "bsn", "q_post": "btn", "k_post": "bsn"}
 STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "mask": "bhts", **MATRICES}
 
 
+def _rows_as_stored(matrix: Tensor | None) -> Tensor | None:
+    """The matrix, where there is one, with its two last axes contiguous."""
+    if matrix is None or (matrix.stride(-1) == 1 and matrix.stride(-2) == matrix.shape[-1]):
+        return matrix
+    return matrix.contiguous()
+
+
 def _dense_matrices(matrix: Tensor | None) -> Tensor | None:
-    """A matrix with tokens' strides, 0 for one that all share, and its two last axes contiguous."""
+    """The same with tokens' strides, 0 for a matrix that all share."""
+    matrix = _rows_as_stored(matrix)
     if matrix is None:
         return None
-    if matrix.stride(-1) != 1 or matrix.stride(-2) != matrix.shape[-1]:
-        matrix = matrix.contiguous()
     return matrix.as_strided((1, 1, *matrix.shape), (0, 0, *matrix.stride())) if matrix.ndim == 3 else matrix
 
 
-@library.custom_op("attnzoo::composed_attention", mutates_args=(), schema=schema(_Inputs, 3))
-def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+class _Plans(NamedTuple):
+    """How calls with one key are launched: row statistics and output, by whether the keys are split."""
+
+    stats: dict[bool, Plan]
+    out: dict[bool, Plan]
+
+
+_PLANS: dict[Key, _Plans] = {}
+
+
+def _plans(inputs: _Inputs) -> _Plans:
+    arguments = inputs.arguments()
+
+    def plans(kernel: Any, name: str) -> dict[bool, Plan]:
+        config = inputs.config(name)
+        return {split: Plan(kernel, config, arguments | {"SPLIT": split}) for split in (False, True)}
+
+    return _Plans(
+        plans(composed_attention_fwd_stats_kernel, "composed_attention_fwd_stats"),
+        plans(composed_attention_fwd_out_kernel, "composed_attention_fwd_out"),
+    )
+
+
+def _run(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _Inputs(*given)
     out, shift, norm = inputs.outputs()
     if shift.numel() == 0 or inputs.k.shape[1] == 0 or out.numel() == 0:
         return out.zero_(), shift.zero_(), norm.zero_()
-    config = inputs.config("composed_attention_fwd_stats")
-    programs, splits = inputs.query_programs(config), inputs.splits
+    key = inputs.key()
+    plans = find_plan(_PLANS, key)
+    if plans is None:
+        dense = inputs.dense()
+        if any(a is not b for a, b in zip(dense, given, strict=True)):
+            return _run(*dense)
+        plans = keep_plan(_PLANS, key, _plans(inputs))
+    programs, splits = inputs.query_programs(plans.stats[False].config), inputs.splits
     if splits == 0:
         splits = splits_of_keys(programs, inputs.k.shape[1], out.device)
     shifts, norms, outs = shift, norm, out
     if splits > 1:
         shifts, norms = (torch.empty((splits, *shift.shape), dtype=torch.float32, device=out.device) for _ in range(2))
         outs = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    arguments = inputs.arguments() | {"splits": splits, "SPLIT": splits > 1}
+    changing = inputs.changing() | {"splits": splits}
+    first, second = (of[splits > 1] for of in plans)
     with on_device(out):
-        composed_attention_fwd_stats_kernel[(programs * splits,)](
-            **arguments, shift_ptr=shifts, norm_ptr=norms, **config.options()
-        )
+        launch = first.launch(**changing, shift_ptr=shifts, norm_ptr=norms)
+        launch.keep(launch.run[programs * splits, 1, 1](*launch.values, **launch.options))
         if splits > 1:
             _join(shifts, norms, shift, norm if norm.numel() else None)
-        config = inputs.config("composed_attention_fwd_out")
-        composed_attention_fwd_out_kernel[(inputs.query_programs(config) * splits,)](
-            **arguments, shift_ptr=shift, norm_ptr=norm, o_ptr=outs, **config.options()
-        )
+        programs = inputs.query_programs(second.config)
+        launch = second.launch(**changing, shift_ptr=shift, norm_ptr=norm, o_ptr=outs)
+        launch.keep(launch.run[programs * splits, 1, 1](*launch.values, **launch.options))
     return (outs.sum(0).to(out.dtype) if splits > 1 else out), shift, norm
 
 
@@ -255,6 +326,9 @@ def _join(shifts: Tensor, sums: Tensor, shift: Tensor, norm: Tensor | None) -> N
     else:
         shift.copy_(highest)
         norm.copy_(torch.where(total > 0, 1.0 / total, 0.0))
+
+
+_forward = library.custom_op("attnzoo::composed_attention", _run, mutates_args=(), schema=schema(_Inputs, 3))
 
 
 @_forward.register_fake

@@ -13,12 +13,21 @@ from torch import Tensor, library
 
 from attnzoo_kernels.decode.checks import check_decode, check_options
 from attnzoo_kernels.decode.kernels import decode_attention_fwd_kernel, decode_attention_merge_kernel
-from attnzoo_kernels.decode.tuning import config_and_splits, key_range
-from attnzoo_kernels.launch import arguments_of, dense_rows, on_device, schema, strides
-from attnzoo_kernels.tuning import cdiv, padded
-
-MERGED = 8
-"""Splits that the merging kernel takes at a time."""
+from attnzoo_kernels.decode.tuning import config_and_slots, key_range
+from attnzoo_kernels.launch import (
+    Key,
+    Plan,
+    chip,
+    dense_rows,
+    find_plan,
+    is_unobserved,
+    keep_plan,
+    layouts,
+    on_device,
+    schema,
+    strides,
+)
+from attnzoo_kernels.tuning import Config, cdiv, padded, splits_for
 
 
 def decode_attention(
@@ -27,7 +36,7 @@ def decode_attention(
     v: Tensor,
     *,
     scale: float,
-    query_start: int,
+    query_start: int | Tensor,
     causal: bool = True,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -56,7 +65,8 @@ def decode_attention(
         k: keys (B, S, G, D); G divides H.
         v: values (B, S, G, Dv).
         scale: factor of the products.
-        query_start: index of the first query.
+        query_start: index of the first query, or that as one integer on the device: then nothing on the host depends
+            on it, and one CUDA graph over the whole of a cache serves every length.
         causal: key j is visible to query i if j <= i.
         softcap: positive bound of the scores.
         alibi_slopes: (H,) slopes of the bias -slope |i - j|.
@@ -81,9 +91,12 @@ def decode_attention(
     )  # fmt: skip
     if sinks is not None and not isinstance(sinks, Tensor):
         sinks = torch.full((q.shape[2],), sinks, dtype=torch.float32, device=q.device)
-    out: Tensor = _decode(
-        q, k, v, q_rope, k_rope, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, scale, softcap or 0.0,
-        window or 0, sink_tokens, query_start, num_splits or 0, causal,
+    start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
+    # Gradients were refused.
+    run = _run if is_unobserved(q, k, v) else _decode
+    out: Tensor = run(
+        q, k, v, q_rope, k_rope, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start, scale,
+        softcap or 0.0, window or 0, sink_tokens, first, num_splits or 0, causal,
     )  # fmt: skip
     return out
 
@@ -95,7 +108,7 @@ def latent_decode(
     k_rope: Tensor | None,
     *,
     scale: float,
-    query_start: int,
+    query_start: int | Tensor,
     causal: bool = True,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -116,7 +129,8 @@ def latent_decode(
         latent: (B, S, R), R at most 512.
         k_rope: rotary keys (B, S, dr), one for all heads; given together with q_rope.
         scale: factor of the products.
-        query_start: index of the first query; query t sees keys 0 .. query_start + t if causal.
+        query_start: index of the first query, a number or on the device as in `decode_attention`; query t sees keys
+            0 .. query_start + t if causal.
         causal: whether it does.
         lengths: (B,) integers; keys j < lengths[b] are visible, and later ones are not read.
         mask: boolean, broadcastable to (B, H, T, S), True = may attend.
@@ -133,15 +147,17 @@ def latent_decode(
     state, shared = latent[:, :, None], None if k_rope is None else k_rope[:, :, None]
     check_decode(q, state, state, q_rope, shared, num_splits)
     check_options(q, state, lengths=lengths, mask=mask)
-    u: Tensor = _decode(
-        q, state, state, q_rope, shared, None, None, None, lengths, mask, None, scale, 0.0, 0, 0, query_start,
+    start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
+    run = _run if is_unobserved(q, latent) else _decode
+    u: Tensor = run(
+        q, state, state, q_rope, shared, None, None, None, lengths, mask, None, start, scale, 0.0, 0, 0, first,
         num_splits or 0, causal,
     )  # fmt: skip
     return u
 
 
 class _Inputs(NamedTuple):
-    """What the operator takes, under the names of its kernels' arguments; num_splits is 0 for a number of its own."""
+    """What the operator takes; num_splits is 0 for a number of its own."""
 
     q: Tensor
     k: Tensor
@@ -154,6 +170,7 @@ class _Inputs(NamedTuple):
     lengths: Tensor | None
     mask: Tensor | None
     positions: Tensor | None
+    start: Tensor | None
     scale: float
     softcap: float
     window: int
@@ -162,78 +179,126 @@ class _Inputs(NamedTuple):
     num_splits: int
     causal: bool
 
-    def arguments(self) -> dict[str, Any]:
-        """All that the first kernel takes beside the range of keys and what it writes."""
-        (B, T, H, D), (_, S, G, _), DV = self.q.shape, self.k.shape, self.v.shape[3]
-        R = 0 if self.q_rope is None else self.q_rope.shape[3]
-        tied = is_tied(self.k, self.v)
-        tensors: dict[str, Any] = dict(zip(_Inputs._fields[:TENSORS], self, strict=False))
+    def key(self, tied: bool) -> Key:
+        """What decides the plan: everything but addresses, the number of keys, and where the queries are."""
+        q, k, v = self.q, self.k, self.v
+        return (
+            k.shape[2], k.stride(), v.shape[3], v.stride(), chip(q.device), tied,
+            layouts((q, self.q_rope, self.head_scale)), self.k_rope is None or self.k_rope.stride(),
+            *[x is None or (x.dtype, x.stride()) for x in (self.slopes, self.sinks, self.lengths, self.positions)],
+            self.start is None or self.start.dtype, self.mask is None, self.causal, self.softcap != 0.0,
+            self.window > 0, self.sink_tokens > 0,
+        )  # fmt: skip
+
+    def dense(self) -> _Inputs:
+        """With tensors as the kernels read them."""
+        given = self._asdict()
         for name in ("q", "k", "v", "q_rope", "k_rope"):
-            tensors[name] = dense_rows(tensors[name])
+            given[name] = dense_rows(given[name])
         for name in ("slopes", "sinks", "lengths", "positions"):
-            given = tensors[name]
-            tensors[name] = None if given is None else given.contiguous()
-        if self.mask is not None:
-            tensors["mask"] = self.mask.expand(B, H, T, S)
-        if self.head_scale is not None:
-            tensors["head_scale"] = self.head_scale.expand(B, H)
-        return {
-            **arguments_of(tensors, STRIDES), **dict(zip(_Inputs._fields[TENSORS:-2], self[TENSORS:-2], strict=True)),
-            "B": B, "T": T, "S": S, "H": H, "G": G, "D": D, "DV": DV, "R": R, "TIED": tied,
-            "CAUSAL": self.causal, "SOFTCAP": self.softcap != 0.0, "WINDOW": self.window > 0,
-            "SINK_TOKENS": self.sink_tokens > 0, "BLOCK_D": padded(D), "BLOCK_V": padded(DV - D if tied else DV),
-            "BLOCK_R": padded(R),
-        }  # fmt: skip
+            given[name] = None if given[name] is None else given[name].contiguous()
+        return _Inputs(**given)
+
+
+class _Plans(NamedTuple):
+    """How calls with one key are launched, with a single split or with more."""
+
+    config: Config
+    slots: int
+    one: Plan
+    several: Plan
+    merge: Plan
+
+
+_PLANS: dict[Key, _Plans] = {}
+
+
+def _plans(inputs: _Inputs, tied: bool) -> _Plans:
+    q, k = inputs.q, inputs.k
+    (B, T, H, D), G, DV = q.shape, k.shape[2], inputs.v.shape[3]
+    R = 0 if inputs.q_rope is None else inputs.q_rope.shape[3]
+    rest = DV - D if tied else DV
+    config, slots = config_and_slots(H // G * T, (D, rest, R), q.element_size(), q.device)
+    given = inputs._asdict()
+    if inputs.head_scale is not None:
+        given["head_scale"] = inputs.head_scale.expand(B, H)
+    arguments: dict[str, Any] = {
+        **{name: n for at, axes in STRIDES.items() for name, n in strides(given[at], at, axes).items()},
+        "B": B, "H": H, "G": G, "D": D, "DV": DV, "R": R, "TIED": tied, "CAUSAL": inputs.causal,
+        "SOFTCAP": inputs.softcap != 0.0, "WINDOW": inputs.window > 0, "SINK_TOKENS": inputs.sink_tokens > 0,
+        "BLOCK_D": padded(D), "BLOCK_V": padded(rest), "BLOCK_R": padded(R),
+    }  # fmt: skip
+    one, several = (Plan(decode_attention_fwd_kernel, config, arguments | {"CLOSE": close}) for close in (True, False))
+    of_merge = arguments | {"BLOCK_V": padded(DV)}
+    return _Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
 
 
 TENSORS = _Inputs._fields.index("scale")
-STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "mask": "bhts", "head_scale": "bh"}
+STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "head_scale": "bh"}
+MERGE = Config({"BLOCK_C": 8}, num_warps=4, num_stages=1)
+"""The merging kernel takes so many splits at a time."""
 
 
 def is_tied(k: Tensor, v: Tensor) -> bool:
     """Whether k (B, S, G, D) is the first D features of v (B, S, G, Dv) in the same memory."""
+    if k.data_ptr() != v.data_ptr():
+        return False
     strides = zip(k.shape[:3], k.stride(), v.stride(), strict=False)
-    return k.data_ptr() == v.data_ptr() and k.shape[3] <= v.shape[3] and all(n == 1 or a == b for n, a, b in strides)
+    return k.shape[3] <= v.shape[3] and all(n == 1 or a == b for n, a, b in strides)
 
 
-@library.custom_op("attnzoo::decode_attention", mutates_args=(), schema=schema(_Inputs, 1))
-def _decode(*given: Any) -> Tensor:
+def _run(*given: Any) -> Tensor:
     inputs = _Inputs(*given)
-    (B, T, H, D), (_, S, G, _), DV = inputs.q.shape, inputs.k.shape, inputs.v.shape[3]
-    out: Tensor = _decode_fake(*given)
+    q, k, v, mask, start = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.start
+    out: Tensor = _fake(*given)
     if out.numel() == 0:
         return out
-    begin, end = key_range(
-        S, T, inputs.query_start, causal=inputs.causal, window=inputs.window, sink_tokens=inputs.sink_tokens,
-        ring=inputs.positions is not None,
-    )  # fmt: skip
-    arguments = inputs.arguments()
-    widths = D, DV - D if arguments["TIED"] else DV, arguments["R"]
-    rows = H // G * T
-    config, splits = config_and_splits(rows, B * G, end - begin, widths, out.element_size(), out.device)
-    splits = inputs.num_splits or splits
-    chunk = cdiv(cdiv(max(end - begin, 1), splits), config["BLOCK_S"]) * config["BLOCK_S"]
-    splits = max(1, cdiv(end - begin, chunk))
-    close = splits == 1
-    part, state = out, None
-    closing = {name: arguments.pop(name) for name in ("sinks_ptr", "head_scale_ptr")}
-    if not close:
-        part = torch.empty(splits, B, T, H, DV, dtype=torch.float32, device=out.device)
-        state = torch.empty(splits, B, T, H, 2, dtype=torch.float32, device=out.device)
-    with on_device(out):
-        decode_attention_fwd_kernel[(B * G * cdiv(rows, config["BLOCK_T"]), splits)](
-            **arguments, **(closing if close else dict.fromkeys(closing)), o_ptr=part, state_ptr=state, begin=begin,
-            end=end, chunk=chunk, CLOSE=close, **config.options(),
+    tied = is_tied(k, v)
+    key = inputs.key(tied)
+    plans = find_plan(_PLANS, key)
+    if plans is None:
+        dense = inputs.dense()
+        if any(a is not b for a, b in zip(dense[:TENSORS], inputs[:TENSORS], strict=True)):
+            return _run(*dense)
+        plans = keep_plan(_PLANS, key, _plans(inputs, tied))
+    (B, T, H, _), (_, S, G, _), DV, config = q.shape, k.shape, v.shape[3], plans.config
+    begin, end = 0, S
+    if start is None:
+        begin, end = key_range(
+            S, T, inputs.query_start, causal=inputs.causal, window=inputs.window, sink_tokens=inputs.sink_tokens,
+            ring=inputs.positions is not None,
         )  # fmt: skip
-        if not close:
-            scale_strides = strides(closing["head_scale_ptr"], "head_scale", "bh")
-            decode_attention_merge_kernel[(B * T * H,)](
-                part_ptr=part, state_ptr=state, **closing, o_ptr=out, **scale_strides, rows=B * T * H, T=T, H=H,
-                splits=splits, DV=DV, BLOCK_C=MERGED, BLOCK_V=padded(DV), num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+    blocks, keys = cdiv(H // G * T, config["BLOCK_T"]), max(end - begin, 1)
+    splits = inputs.num_splits or splits_for(B * G * blocks, keys, config["BLOCK_S"], plans.slots)
+    chunk = cdiv(cdiv(keys, splits), config["BLOCK_S"]) * config["BLOCK_S"]
+    splits = cdiv(keys, chunk)
+    part, state, plan = out, None, plans.one
+    closing = {"sinks_ptr": inputs.sinks, "head_scale_ptr": inputs.head_scale}
+    if splits > 1:
+        part = torch.empty((splits, B, T, H, DV), dtype=torch.float32, device=out.device)
+        state = torch.empty((splits, B, T, H, 2), dtype=torch.float32, device=out.device)
+        plan = plans.several
+    others: dict[str, Any] = {} if mask is None else strides(mask.expand(B, H, T, S), "mask", "bhts")
+    others |= closing if splits == 1 else {}
+    first = plan.launch(
+        q_ptr=q, k_ptr=k, v_ptr=v, q_rope_ptr=inputs.q_rope, k_rope_ptr=inputs.k_rope, slopes_ptr=inputs.slopes,
+        lengths_ptr=inputs.lengths, positions_ptr=inputs.positions, mask_ptr=mask, start_ptr=start, o_ptr=part,
+        state_ptr=state, T=T, S=S, query_start=inputs.query_start, begin=begin, end=end, chunk=chunk,
+        scale=inputs.scale, softcap=inputs.softcap, window=inputs.window, sink_tokens=inputs.sink_tokens, **others,
+    )  # fmt: skip
+    with on_device(out):
+        first.keep(first.run[B * G * blocks, splits, 1](*first.values, **first.options))
+        if splits > 1:
+            merge = plans.merge.launch(
+                part_ptr=part, state_ptr=state, o_ptr=out, rows=B * T * H, T=T, splits=splits, **closing
+            )
+            merge.keep(merge.run[B * T * H, 1, 1](*merge.values, **merge.options))
     return out
 
 
-@_decode.register_fake
-def _decode_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3])
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+
+
+_decode = library.custom_op("attnzoo::decode_attention", _run, mutates_args=(), schema=schema(_Inputs, 1))
+_decode.register_fake(_fake)

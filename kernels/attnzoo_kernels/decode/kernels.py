@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LOG2E, finish_scores, softmax_step, visible
+from attnzoo_kernels.primitives import LENGTHS, LOG2E, finish_scores, softmax_step, visible
 
 
 @triton.jit
@@ -35,10 +35,10 @@ def closing_factor(m, l, sink):
 # left to right and writes its state, or the output if CLOSE. Row n of the H / G * T rows is query head n // T of the
 # group and new token n % T. Programs that read the same keys are neighbours. Scores never reach memory, nor does a
 # key that is repeated for its heads.
-@triton.jit(do_not_specialize=["T", "S", "query_start", "begin", "end", "chunk", "window", "sink_tokens"])
+@triton.jit(do_not_specialize=[name for name in LENGTHS if name != "T"])  # one new token is the usual case
 def decode_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, sinks_ptr,
-    head_scale_ptr, o_ptr, state_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, start_ptr,
+    sinks_ptr, head_scale_ptr, o_ptr, state_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
     stride_q_rope_b, stride_q_rope_t, stride_q_rope_h, stride_k_rope_b, stride_k_rope_s,
     stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, stride_head_scale_b, stride_head_scale_h,
@@ -55,6 +55,15 @@ def decode_attention_fwd_kernel(
     blocks = tl.cdiv(rows, BLOCK_T)
     owner = tl.program_id(0) // blocks
     split = tl.program_id(1)
+    if start_ptr is not None:
+        # Splits share the keys that are visible now, however many the host has counted on.
+        query_start = tl.load(start_ptr).to(tl.int32)
+        if positions_ptr is None:
+            if CAUSAL:
+                end = tl.minimum(end, query_start + T)
+            if WINDOW and not SINK_TOKENS:
+                begin = tl.maximum(begin, query_start - window + 1)
+            chunk = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), tl.num_programs(1)), BLOCK_S) * BLOCK_S
     b = (owner // G).to(tl.int64)
     g = (owner % G).to(tl.int64)
     o_n = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -142,7 +151,7 @@ def decode_attention_fwd_kernel(
 
 
 # grid (B * T * H): one program owns one row of the output and merges the row's states, BLOCK_C splits at a time.
-@triton.jit(do_not_specialize=["rows", "T", "splits"])
+@triton.jit(do_not_specialize=LENGTHS)
 def decode_attention_merge_kernel(
     part_ptr, state_ptr, sinks_ptr, head_scale_ptr, o_ptr, stride_head_scale_b, stride_head_scale_h, rows, T, H, splits,
     DV: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,

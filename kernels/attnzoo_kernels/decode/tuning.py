@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from attnzoo_kernels import tuning
-from attnzoo_kernels.tuning import Config, cdiv, or_pinned, padded, power_of_two, splits_for
+from attnzoo_kernels.tuning import Config, or_pinned, padded, power_of_two
 
 
 def decode_config(
@@ -54,15 +54,14 @@ def tile_bytes(config: Config, key_width: int, rest_width: int, rope_width: int,
     return (config["BLOCK_T"] * scored + config.num_stages * config["BLOCK_S"] * stored) * element_size
 
 
-def config_and_splits(
-    rows: int, groups: int, keys: int, widths: tuple[int, int, int], element_size: int, device: torch.device
+def config_and_slots(
+    rows: int, widths: tuple[int, int, int], element_size: int, device: torch.device
 ) -> tuple[Config, int]:
-    """The configuration for `groups` sets of rows, each with so many keys, and into how many splits to cut the keys."""
+    """The configuration for sets of so many rows, and how many of its programs the device runs at once."""
     processors, shared_memory, warp_size = tuning.device_limits(device)
     config = or_pinned(decode_config(rows, *widths, element_size, shared_memory, warp_size))
     resident = 1 if 2 * tile_bytes(config, *widths, element_size) > shared_memory else 2
-    programs = groups * cdiv(rows, config["BLOCK_T"])
-    return config, splits_for(programs, keys, config["BLOCK_S"], processors * resident)
+    return config, processors * resident
 
 
 def key_range(

@@ -17,14 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import shift_and_norm
+from attnzoo_kernels.primitives import LENGTHS, shift_and_norm
 from attnzoo_kernels.softmax_attention.kernels_bwd import walk_keys_back
 from attnzoo_kernels.softmax_attention.kernels_fwd import walk_keys
 from attnzoo_kernels.softmax_attention.pieces import column_weights, factor_and_unit, pair_scores, segment_of
 
 
 # grid (B * G * tiles of T): one program writes the rows of BLOCK_T tokens of a group to their places.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def head_routing_pack_kernel(
     active_ptr, start_ptr, rows_ptr, stride_active_b, stride_active_t, stride_active_h, T, G,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -93,7 +93,7 @@ def packed_key_range(
 # grid (B * G * tiles of T GROUP): one program owns BLOCK_T packed rows and walks the keys up to its last token with a
 # running max m, denominator l and numerator acc. Scores, gathered keys and outputs of inactive pairs never exist. The
 # tiles with the most keys come first.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def head_routing_fwd_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, o_ptr, shift_ptr, norm_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
@@ -157,7 +157,7 @@ def head_routing_fwd_kernel(
 
 
 # grid (B * G * tiles of T GROUP): delta of packed rows.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def head_routing_bwd_delta_kernel(
     o_ptr, do_ptr, start_ptr, rows_ptr, delta_ptr, stride_do_b, stride_do_t, stride_do_h, T, G,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -184,7 +184,7 @@ def head_routing_bwd_delta_kernel(
 
 
 # grid (B * G * tiles of T GROUP): the forward kernel's tiles; scatters dq and dgate to zeroed (B, T, H) places.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def head_routing_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dq_ptr, dgates_ptr,
@@ -290,7 +290,7 @@ def walk_packed_rows(
 
 # grid (B * G * tiles of T): one program owns BLOCK_S keys of one group and walks the packed rows from the first token
 # of its tile on, which are adjacent; a group's gradient is summed in registers.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def head_routing_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, gates_ptr, start_ptr, rows_ptr, lengths_ptr, first_ptr, last_ptr, do_ptr, shift_ptr, norm_ptr,
     delta_ptr, dk_ptr, dv_ptr,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from attnzoo_kernels.launch import on_device
-from attnzoo_kernels.primitives import LOG2E
+from attnzoo_kernels.primitives import LENGTHS, LOG2E
 from attnzoo_kernels.tuning import cdiv, power_of_two
 
 ROWS = 16
@@ -32,7 +32,7 @@ def sigmoid(x):
 
 
 # grid (tiles of N): one program owns BLOCK_N rows of Dv numbers, all in registers.
-@triton.jit
+@triton.jit(do_not_specialize=[*LENGTHS, "N"])
 def linear_attention_finish_fwd_kernel(
     o_ptr, w_ptr, g_ptr, y_ptr, N, eps, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def linear_attention_finish_fwd_kernel(
 
 
 # grid (programs): one program takes every `programs`-th tile of rows and sums the weight's gradient over them.
-@triton.jit
+@triton.jit(do_not_specialize=[*LENGTHS, "N"])
 def linear_attention_finish_bwd_kernel(
     o_ptr, w_ptr, g_ptr, dy_ptr, do_ptr, dw_ptr, dg_ptr, N, eps, programs,
     DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,

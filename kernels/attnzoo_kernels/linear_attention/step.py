@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from attnzoo_kernels.launch import dense_rows, on_device
+from attnzoo_kernels.launch import dense_rows, is_unobserved, on_device
 from attnzoo_kernels.tuning import cdiv, padded
 
 BLOCK_V = 16
@@ -72,12 +72,12 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weigh
         weights: (i + 1,) or (H, i + 1), or None for 1.
     """
     weights = None if weights is None else weights.to(torch.float32)
-    out: Tensor = _step(dense_rows(q), dense_rows(k), dense_rows(v), states, weights)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    out: Tensor = (_run if is_unobserved(q, k, v, states, weights) else _step)(q, k, v, states, weights)
     return out
 
 
-@library.custom_op("attnzoo::linear_attention_step", mutates_args=("states",))
-def _step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | None) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | None) -> Tensor:
     out: Tensor = _step_fake(q, k, v)
     B, _, H, D = q.shape
     G, Dv = v.shape[2:]
@@ -93,6 +93,9 @@ def _step(q: Tensor, k: Tensor, v: Tensor, states: Tensor, weights: Tensor | Non
             BLOCK_D=padded(D), BLOCK_V=BLOCK_V, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+_step = library.custom_op("attnzoo::linear_attention_step", _run, mutates_args=("states",))
 
 
 @_step.register_fake

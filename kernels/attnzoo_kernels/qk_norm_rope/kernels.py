@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnzoo_kernels.primitives import LENGTHS
 from attnzoo_kernels.qk_norm_rope.pieces import (
     GATED,
     INTERLEAVED,
@@ -71,7 +72,7 @@ def inverse_rms(u, v, in_rows, eps, D: tl.constexpr):
 
 # grid (cdiv(B T N, BLOCK_M),): one program owns BLOCK_M vectors, walks the map's inner features in blocks and keeps
 # the output's two halves in registers; hidden features, the map's output and the normed vectors never exist in memory.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def qk_norm_rope_fwd_kernel(
     z_ptr, y_ptr, out_ptr, up_ptr, gate_ptr, norm_ptr, cos_ptr, sin_ptr,
     rows, T, N, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, eps,
@@ -103,7 +104,7 @@ def qk_norm_rope_fwd_kernel(
 # it also writes dx, the gradient of the map's output, once for the kernels below. Its share of the norm weight's
 # gradient stays in registers until the end. Matrices are not to be hoisted out of the loop over tiles: they would take
 # the registers that the tile needs.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def qk_norm_rope_bwd_input_kernel(
     dy_ptr, z_ptr, dz_ptr, dx_ptr, dnorm_ptr, out_ptr, up_ptr, gate_ptr, norm_ptr, cos_ptr, sin_ptr,
     rows, T, N, stride_y_b, stride_y_t, stride_y_n, stride_z_b, stride_z_t, stride_z_n, stride_cos_b, eps,
@@ -185,7 +186,7 @@ def store_share(ptr, program, i, j, b, D: tl.constexpr, BLOCK_I: tl.constexpr, B
 
 # grid (programs, cdiv(D, BLOCK_I), cdiv(D, BLOCK_J)): one program owns a block of the gradient of W or Wdown and every
 # grid-th tile of vectors; it sums dx^T h over them, h being z or hidden features, recomputed.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def qk_norm_rope_bwd_out_kernel(
     dx_ptr, z_ptr, dout_ptr, up_ptr, gate_ptr,
     rows, T, N, stride_x_b, stride_x_t, stride_x_n, stride_z_b, stride_z_t, stride_z_n,
@@ -211,7 +212,7 @@ def qk_norm_rope_bwd_out_kernel(
 
 # grid (programs, cdiv(D, BLOCK_J), cdiv(D, BLOCK_K)): one program owns a block of the gradients of Wup and Wgate and
 # every grid-th tile of vectors; it recomputes its BLOCK_J hidden features and no others.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def qk_norm_rope_bwd_hidden_kernel(
     dx_ptr, z_ptr, dup_ptr, dgate_ptr, out_ptr, up_ptr, gate_ptr,
     rows, T, N, stride_x_b, stride_x_t, stride_x_n, stride_z_b, stride_z_t, stride_z_n,

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, library
 
 from attnzoo_kernels.launch import (
+    Key,
+    Plan,
     arguments_of,
     as_int,
+    chip,
     dense_rows,
     empty_if,
+    find_plan,
+    is_unobserved,
+    keep_plan,
+    layouts,
     on_device,
     positive_scale,
     precision,
@@ -98,7 +105,9 @@ def softmax_attention(
     if head_scale is not None:
         head_scale = head_scale.float().expand(B, H)
     first, last = (None, None) if documents is None else documents
-    out, lse, _, _ = _forward(
+    # Without a gradient the operator's body runs by itself.
+    alone = is_unobserved(q, k, v, q_rope, k_rope, bias, sinks if isinstance(sinks, Tensor) else None, head_scale)
+    out, lse, _, _ = (_run if alone else _forward)(
         q, k, v, q_rope, k_rope, None if bias is None else bias.expand(B, H, T, S),
         None if mask is None else mask.expand(B, H, T, S), stored_as(alibi_slopes, torch.float32),
         stored_as(sinks, torch.float32), head_scale, as_int(lengths), as_int(first), as_int(last),
@@ -187,26 +196,41 @@ class _Inputs(NamedTuple):
 
 
 TENSORS = _Inputs._fields.index("scale")
+READ_DENSE = _Inputs._fields.index("bias")
 STRIDES = {
     "q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "bias": "bhts", "mask": "bhts",
     "head_scale": "bh",
 }  # fmt: skip
 
 
-@library.custom_op("attnzoo::softmax_attention", mutates_args=(), schema=schema(_Inputs, 4))
-def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_PLANS: dict[Key, Plan] = {}
+POINTERS = [f"{name}_ptr" for name in _Inputs._fields[:TENSORS]]
+
+
+def _run(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = _Inputs(*given)
     out, lse, shift, norm = inputs.outputs()
     if lse.numel() == 0:
         return out, lse, shift, norm
-    config = inputs.config("softmax_attention_fwd")
+    key = layouts(given[:TENSORS]), given[TENSORS:], chip(out.device)
+    plan = find_plan(_PLANS, key)
+    if plan is None:
+        dense = [dense_rows(x) for x in given[:READ_DENSE]]
+        if any(a is not b for a, b in zip(dense, given, strict=False)):
+            return _run(*dense, *given[READ_DENSE:])
+        config = inputs.config("softmax_attention_fwd")
+        plan = keep_plan(_PLANS, key, Plan(softmax_attention_fwd_kernel, config, inputs.arguments()))
     B, T, H = out.shape[:3]
+    pointers = dict(zip(POINTERS, given, strict=False))
+    if inputs.mask is not None:
+        pointers["mask_ptr"] = inputs.mask.view(torch.uint8)
+    launch = plan.launch(**pointers, o_ptr=out, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm)
     with on_device(out):
-        softmax_attention_fwd_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
-            **inputs.arguments(), sinks_ptr=inputs.sinks, o_ptr=out, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm,
-            **config.options(),
-        )  # fmt: skip
+        launch.keep(launch.run[cdiv(T, plan.config["BLOCK_T"]) * B * H, 1, 1](*launch.values, **launch.options))
     return out, lse, shift, norm
+
+
+_forward = library.custom_op("attnzoo::softmax_attention", _run, mutates_args=(), schema=schema(_Inputs, 4))
 
 
 @_forward.register_fake

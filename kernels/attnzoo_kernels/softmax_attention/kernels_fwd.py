@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LN2, LOG2E, shift_and_norm, softmax_step
+from attnzoo_kernels.primitives import LENGTHS, LN2, LOG2E, shift_and_norm, softmax_step
 from attnzoo_kernels.softmax_attention.pieces import factor_and_unit, key_ranges, pair_scores, segment_of
 
 
@@ -71,7 +71,7 @@ def walk_keys(
 # grid (B * H * tiles of T): one program owns BLOCK_T queries of one head and walks the keys that they see from left
 # to right with a running max m, denominator l and numerator acc. Scores (T, S), the repeated keys and values of a
 # group, and a copy of the shared key for every head never exist. Causal tiles start with the longest.
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def softmax_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, head_scale_ptr, lengths_ptr,
     first_ptr, last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
