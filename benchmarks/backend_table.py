@@ -40,6 +40,8 @@ ATTENTION = {
     "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
+PLAIN = ("eit", "eit-efficient")
+"""Mechanisms that no kernel of ours covers."""
 
 
 @dataclass

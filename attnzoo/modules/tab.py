@@ -13,7 +13,7 @@ from attnzoo.modules.call import Mask, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import masked_softmax
-from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.rules import is_integer
 
 
@@ -116,7 +116,7 @@ class TABAttention(GroupedQueryAttention):
         return (y, a.index_copy(1, self._index(x.device), closed if gated else own)) if need_weights else y
 
     def _index(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.gate_rows, dtype=torch.long, device=device)
+        return constant(self.gate_rows, device, torch.long)
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         """Weights (B, R, S) of queries (B, R, E) in float32, or float64."""
