@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -47,29 +46,30 @@ class Config:
         }
 
 
-_PINNED: ContextVar[Config | None] = ContextVar("pinned configuration", default=None)
+# A global, not a context variable: backward kernels are launched by autograd's thread of the device.
+_pinned: Config | None = None
 
 
 @contextmanager
 def pinned(config: Config) -> Iterator[None]:
     """Every launch within has this configuration's tiles, as far as its kernel has them, its warps and its stages.
 
-    For tests and for measuring candidates.
+    It holds in every thread. For tests and for measuring candidates.
     """
-    token = _PINNED.set(config)
+    global _pinned
+    before, _pinned = _pinned, config
     try:
         yield
     finally:
-        _PINNED.reset(token)
+        _pinned = before
 
 
 def or_pinned(config: Config) -> Config:
     """The configuration, or within `pinned` the pinned one."""
-    chosen = _PINNED.get()
-    if chosen is None:
+    if _pinned is None:
         return config
-    tiles = {name: chosen.tiles.get(name, size) for name, size in config.tiles.items()}
-    return replace(chosen, tiles=tiles)
+    tiles = {name: _pinned.tiles.get(name, size) for name, size in config.tiles.items()}
+    return replace(_pinned, tiles=tiles)
 
 
 # A table's inner keys are one number or a pair of them.

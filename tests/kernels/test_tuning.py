@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from attnzoo_kernels import expert_projection, tuning
 from attnzoo_kernels.composed_attention import tuning as composed_tuning
 from attnzoo_kernels.head_routing import tuning as routing_tuning
 from attnzoo_kernels.linear_attention import tuning as linear_tuning
 from attnzoo_kernels.qk_norm_rope import tuning as norm_tuning
+from attnzoo_kernels.softmax_attention import softmax_attention
 from attnzoo_kernels.softmax_attention import tuning as softmax_tuning
+from tests.kernels.tiles import tile
 
 CPU = torch.device("cpu")
 # Multiprocessors, bytes of shared memory for a program, threads of a warp.
@@ -83,6 +89,36 @@ def test_a_pinned_configuration_replaces_the_tiles_that_a_kernel_has() -> None:
         config = table.config("k", torch.float16, CPU, 64)
     assert config == tuning.Config({"BLOCK_T": 32, "BLOCK_S": 16}, num_warps=1, num_stages=3)
     assert table.config("k", torch.float16, CPU, 64) == tuning.Config({"BLOCK_T": 32, "BLOCK_S": 64}, 4, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter's launches")
+def test_a_pinned_configuration_reaches_a_backward_pass_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where autograd's own thread of the device runs backward passes."""
+    launched: dict[str, int] = {}
+    run = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched[self.__name__] = kwargs.get("BLOCK_T", 0)
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noted)
+    q, k, v = (torch.randn(1, 20, 1, 4, requires_grad=True) for _ in range(3))
+    table = softmax_attention(q, k, v, scale=0.5)[0].sum()
+    with tuning.pinned(tile(32, 16)), tuning.pinned(tile(64, 16)), ThreadPoolExecutor(1) as pool:
+        pool.submit(table.backward).result()
+    assert launched["softmax_attention_fwd_kernel"] != 64
+    assert launched["softmax_attention_bwd_dq_kernel"] == launched["softmax_attention_bwd_dkdv_kernel"] == 64
+    config = softmax_tuning.TABLE.config("softmax_attention_fwd", torch.float32, CPU, 16)
+    assert launched["softmax_attention_fwd_kernel"] == config["BLOCK_T"]
+
+
+def test_what_was_pinned_before_holds_again_after_an_error() -> None:
+    outer, inner = tile(32, 16), tile(64, 16)
+    with tuning.pinned(outer):
+        with pytest.raises(RuntimeError), tuning.pinned(inner):
+            raise RuntimeError
+        assert tuning.or_pinned(inner) == outer
+    assert tuning.or_pinned(inner) == inner
 
 
 def test_composed_attention_has_less_capacity_where_there_is_less_shared_memory(
