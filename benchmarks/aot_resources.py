@@ -10,6 +10,7 @@ be on a GPU. Exit status 1: a kernel does not compile, takes too much shared mem
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from torch import Tensor  # noqa: E402
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SECONDS = 20.0
+MORE_INSTRUCTIONS = 1.03
+"""How many times the table's instructions a loop may take: other values mean that a kernel has changed."""
 B, T = 2, 2048
 
 
@@ -225,6 +228,8 @@ SHORT = [
     ("softmax causal 128", "bf16", "sm_89"),
     ("softmax causal 128", "bf16", "gfx942"),
     ("softmax causal 64", "fp16", "sm_90"),
+    ("softmax causal 64", "bf16", "sm_90"),
+    ("softmax full 128", "bf16", "sm_90"),
     ("softmax latent 128+64", "bf16", "sm_90"),
     ("softmax everything 64", "bf16", "sm_90"),
     ("decode 128", "bf16", "sm_90"),
@@ -234,6 +239,8 @@ SHORT = [
     ("qk_norm_rope gated 128", "bf16", "sm_90"),
     ("qk_norm_rope linear 128", "bf16", "sm_80"),
     ("composed 4 heads of 64", "bf16", "sm_90"),
+    ("composed 16 heads of 64", "bf16", "sm_90"),
+    ("composed 16 heads of 64, query side", "bf16", "sm_90"),
     ("linear 128 mixed", "bf16", "sm_90"),
     ("routed 128", "bf16", "sm_90"),
     ("experts 2048 to 128", "bf16", "sm_90"),
@@ -295,14 +302,16 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def complaints(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with new rows, beside the stored ones."""
+    """What is wrong with new rows, beside the stored ones of the same Triton."""
     from attnzoo_kernels.aot import SHARED_LIMIT
 
     # A kernel that a case launches several times has several rows: the worst counts.
     spills: dict[tuple[str, ...], int] = {}
+    instructions: dict[tuple[str, ...], int] = {}
     serialized: set[tuple[str, ...]] = set()
     for row in stored:
         spills[key(row)] = max(spills.get(key(row), 0), row.get("spills", 0))
+        instructions[key(row)] = max(instructions.get(key(row), 0), row.get("instructions", 0))
         if row.get("serialized"):
             serialized.add(key(row))
     problems = []
@@ -322,6 +331,9 @@ def complaints(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> list
             problems.append(f"{where}: is not in the table; rewrite it with --write")
         elif row["spills"] > spills[key(row)]:
             problems.append(f"{where}: spills {row['spills']} bytes, {spills[key(row)]} in the table")
+        most = instructions.get(key(row), 0)
+        if most and row.get("instructions", 0) > MORE_INSTRUCTIONS * most:
+            problems.append(f"{where}: takes {row['instructions']} instructions a tile, {most} in the table")
         if row.get("serialized") and key(row) in spills.keys() - serialized:
             problems.append(f"{where}: products wait for each other, those in the table do not")
     return problems
@@ -333,6 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="only the cases that the tests check")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rows", type=Path, help="a file for the rows of this run, as JSON")
     parser.add_argument("--processes", type=int, default=2, help="how many compile at a time")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -349,18 +362,20 @@ def main(arguments: list[str] | None = None) -> int:
                 print(
                     " ".join(key(row)), {k: v for k, v in row.items() if k not in ("case", "kernel", "dtype", "target")}
                 )
-    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not options.write else []
+    if options.rows:
+        options.rows.write_text(json.dumps(rows))
+    table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    stored = [] if options.write else table["rows"]
+    if table.get("triton") != importlib.metadata.version("triton"):
+        # Another compiler takes other instructions for the same kernel.
+        stored = [row | {"instructions": 0} for row in stored]
     wrong = complaints(rows, stored)
     for line in wrong:
         print(f"WRONG: {line}", file=sys.stderr)
     if options.write:
         import triton
 
-        kept = (
-            [row for row in json.loads(RESULTS.read_text())["rows"] if options.only not in row["case"]]
-            if (options.only and RESULTS.exists())
-            else []
-        )
+        kept = [row for row in table["rows"] if options.only not in row["case"]] if options.only else []
         text = ",\n".join(json.dumps(row) for row in kept + rows)
         RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n')
     return 1 if wrong else 0
