@@ -7,7 +7,7 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if 
 .PHONY: help pretrain test lint weights aot gpu-check
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "attnzoo needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -32,6 +32,11 @@ weights: $(READY)  ## install SmolLM2-135M too (94 MB), for the tests and report
 aot: $(READY)  ## compile every kernel for sm_80, sm_89, sm_90 and gfx942 without a GPU and write the resource table (15 minutes)
 	$(BIN)/python benchmarks/aot_resources.py --write
 
-gpu-check:  ## on a GPU: the kernel tests, then the standard benchmark grid (needs torch, triton, einops, pytest, hypothesis)
-	$(PYTHON) -m pytest -q -m "gpu or not gpu" tests/kernels
-	$(PYTHON) benchmarks/gpu.py --grid standard
+# A rehearsal without a GPU: make gpu-check GPU_TESTS=tests/kernels/test_tuning.py GPU_WORKERS=1 \
+#   GPU_OPTIONS="--device cpu --interpret --tiny --budget 60 --out /tmp/rows"
+GPU_TESTS ?= tests/kernels
+GPU_WORKERS ?= 14
+GPU_OPTIONS ?= --precompile $(GPU_WORKERS) --budget 480
+gpu-check:  ## on a GPU: the kernel tests, then the standard benchmark grid (needs torch, triton, einops, hypothesis, pytest with xdist and timeout)
+	$(PYTHON) -m pytest -q -n $(GPU_WORKERS) -m "not slow and not aot" $(GPU_TESTS)
+	$(PYTHON) benchmarks/gpu.py --grid standard $(GPU_OPTIONS)

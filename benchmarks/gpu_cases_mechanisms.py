@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from gpu_cases import Bench, Goal, Inputs, Row, Run, sampled, softmax_peers
+from gpu_cases import GRIDS, Bench, Goal, Inputs, Row, Run, compiled, first_row, head_parts, softmax_peers
 from torch import Tensor
 
 from attnzoo.ops.expert_projection import Routes, expert_linear, expert_linear_pieces, expert_linear_reference
@@ -34,15 +35,16 @@ def composed_formula(x: Inputs) -> Tensor:
 
 def composed_rows(bench: Bench) -> Iterator[Row]:
     """DCMHA, causal, query and key side."""
-    from attnzoo_kernels.composed_attention import composed_attention
 
     def ours(x: Inputs) -> Tensor:
+        from attnzoo_kernels.composed_attention import composed_attention
+
         sides = dict(zip(("q_pre", "k_pre", "q_post", "k_post"), x[3:], strict=True))
         return composed_attention(*x[:3], scale=x[0].shape[3] ** -0.5, **sides)
 
     peers: dict[str, Run] = {"eager": composed_formula}
     if bench.device != "cpu":
-        peers["compile"] = torch.compile(composed_formula)
+        peers["compile"] = compiled(composed_formula)
     for T, M, D in ((2048, 16, 64), (4096, 8, 128)):
         b, t, m, d = bench.size(4, 1), bench.size(T, 33), bench.size(M, 4), bench.size(D, 16)
         for grad in (False, True):
@@ -53,16 +55,12 @@ def composed_rows(bench: Bench) -> Iterator[Row]:
                 mixing = [0.1 * z for z in bench.tensors(seed + 9, *[(b, t, 1, m, m)] * 4)]
                 return [*heads, *(z.detach().requires_grad_(grad) for z in mixing)]
 
-            def check(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-                with torch.no_grad():
-                    first = [z[:1] for z in x]
-                    return ours(first), composed_formula([z.double() for z in first]), composed_formula(first)
-
             forward = 4.0 * b * m * t * t * (d + m) * 0.5
             yield Row(
                 f"dcmha core M={M} D={D} T={T}", "forward+backward" if grad else "forward",
-                {"B": b, "T": t, "M": m, "D": d}, make, ours, {**peers, **softmax_peers(bench, True, t)}, check,
-                (*goals, *(() if grad else (Goal("sdpa best", 0.25),))), forward * (3.5 if grad else 1.0),
+                {"B": b, "T": t, "M": m, "D": d}, make, ours, composed_formula,
+                {**peers, **softmax_peers(bench, True, t)}, first_row,
+                goals=(*goals, *(() if grad else (Goal("sdpa best", 0.25),))), flops=forward * (3.5 if grad else 1.0),
             )  # fmt: skip
 
 
@@ -93,55 +91,48 @@ def linear_rows(bench: Bench) -> Iterator[Row]:
                 weights = bench.tensors(seed + 3, (1, 1, n, n))[0].float().tril().requires_grad_(grad)
                 return [*x, bench.tensors(seed + 5, (b, t, h, d), grad=grad)[0], weights]
 
-            def check(x: Inputs, ours: Run = ours, formula: Run = formula) -> tuple[Tensor, Tensor, Tensor]:
-                with torch.no_grad():
-                    first = [*(z[:1, :, :1] for z in x[:3]), x[3]]
-                    return ours(first), formula([z.double() for z in first]), formula(first)
+            def one_head(x: Inputs) -> Inputs:
+                return [*(z[:1, :, :1] for z in x[:3]), x[3]]
 
             peers: dict[str, Run] = dict(softmax_peers(bench, True, t))
             if bench.device == "cpu" or t <= 2048:
                 peers["eager"] = formula
             yield Row(
                 f"mhla core T={T}", "forward+backward" if grad else "forward", {"B": b, "T": t, "H": h, "D": d}, make,
-                ours, peers, check, (Goal("sdpa best", goals[grad]),),
+                ours, formula, peers, one_head, goals=(Goal("sdpa best", goals[grad]),),
             )  # fmt: skip
 
 
 def routed_rows(bench: Bench) -> Iterator[Row]:
     """Mixture of heads: half of all (token, head) pairs active."""
-    from attnzoo_kernels.head_routing import routed_attention
 
+    def ours(x: Inputs) -> Tensor:
+        from attnzoo_kernels.head_routing import routed_attention
+
+        return routed_attention(*x[:4], scale=x[0].shape[3] ** -0.5)
+
+    def official(x: Inputs, backend: str = "auto") -> Tensor:
+        return softmax_attention(*x[:3], backend=backend) * x[3][..., None]
+
+    def dense(x: Inputs) -> Tensor:
+        return softmax_attention(*x[:3], backend="triton")
+
+    peers: dict[str, Run] = {"dense kernel": dense, "official structure": official}
     for share, goal in ((0.5, 1.5), (0.75, 1.15)):
         b, t, h, d = bench.size(2, 1), bench.size(4096, 33), bench.size(16, 4), bench.size(128, 16)
-
-        def active(x: Inputs, share: float = share) -> Tensor:
-            # The same number of heads for every token, other ones for each.
-            return x[3].argsort(-1).argsort(-1) < round(share * x[3].shape[-1])
-
-        def ours(x: Inputs, active: Run = active) -> Tensor:
-            return routed_attention(*x[:3], active(x), scale=x[0].shape[3] ** -0.5)
-
-        def dense(x: Inputs) -> Tensor:
-            return softmax_attention(*x[:3], backend="triton")
-
-        def official(x: Inputs, active: Run = active) -> Tensor:
-            return softmax_attention(*x[:3]) * active(x)[..., None]
-
-        def check(x: Inputs, ours: Run = ours, active: Run = active) -> tuple[Tensor, Tensor, Tensor]:
-            with torch.no_grad():
-                mine, exact, plain = sampled(x, ours(x), True)
-                on = active(x)[:1, -mine.shape[1] :, :, None]
-                return mine, exact * on, plain * on
-
         for grad in (False, True):
 
-            def make(seed: int, grad: bool = grad, b: int = b, t: int = t, h: int = h, d: int = d) -> Inputs:
-                return [*bench.tensors(seed, *[(b, t, h, d)] * 3, grad=grad), *bench.tensors(seed + 7, (b, t, h))]
+            def make(
+                seed: int, grad: bool = grad, b: int = b, t: int = t, h: int = h, d: int = d, share: float = share
+            ) -> Inputs:
+                # The same number of heads for every token, other ones for each.
+                order = bench.tensors(seed + 7, (b, t, h))[0].argsort(-1).argsort(-1)
+                return [*bench.tensors(seed, *[(b, t, h, d)] * 3, grad=grad), order < round(share * h)]
 
             yield Row(
                 f"moh core {share:.0%} active", "forward+backward" if grad else "forward",
-                {"B": b, "T": t, "H": h, "D": d}, make, ours, {"dense kernel": dense, "official structure": official},
-                check, (Goal("dense kernel", goal),),
+                {"B": b, "T": t, "H": h, "D": d}, make, ours, partial(official, backend="eager"), peers,
+                parts=head_parts(b, h, h, 1), goals=(Goal("dense kernel", goal),),
             )  # fmt: skip
 
 
@@ -151,7 +142,7 @@ def expert_rows(bench: Bench) -> Iterator[Row]:
     e, d = bench.size(2048, 32), bench.size(128, 16)
 
     def routes(x: Inputs) -> Routes:
-        return Routes.of(x[2].topk(slots, -1).indices.flatten(), experts)
+        return Routes.of(x[2].flatten(), experts)
 
     def rows(x: Inputs) -> Tensor:
         return x[0][:, None].expand(-1, slots, -1).reshape(-1, e)
@@ -161,8 +152,7 @@ def expert_rows(bench: Bench) -> Iterator[Row]:
         return expert_linear_pieces(pieces, x[1], routes(x), backend="triton").reshape(-1, d)
 
     def loop(x: Inputs) -> Tensor:
-        chosen = x[2].topk(slots, -1).indices.flatten()
-        given = rows(x)
+        chosen, given = x[2].flatten(), rows(x)
         out = given.new_zeros(given.shape[0], d)
         for expert in range(experts):
             at = (chosen == expert).nonzero().squeeze(-1)
@@ -172,25 +162,42 @@ def expert_rows(bench: Bench) -> Iterator[Row]:
     def grouped(x: Inputs) -> Tensor:
         return expert_linear(rows(x), x[1], routes(x))
 
-    def check(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            few = [x[0][:512], x[1], x[2][:512]]
-            where = routes(few)
-            given = rows(few)
-            exact = expert_linear_reference(given.double(), x[1].double(), where)
-            return ours(few), exact, expert_linear_reference(given, x[1], where)
+    def formula(x: Inputs) -> Tensor:
+        return expert_linear_reference(rows(x), x[1], routes(x))
+
+    def few(x: Inputs) -> Inputs:
+        return [x[0][:512], x[1], x[2][:512]]
 
     for grad in (False, True):
 
         def make(seed: int, grad: bool = grad) -> Inputs:
             x, weight = bench.tensors(seed, (n, e), (experts, d, e), grad=grad)
-            return [x, weight, *bench.tensors(seed + 3, (n, experts))]
+            return [x, weight, bench.tensors(seed + 3, (n, experts))[0].topk(slots, -1).indices]
 
         yield Row(
             "moa projection", "forward+backward" if grad else "forward", {"n": n, "slots": slots, "E": e}, make, ours,
-            {"loop over experts": loop, "torch grouped": grouped}, check, (Goal("loop over experts", 3.0),),
-            2.0 * n * slots * e * d * (3.0 if grad else 1.0),
+            formula, {"loop over experts": loop, "torch grouped": grouped}, few,
+            goals=(Goal("loop over experts", 3.0),), flops=2.0 * n * slots * e * d * (3.0 if grad else 1.0),
         )  # fmt: skip
 
 
-ROWS = (composed_rows, linear_rows, routed_rows, expert_rows)
+MECHANISMS = (composed_rows, linear_rows, routed_rows, expert_rows)
+GRIDS["mechanisms"] = MECHANISMS
+GRIDS["standard"] = (*MECHANISMS, *GRIDS["train"], *GRIDS["decode"], *GRIDS["others"])
+
+FIRST = (
+    *(f"softmax D={D} T=4096 {view}" for D in (64, 128) for view in ("causal", "full")),
+    *(f"decode G=8 B={B} S=8192" for B in (1, 8, 64)), "latent decode H=16 B=8", "latent decode H=128 B=8",
+    "qk_norm_rope norm", "dcmha core M=16", "mhla core T=8192", "moh core 50%", "moa projection",
+)  # fmt: skip
+"""Rows of one short session on a GPU, by the beginning of their names: every kernel once, in the shape that matters."""
+
+
+def first_rows(bench: Bench) -> Iterator[Row]:
+    """The rows of `FIRST`, in its order."""
+    rows = [row for rows_of in GRIDS["standard"] for row in rows_of(bench)]
+    for name in FIRST:
+        yield from (row for row in rows if row.case.startswith(name))
+
+
+GRIDS["first"] = (first_rows,)

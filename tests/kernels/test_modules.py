@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo_kernels import decode, tuning
+from tests.kernels.smoke import captured
 from tests.kernels.tiles import SMALL
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_golden, test_mla, test_moa, test_moh
@@ -193,15 +194,10 @@ def test_a_decoding_step_is_captured_in_a_cuda_graph(name: str) -> None:
     with torch.no_grad():
         cache = module.init_cache(2, 32)
         module(torch.randn(2, 9, 32, device=DEVICE), cache=cache)
-        expected = module(x, cache=cache)
-        cache.truncate(9)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            module(x, cache=cache)
+
+        def step() -> torch.Tensor:
             cache.truncate(9)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = module(x, cache=cache)
-        graph.replay()
+            return module(x, cache=cache)
+
+        expected, y = step(), captured(step)()
     torch.testing.assert_close(y, expected)

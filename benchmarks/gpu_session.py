@@ -1,0 +1,196 @@
+"""A short session on a GPU, prepared: every step with a time limit of its own, what it found written as it ends.
+
+    python benchmarks/gpu_session.py --plan first --out OUT        # 450 seconds: is it right, and how fast
+    python benchmarks/gpu_session.py --plan second --out OUT       # 200 seconds: candidates and compiled peers
+    python benchmarks/gpu_session.py --plan first --out OUT --device cpu --interpret --tiny     # rehearsed anywhere
+
+OUT/session.jsonl has a line for each step, OUT/NAME.log what it printed, OUT/NAME.xml the tests, OUT/rows/ the rows.
+Rows of families that the smoke tests refuse are left out. Exit status 1: a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = ("python", "benchmarks/gpu.py")
+SMOKE = "tests/kernels/test_gpu_smoke.py"
+# Families of the smoke tests whose kernels run in rows of another name.
+ROWS_OF = {"softmax": ("softmax", "latent 128", "module"), "latent": ("latent 128",)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its limit in seconds; {out} is the session's folder, {skip} the rows to leave out, {tests} what is
+    tested.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+
+
+def tests(name: str, *arguments: str) -> tuple[str, ...]:
+    """pytest with its result in NAME.xml."""
+    return ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={{out}}/{name}.xml", *arguments)
+
+
+def rows(grid: str, seconds: float, *arguments: str) -> tuple[str, ...]:
+    """The rows of a grid; the rest of the step is for the start and the table."""
+    limits = "--budget", f"{seconds:g}", "--row-limit", f"{min(60.0, seconds / 2):g}"
+    return (*GPU, "--grid", grid, *limits, "--out", "{out}/rows", *arguments)
+
+
+# The plans of a session of 12 minutes in two calls. "auto" and graph captures are steps of their own: what they find is
+# about dispatch and modules, not about a kernel.
+PLANS: dict[str, tuple[Step, ...]] = {
+    "first": (
+        Step("versions", 30, ("python", "benchmarks/gpu_session.py", "--versions")),
+        Step("precompile", 60, rows("first,tests/kernels/smoke.py", 50, "--precompile", "14", "--compile-only")),
+        Step("smoke", 75, tests("smoke", "-n", "5", SMOKE, "-k", "TestOnAGPU and not auto and not graph")),
+        Step("auto", 40, tests("auto", "-n", "5", SMOKE, "-k", "TestOnAGPU and (auto or graph)")),
+        Step("tests", 110, tests("tests", "-n", "14", "-m", "not slow and not aot", "{tests}", f"--ignore={SMOKE}")),
+        Step("rows", 135, rows("first", 125, "--peers", "sdpa", "--skip", "{skip}")),
+    ),
+    "second": (
+        Step("failed", 40, tests("failed", "-n", "5", SMOKE, "-k", "TestOnAGPU", "--maxfail=20")),
+        Step("candidates", 70, rows("candidates", 60)),
+        Step("compiled peers", 85, rows("first", 75, "--peers", "compile,flex", "--only",
+                                        "dcmha core,qk_norm_rope norm,softmax D=128 T=4096 causal")),
+    ),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, help="which of the two calls")
+    parser.add_argument("--out", type=Path, help="folder of everything that the session finds")
+    parser.add_argument("--seconds", type=float, default=450.0, help="for the whole plan; later steps are left out")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu with --interpret")
+    parser.add_argument("--interpret", action="store_true", help="run the kernels in Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="shrink every row and take few tests")
+    parser.add_argument("--versions", action="store_true", help="print what is installed and how fast the device is")
+    options = parser.parse_args(arguments)
+    if options.versions:
+        print(json.dumps(versions()))
+        return 0
+    if options.plan is None or options.out is None:
+        parser.error("--plan and --out are needed")
+    if options.device == "cpu" and not (options.interpret and options.tiny):
+        parser.error("--device cpu needs --interpret and --tiny")
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.seconds
+    failed = False
+    for step in PLANS[options.plan]:
+        line = run(step, options, deadline)
+        with (options.out / "session.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(json.dumps(line), flush=True)
+        failed |= line["status"] != 0
+    return 1 if failed else 0
+
+
+def run(step: Step, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """Run a step within its limit and what is left of the session; the line says how it ended."""
+    left = min(step.seconds, deadline - time.monotonic())
+    line: dict[str, Any] = {"plan": options.plan, "step": step.name, "limit": round(left, 1)}
+    if left < 1.0:
+        return line | {"status": "left out"}
+    skip = skipped_rows(options.out / "smoke.xml")
+    few = "tests/kernels/test_tuning.py"
+    words = {"{out}": str(options.out), "{skip}": ",".join(skip), "{tests}": few if options.tiny else "tests/kernels"}
+    command = [sys.executable if word == "python" else filled(word, words) for word in step.command]
+    command += dry(step, options)
+    start = time.monotonic()
+    with (options.out / f"{step.name.replace(' ', '_')}.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status: int | str = process.wait(left)
+        except subprocess.TimeoutExpired:
+            status = "late"
+            end(process)
+    found = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": " ".join(command[1:])}
+    return line | found | ({"skipped_rows": skip} if "{skip}" in step.command else {})
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a step and all that it started: first so that it can write what it has, as pytest does, then for good."""
+    for kind in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(5.0)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def filled(word: str, words: dict[str, str]) -> str:
+    """A word of a command with its places filled."""
+    for place, text in words.items():
+        word = word.replace(place, text)
+    return word
+
+
+def dry(step: Step, options: argparse.Namespace) -> list[str]:
+    """What a rehearsal adds to a step's command."""
+    if options.device != "cpu":
+        return []
+    if step.command[: len(GPU)] == GPU:
+        return [
+            "--device",
+            "cpu",
+            "--interpret",
+            "--tiny",
+            *(["--precompile", "1"] if "--precompile" in step.command else []),
+        ]
+    return ["-n", "1"] if "pytest" in step.command else []
+
+
+def skipped_rows(junit: Path) -> list[str]:
+    """Beginnings of the names of rows whose family failed a smoke test."""
+    if not junit.is_file():
+        return []
+    failed: set[str] = set()
+    for case in ET.parse(junit).iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            continue
+        family = case.get("name", "").partition("[")[2].split("-")[0]
+        failed |= set(ROWS_OF.get(family, (family,)))
+    return sorted(failed - {""})
+
+
+def versions() -> dict[str, Any]:
+    """What is installed, the rate of a copy and of a matrix product of 8,192."""
+    import torch
+    import triton
+
+    found: dict[str, Any] = {
+        "python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+    }  # fmt: skip
+    if not torch.cuda.is_available():
+        return found
+    found |= {"device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
+    n = 8192
+    x = torch.randn(n, n, dtype=torch.bfloat16, device="cuda")
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    found["tflops"] = 2 * n**3 / triton.testing.do_bench(lambda: x @ x, return_mode="median") * 1e-9
+    copy = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return found | {"copy_gbytes": 2 * source.nbytes / copy * 1e-6}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
