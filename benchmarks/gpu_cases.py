@@ -85,8 +85,9 @@ class Bench:
 
     def __init__(self, device: str, tiny: bool) -> None:
         self.device = device
+        self.gpu = device != "cpu"
         self.tiny = tiny
-        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
 
     def size(self, full: int, small: int) -> int:
         """A size of the row, or the small one that replaces it."""
@@ -99,9 +100,9 @@ class Bench:
         return [torch.randn(shape, **factory_kwargs).requires_grad_(grad) for shape in shapes]
 
 
-def missing_peers(device: str) -> list[str]:
+def missing_peers(bench: Bench) -> list[str]:
     """Peers that this run cannot compare with, and why."""
-    if device == "cpu":
+    if not bench.gpu:
         return ["flash kernels, flex_attention, flash-attn 3 and 4, flash-linear-attention: need a GPU"]
     wanted = {"fa3_fwd_interface": "fa3-fwd", "flash_attn.cute": "flash-attn 4", "fla": "flash-linear-attention"}
     return [f"{name}: not installed" for module, name in wanted.items() if not _has(module)]
@@ -175,7 +176,7 @@ def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG0
 
 def softmax_peers(bench: Bench, causal: bool, T: int, equal_widths: bool = True) -> dict[str, Run]:
     """Everything that computes plain attention here."""
-    if bench.device == "cpu":
+    if not bench.gpu:
         return {"sdpa": partial(_sdpa, causal=causal, backend=None)}
     peers: dict[str, Run] = {
         "sdpa flash": partial(_sdpa, causal=causal, backend=SDPBackend.FLASH_ATTENTION),
@@ -375,7 +376,7 @@ def qk_norm_rope_rows(bench: Bench) -> Iterator[Row]:
     for mapped in (False, True):
         plain = partial(formula, mapped=mapped)
         peers: dict[str, Run] = {"eager": plain}
-        if bench.device != "cpu":
+        if bench.gpu:
             peers["compile"] = compiled(plain)
         shapes = (b, t, n, d), (d,), *([(d, d)] * 3 if mapped else [])
         for grad in (False, True):

@@ -43,7 +43,7 @@ def composed_rows(bench: Bench) -> Iterator[Row]:
         return composed_attention(*x[:3], scale=x[0].shape[3] ** -0.5, **sides)
 
     peers: dict[str, Run] = {"eager": composed_formula}
-    if bench.device != "cpu":
+    if bench.gpu:
         peers["compile"] = compiled(composed_formula)
     for T, M, D in ((2048, 16, 64), (4096, 8, 128)):
         b, t, m, d = bench.size(4, 1), bench.size(T, 33), bench.size(M, 4), bench.size(D, 16)
@@ -95,7 +95,7 @@ def linear_rows(bench: Bench) -> Iterator[Row]:
                 return [*(z[:1, :, :1] for z in x[:3]), x[3]]
 
             peers: dict[str, Run] = dict(softmax_peers(bench, True, t))
-            if bench.device == "cpu" or t <= 2048:
+            if not bench.gpu or t <= 2048:
                 peers["eager"] = formula
             yield Row(
                 f"mhla core T={T}", "forward+backward" if grad else "forward", {"B": b, "T": t, "H": h, "D": d}, make,

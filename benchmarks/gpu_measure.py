@@ -7,11 +7,13 @@ it starts and its line when it is done.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import runpy
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,19 +42,18 @@ def main(given: dict[str, Any]) -> None:
     def tell(**message: Any) -> None:
         connection.send_bytes(json.dumps(message, allow_nan=False).encode())
 
-    device = given["device"]
-    bench = Bench(device, given["tiny"])
+    bench = Bench(given["device"], given["tiny"])
     rows = rows_of(given["grid"], bench, given["only"], given["skip"])
     if given["of"]:
         for index in range(given["first"], len(rows), given["of"]):
             tell(compiled=index, failure=compile_ahead(rows[index]))
         return
     where = environment(PACKAGES)
-    if device != "cpu":
+    if bench.gpu:
         where["machine"] = torch.cuda.get_device_name()
-    copy_rate = given["copy_rate"] or measured_copy_rate(device)
+    copy_rate = given["copy_rate"] or measured_copy_rate(bench)
     names = [{"case": row.case, "phase": row.phase, "shape": row.shape} for row in rows]
-    tell(rows=names, environment=where, copy_rate=copy_rate, missing=missing_peers(device))
+    tell(rows=names, environment=where, copy_rate=copy_rate, missing=missing_peers(bench))
     for index in range(given["first"], len(rows)):
         tell(start=index)
         line, healthy = measured(rows[index], bench, given["peers"], copy_rate)
@@ -86,19 +87,19 @@ def _broken(name: str, error: Exception) -> Row:
 def measured(row: Row, bench: Bench, prefixes: list[str], copy_rate: float) -> tuple[dict[str, Any], bool]:
     """A row's line, and whether the device still works: after an error of CUDA nothing else does in this process."""
     line: dict[str, Any] = {
-        "suite": "gpu", "case": row.case, "phase": row.phase, "shape": row.shape, "interpreted": bench.device == "cpu",
+        "suite": "gpu", "case": row.case, "phase": row.phase, "shape": row.shape, "interpreted": not bench.gpu,
         "correct": False, "failure": None, "error": None, "ms": None, "ratio": None, "noise": None,
     }  # fmt: skip
     peers = {name: run for name, run in row.peers.items() if not prefixes or any(name.startswith(p) for p in prefixes)}
     try:
-        line |= correctness(row, bench.device)
-        line |= times(row, peers, bench.device)
-        line |= rates(row, line, bench.device, copy_rate)
+        line |= correctness(row, bench)
+        line |= times(row, peers, bench)
+        line |= rates(row, line, bench, copy_rate)
     except Exception as error:
         line |= {"correct": False, "failure": described(error), "ms": None}
-        return line, is_healthy(bench.device, error)
+        return line, is_healthy(bench, error)
     sticky = [text for text in line["peers_failed"].values() if STICKY.search(text)]
-    return line, not sticky and is_healthy(bench.device)
+    return line, not sticky and is_healthy(bench)
 
 
 def described(error: BaseException) -> str:
@@ -106,25 +107,26 @@ def described(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def is_healthy(device: str, error: Exception | None = None) -> bool:
+def is_healthy(bench: Bench, error: Exception | None = None) -> bool:
     """Whether work can go on in this process."""
     if error is not None and STICKY.search(str(error)):
         return False
-    if device == "cpu":
+    if not bench.gpu:
         return True
     try:
         torch.cuda.empty_cache()
-        return float(torch.randn(8, device=device).square().sum()) > 0
+        return float(torch.randn(8, device=bench.device).square().sum()) > 0
     except Exception:
         return False
 
 
-def correctness(row: Row, device: str) -> dict[str, Any]:
+def correctness(row: Row, bench: Bench) -> dict[str, Any]:
     """Our answer and gradients against the definition, each with what it may be off by."""
     start = time.perf_counter()
     given = _separate(row.check(row.make(0)))
     fast = _results(row.ours, given, WHOLE, None)
-    _wait(device)
+    if bench.gpu:
+        torch.cuda.synchronize()
     first_call = time.perf_counter() - start
     found: dict[str, tuple[float, float]] = {}
     for part in row.parts:
@@ -135,6 +137,8 @@ def correctness(row: Row, device: str) -> dict[str, Any]:
         mine |= {f"gradient {n}": fast[f"gradient {n}"][at] for n, (x, at) in enumerate(_placed(given, part))
                  if x.requires_grad}  # fmt: skip
         for name, (error, allowed) in deviations(mine, plain, exact, kind_of(given), least=1e-30).items():
+            if not math.isfinite(allowed):
+                raise ValueError(f"the definition's {name} is not finite in {kind_of(given)}")
             if name not in found or error / allowed > found[name][0] / found[name][1]:
                 found[name] = error, allowed
     worst = max(found, key=lambda name: found[name][0] / found[name][1])
@@ -174,25 +178,25 @@ def _results(run: Run, inputs: Inputs, part: Part, whole: Results | None) -> Res
     return result
 
 
-def times(row: Row, peers: dict[str, Run], device: str) -> dict[str, Any]:
+def times(row: Row, peers: dict[str, Run], bench: Bench) -> dict[str, Any]:
     """Medians over three sets of inputs, all contenders in turns; of the first set in a CUDA graph too."""
     taken: dict[str, list[float]] = {}
     in_graph: dict[str, float] = {}
     failures: dict[str, str] = {}
-    for seed in range(1 if device == "cpu" else 3):
+    for seed in range(3 if bench.gpu else 1):
         inputs = row.make(seed)
         for name, run in {"ours": row.ours, **peers}.items():
             if name in failures:
                 continue
             try:
-                taken.setdefault(name, []).append(timed(step(run, inputs), device))
+                taken.setdefault(name, []).append(timed(step(run, inputs), bench))
             except Exception as error:
                 if name == "ours":
                     raise
                 failures[name] = described(error)[:160]
                 taken.pop(name, None)
     inputs = row.make(0)
-    for name in taken if device != "cpu" else ():
+    for name in taken if bench.gpu else ():
         # Last: a capture that fails may leave the generator of random numbers behind in it.
         try:
             in_graph[name] = timed_in_graph(step({"ours": row.ours, **peers}[name], inputs))
@@ -232,9 +236,9 @@ def step(run: Run, inputs: Inputs) -> Callable[[], None]:
     return both
 
 
-def timed(call: Callable[[], None], device: str) -> float:
+def timed(call: Callable[[], None], bench: Bench) -> float:
     """Median in ms on a GPU, with the L2 cache emptied before every call; one run elsewhere."""
-    if device == "cpu":
+    if not bench.gpu:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
@@ -253,14 +257,14 @@ def timed_in_graph(call: Callable[[], None]) -> float:
     return float(testing.do_bench_cudagraph(call, rep=10, return_mode="median"))
 
 
-def rates(row: Row, line: dict[str, Any], device: str, copy_rate: float) -> dict[str, Any]:
+def rates(row: Row, line: dict[str, Any], bench: Bench, copy_rate: float) -> dict[str, Any]:
     """What follows from the times: rates, peak memory, goals."""
     ms = line["ms"]
     found: dict[str, Any] = {
         "tflops": row.flops / ms * 1e-9, "gbytes": row.bytes / ms * 1e-6,
         "copy_share": row.bytes / (ms * 1e-3) / copy_rate if copy_rate else 0.0,
     }  # fmt: skip
-    if device != "cpu":
+    if bench.gpu:
         call = step(row.ours, row.make(0))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -270,20 +274,24 @@ def rates(row: Row, line: dict[str, Any], device: str, copy_rate: float) -> dict
     found["goals"] = [
         {
             "against": goal.peer, "goal": goal.ratio, "reached": reached.get(goal.peer),
-            "met": None if goal.peer not in reached or device == "cpu" else reached[goal.peer] >= goal.ratio,
+            "met": reached[goal.peer] >= goal.ratio if goal.peer in reached and bench.gpu else None,
         }
         for goal in row.goals
     ]  # fmt: skip
     return found
 
 
-def measured_copy_rate(device: str) -> float:
+def measured_copy_rate(bench: Bench) -> float:
     """Bytes a second that a copy of 1 GiB reads and writes here; 0 on a CPU."""
-    if device == "cpu":
+    if not bench.gpu:
         return 0.0
-    source = torch.empty(2**28, device=device)
+    source = torch.empty(bench.size(2**28, 2**10), device=bench.device)
     target = torch.empty_like(source)
-    return 2.0 * source.nbytes / (timed(lambda: target.copy_(source) and None, device) * 1e-3)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2.0 * source.nbytes / (timed(copy, bench) * 1e-3)
 
 
 def compile_ahead(row: Row) -> str | None:
@@ -318,15 +326,13 @@ def warm_up() -> Iterator[None]:
         JITFunction.run, InterpretedFunction.run = run, interpreted
 
 
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, whatever it does then."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    try:
-        main(json.loads(sys.argv[1]))
-    except BrokenPipeError:
-        # Nobody is listening any more.
-        os._exit(1)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    main(json.loads(sys.argv[1]))

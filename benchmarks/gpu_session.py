@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
 GPU = ("python", "benchmarks/gpu.py")
 SMOKE = "tests/kernels/test_gpu_smoke.py"
 # Families of the smoke tests whose kernels run in rows of another name.
@@ -171,25 +172,29 @@ def skipped_rows(junit: Path) -> list[str]:
     return sorted(failed - {""})
 
 
-def versions() -> dict[str, Any]:
+def versions(bench: Any = None) -> dict[str, Any]:
     """What is installed, the rate of a copy and of a matrix product of 8,192."""
     import torch
     import triton
+    from gpu_measure import Bench, measured_copy_rate, timed
 
     found: dict[str, Any] = {
         "python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__,
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
-    if not torch.cuda.is_available():
+    bench = bench or Bench("cuda" if torch.cuda.is_available() else "cpu", tiny=False)
+    if not bench.gpu:
         return found
-    found |= {"device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-    n = 8192
-    x = torch.randn(n, n, dtype=torch.bfloat16, device="cuda")
-    source = torch.empty(2**28, device="cuda")
-    target = torch.empty_like(source)
-    found["tflops"] = 2 * n**3 / triton.testing.do_bench(lambda: x @ x, return_mode="median") * 1e-9
-    copy = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return found | {"copy_gbytes": 2 * source.nbytes / copy * 1e-6}
+    x = bench.tensors(0, (bench.size(8192, 16),) * 2)[0]
+
+    def product() -> None:
+        torch.mm(x, x)
+
+    return found | {
+        "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+        "tflops": 2 * x.shape[0] ** 3 / timed(product, bench) * 1e-9,
+        "copy_gbytes": measured_copy_rate(bench) * 1e-9,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Case:
     """A call of one family.
 
     shapes and kinds of its inputs: "x" normal and differentiable, "-" normal and not, "+" at least 0 and
-    differentiable, or a function of (shape, generator, device) for others. fused and plain take the inputs.
+    differentiable, or a function of (shape, generator) for others. fused and plain take the inputs.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -49,7 +49,8 @@ class Case:
         made = []
         for shape, kind in zip(self.shapes, self.kinds, strict=True):
             if callable(kind):
-                made.append(kind(shape, generator).to(device))
+                other = kind(shape, generator).to(device)
+                made.append(other.requires_grad_(other.is_floating_point()))
                 continue
             x = torch.randn(shape, generator=generator)
             x = (x.relu() if kind == "+" else x).to(device, dtype)
@@ -113,7 +114,7 @@ def linear(D: int, mixed: bool, causal: bool = True) -> Case:
     shapes = [(2, T, 4, D), (2, T, 2, D), (2, T, 2, D), *([(n, n)] if mixed else [])]
 
     def weights(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.rand(shape, generator=generator).requires_grad_()
+        return torch.rand(shape, generator=generator)
 
     def call(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None = None, *, backend: str) -> Tensor:
         return linear_attention(q, k, v, size=64, causal=causal, mixing=mixing, backend=backend)[0]

@@ -101,6 +101,22 @@ def test_the_names_of_families_are_those_of_rows(session, monkeypatch):
     assert [row for row in rows if not any(row.startswith(start) for start in beginnings)] == []
 
 
+def test_versions_and_rates(session, monkeypatch):
+    from gpu_cases import Bench
+    from triton import testing
+
+    monkeypatch.setattr(testing, "do_bench", lambda call, **_: [call(), 2.0][1])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    bench = Bench("cpu", tiny=True)
+    assert session.versions(bench)["torch"] == torch.__version__
+    bench.gpu = True
+    found = session.versions(bench)
+    assert (found["device"], found["capability"]) == ("NVIDIA X", (9, 0))
+    assert found["tflops"] == pytest.approx(2 * 16**3 / 2e-3 * 1e-12)
+    assert found["copy_gbytes"] == pytest.approx(2 * 4 * 2**10 / 2e-3 * 1e-9)
+
+
 @pytest.mark.parametrize("plan", ["first", "second"])
 def test_a_plan_fits_its_call(session, plan):
     assert sum(step.seconds for step in session.PLANS[plan]) <= {"first": 450, "second": 200}[plan]
