@@ -4,7 +4,7 @@
     python benchmarks/gpu_session.py --plan second --out OUT       # 200 seconds: candidates and compiled peers
     python benchmarks/gpu_session.py --plan first --out OUT --device cpu --interpret --tiny     # rehearsed anywhere
 
-OUT/session.jsonl has a line for each step, OUT/NAME.log what it printed, OUT/NAME.xml the tests, OUT/rows/ the rows.
+OUT/session.jsonl has a line for each step, OUT/NAME.log what it printed, OUT/NAME.xml its tests, OUT/NAME/ its rows.
 Rows of families that the smoke tests refuse are left out. Exit status 1: a step failed.
 """
 
@@ -32,8 +32,9 @@ ROWS_OF = {"softmax": ("softmax", "latent 128", "module"), "latent": ("latent 12
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its limit in seconds; {out} is the session's folder, {skip} the rows to leave out, {tests} what is
-    tested.
+    """A command with its limit in seconds.
+
+    In it {out} is the session's folder, {step} the step's name, {skip} the rows to leave out and {tests} what to test.
     """
 
     name: str
@@ -49,7 +50,7 @@ def tests(name: str, *arguments: str) -> tuple[str, ...]:
 def rows(grid: str, seconds: float, *arguments: str) -> tuple[str, ...]:
     """The rows of a grid; the rest of the step is for the start and the table."""
     limits = "--budget", f"{seconds:g}", "--row-limit", f"{min(60.0, seconds / 2):g}"
-    return (*GPU, "--grid", grid, *limits, "--out", "{out}/rows", *arguments)
+    return (*GPU, "--grid", grid, *limits, "--out", "{out}/{step}", *arguments)
 
 
 # The plans of a session of 12 minutes in two calls. "auto" and graph captures are steps of their own: what they find is
@@ -112,11 +113,15 @@ def run(step: Step, options: argparse.Namespace, deadline: float) -> dict[str, A
         return line | {"status": "left out"}
     skip = skipped_rows(options.out / "smoke.xml")
     few = "tests/kernels/test_tuning.py"
-    words = {"{out}": str(options.out), "{skip}": ",".join(skip), "{tests}": few if options.tiny else "tests/kernels"}
+    name = step.name.replace(" ", "_")
+    words = {
+        "{out}": str(options.out), "{step}": name, "{skip}": ",".join(skip),
+        "{tests}": few if options.tiny else "tests/kernels",
+    }  # fmt: skip
     command = [sys.executable if word == "python" else filled(word, words) for word in step.command]
     command += dry(step, options)
     start = time.monotonic()
-    with (options.out / f"{step.name.replace(' ', '_')}.log").open("w", encoding="utf-8") as log:
+    with (options.out / f"{name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status: int | str = process.wait(left)
