@@ -186,6 +186,8 @@ class Run:
         """Lines of the rows from `first` on, until the process cannot go on."""
         for row in rows[first:]:
             begun = time.monotonic()
+            if begun >= self.deadline:
+                return
             limit = min(begun + self.options.row_limit, self.deadline)
             while True:
                 message = process.next(limit - time.monotonic())
