@@ -255,7 +255,7 @@ class StaticContextCache(TokenCache):
 
     def truncate(self, length: int) -> None:
         """As `TokenCache.truncate`; static tokens stay."""
-        if 0 <= length < self.num_static:
+        if is_integer(length) and 0 <= length < self.num_static:
             raise ValueError(f"length must be at least the {self.num_static} static tokens, got {length}; or reset()")
         super().truncate(length)
 

@@ -70,21 +70,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("causal", "bias", "o_bias", "out_bias", "k_rope_bias", "q_bias", "kv_b_bias", "kv_norm", "qk_norm", "alibi",
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
-         "static_base", "efficient", "interaction_bias", "separate_static", "mixing_per_head", "mixing_trainable",
-         "probe_causal", "allow_grad"), SWITCH,
+         "static_base", "efficient", "interaction_bias", "separate_static", "shared_key", "feature_norm",
+         "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias"), SWITCH,
     ),
-    **dict.fromkeys(("absorb", "sparse"), SWITCH_OR_AUTO),
+    **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(
         ("sink_tokens", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads", "num_routed_active", "sample_topk",
          "lepe_kernel", "batch_size"), COUNT,
     ),
     **dict.fromkeys(("sliding_window", "max_length"), SIZE),
     **dict.fromkeys(
-        ("init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps", "eps", "aux_loss_coef",
-         "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
+        ("init_std", "embed_init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps",
+         "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
     ),
     **dict.fromkeys(("logit_softcap", "mixing_sigma"), POSITIVE),
     **dict.fromkeys(("grid", "block_grid"), SIZES),
+    "output_scale": NUMBER,
     "dropout": (*NUMBER, (lambda value: 0 <= value < 1, "lie in [0, 1)")),
     "scale": ((lambda value: is_number(value) and value != 0, "be a finite number other than 0"),),
     "sink": one_of("zero", "learned", words="be None, 'zero' or 'learned'"),
@@ -98,6 +99,10 @@ RULES: dict[str, Rule] = {
         (lambda value: _is_pair(value, is_number) and 0 <= value[0] < value[1],
          "be two bounds with 0 <= low < high, or None"),
     ),
+    **dict.fromkeys(("precision", "scale_w"), (
+        (lambda value: isinstance(value, tuple | list) and all(is_number(one) and one > 0 for one in value),
+         "hold positive numbers"),
+    )),
     "dtype": (
         (lambda value: isinstance(value, torch.dtype) and value in FLOATS, f"be one of {', '.join(map(str, FLOATS))}"),
     ),

@@ -40,8 +40,8 @@ ATTENTION = {
     "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
-PLAIN = ("eit", "eit-efficient")
-"""Mechanisms that no kernel of ours covers."""
+PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard")
+"""Mechanisms that no kernel of ours covers, of mgk a decoding step."""
 
 
 @dataclass
@@ -174,7 +174,7 @@ def takes(name: str, case: str) -> bool:
     """Whether a mechanism has the feature."""
     options, _ = CASES[case]
     needed = [option for option, values in OPTIONS.items() if values and values.items() <= options.items()]
-    if case == "dense mask" and name.startswith(("linear", "mhla")):
+    if case == "dense mask" and name.startswith(("linear", "mhla", "mgk-linear")):
         return False
     if "causal" in options and name == "mhla":
         return True

@@ -50,6 +50,7 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "torch.device | str": ("nowhere", "cuda:-1", "cpu:x", 2.5, True, *COMMON),
     "tuple[int, int]": ((1,), (1, 2, 3), 5, "ab", (2.5, 2), ("a", "b"), (True, 2), (nan, 1), (0, 0), *COMMON),
     "tuple[float, float]": ((1.0,), (0.0, nan), (1.0, 0.5), (-1.0, 1.0), "ab", 0.5, ("a", "b"), (0.0, inf), *COMMON),
+    "Sequence[float]": ((1.0,), (1.0, nan), (-1.0, 2.0), (inf, 1.0), ("a", "b"), 2.0, "ab", (True, 2.0), *COMMON),
     "Tensor | Frequencies": ("x", 1.0, torch.ones(9, 9), torch.ones(1, 2) * 1j, torch.tensor([[nan, nan]]), *COMMON),
 }
 NEVER_NEGATIVE = ("_eps", "_coef", "dropout", "init_std", "softcap", "sigma")

@@ -69,8 +69,8 @@ class ComplexAttention(GroupedQueryAttention):
         **options: Any,
     ) -> None:
         for name in ("scale", "qk_norm", "alibi"):
-            if options.get(name) not in (None, False):
-                raise ValueError(f"{name} is not an option of ComplexAttention, got {options[name]!r}")
+            if (given := options.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} is not an option of ComplexAttention, got {given!r}")
         check_options(eps=eps)
         check("softmax_scale", softmax_scale, (*NUMBER, (lambda value: value != 0, "not be 0")))
         check("phase_init", phase_init, one_of("identity", "official", words="be 'identity' or 'official'"))

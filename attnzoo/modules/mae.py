@@ -16,7 +16,7 @@ from attnzoo.ops.head_routing import Routing
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import precise_linear
-from attnzoo.rules import check_sizes
+from attnzoo.rules import check, check_sizes, one_of
 from attnzoo.tracing import is_exported
 
 GATE_INPUTS = ("causal_mean", "mean", "token")
@@ -79,23 +79,23 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal=causal, **options)
-        k = num_heads - 1 if num_active is None else num_active
-        gate_input = ("causal_mean" if causal else "mean") if gate_input is None else gate_input
-        check_sizes(gate_hidden=gate_hidden)
+        (gate_hidden,) = check_sizes(gate_hidden=gate_hidden)
+        num_heads = self.num_heads
         if num_heads < 2:
             raise ValueError(f"num_heads must be at least 2, got {num_heads}")
-        if not 1 <= k <= num_heads - 1:
+        k = num_heads - 1 if num_active is None else num_active
+        (k,) = check_sizes(num_active=k)
+        gate_input = ("causal_mean" if causal else "mean") if gate_input is None else gate_input
+        if k > num_heads - 1:
             raise ValueError(f"num_active must lie between 1 and num_heads - 1 = {num_heads - 1}, got {k}")
         if (n := math.comb(num_heads, k)) > MOST_EXPERTS:
             raise ValueError(
                 f"num_active must give at most {MOST_EXPERTS} experts, got {n} of {k} of {num_heads} heads"
             )
-        if gate_input not in GATE_INPUTS:
-            raise ValueError(f"gate_input must be one of {', '.join(map(repr, GATE_INPUTS))}, got {gate_input!r}")
+        check("gate_input", gate_input, one_of(*GATE_INPUTS))
         if causal and gate_input == "mean":
             raise ValueError("gate_input 'mean' needs causal=False: it would show later tokens to earlier ones")
-        if training_scheme not in ("joint", "bcd"):
-            raise ValueError(f"training_scheme must be 'joint' or 'bcd', got {training_scheme!r}")
+        check("training_scheme", training_scheme, one_of("joint", "bcd", words="be 'joint' or 'bcd'"))
         self.num_active, self.gate_input, self.training_scheme = k, gate_input, training_scheme
         if gate_input == "causal_mean":
             self.cache_type = MeanCache
@@ -118,7 +118,8 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         call = begin(self, x, context, mask, positions, cache)
         q, k, v = self.project(x, *call.sources)
         z, sums = self.gate_inputs(x, call)
-        factors = self.factors(self.gates(z), call.real_tokens(x))
+        g = self.gates(z)
+        factors = self.factors(g)
         q = qk_norm_rope(q, call.q_table, norm=self.q_norm, backend=self.backend)
         k = qk_norm_rope(k, call.k_table, norm=self.k_norm, backend=self.backend)
         with call.remember(k, v) as (k, v):
@@ -128,6 +129,7 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
             scale = factors.expand(-1, x.shape[1], -1)
             out = softmax_attention(q, k, v, call.view, head_scale=scale, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
+            self._keep_statistics(g, call.real_tokens(x))
             return y
 
     def gate_inputs(self, x: Tensor, call: Call) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -157,14 +159,18 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         """Probabilities g (.., n) of the experts."""
         return precise_linear(self.gate_fc2, torch.tanh(precise_linear(self.gate_fc1, z))).softmax(-1)
 
-    def factors(self, g: Tensor, real: Tensor | None) -> Tensor:
-        """Factors a (.., H) of the heads that are left, in the module's phase; keeps the statistics of training."""
+    def _keep_statistics(self, g: Tensor, real: Tensor | None) -> None:
+        """Set `routing`, to None outside training; an exported program keeps none."""
+        if is_exported():
+            return
+        self.routing = None
+        if self.training and g.numel():
+            counts = None if real is None or real.shape[1] != g.shape[1] else real
+            self.routing = Routing.of(g == g.amax(-1, keepdim=True), g, counts).detach()
+
+    def factors(self, g: Tensor) -> Tensor:
+        """Factors a (.., H) of the heads that are left, in the module's phase."""
         H, k = self.heads.total, self.num_active
-        if not is_exported():
-            self.routing = None
-            if self.training and g.numel():
-                counts = None if real is None or real.shape[1] != g.shape[1] else real
-                self.routing = Routing.of(g == g.amax(-1, keepdim=True), g, counts).detach()
         chooses = self.phase == "argmax" or (
             self.phase == "expert" and (self.training or self.expert_index is not None)
         )

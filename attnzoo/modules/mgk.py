@@ -22,7 +22,7 @@ from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import constant
 from attnzoo.ops.submodules import place_of
 from attnzoo.rotary import Rotary
-from attnzoo.rules import check_sizes
+from attnzoo.rules import check, check_options, check_sizes, one_of
 from attnzoo.tracing import is_readable
 
 CHUNK = 64  # Tokens of a chunk of the linear form; it changes speed only.
@@ -99,18 +99,22 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         rope: Rotary | None = None,
         **options: Any,
     ) -> None:
-        check_sizes(num_mixtures=num_mixtures, **{} if max_positions is None else {"max_positions": max_positions})
+        (num_mixtures,) = check_sizes(num_mixtures=num_mixtures)
+        if max_positions is not None:
+            (max_positions,) = check_sizes(max_positions=max_positions)
         ones = (1.0,) * num_mixtures
-        precision = ((1.0, 3.0) if num_mixtures == 2 else ones) if precision is None else tuple(precision)
-        scale_w = ones if scale_w is None else tuple(scale_w)
+        precision = ((1.0, 3.0) if num_mixtures == 2 else ones) if precision is None else precision
+        scale_w = ones if scale_w is None else scale_w
+        check_options(
+            precision=precision, scale_w=scale_w, eps=eps, shared_key=shared_key, feature_norm=feature_norm,
+            output_scale=output_scale,
+        )  # fmt: skip
         for name, choice in (("assignment", assignment), ("prior", prior), ("attention", attention)):
-            if choice not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {choice!r}")
+            check(name, choice, one_of(*CHOICES[name]))
         for name, numbers in (("precision", precision), ("scale_w", scale_w)):
-            if len(numbers) != num_mixtures or not all(0 < number < float("inf") for number in numbers):
-                raise ValueError(f"{name} must hold num_mixtures {num_mixtures} positive numbers, got {list(numbers)}")
-        if not 0 <= eps < float("inf"):
-            raise ValueError(f"eps must not be negative, got {eps}")
+            if len(numbers) != num_mixtures:
+                raise ValueError(f"{name} must hold num_mixtures {num_mixtures} positive numbers, got {numbers!r}")
+        precision, scale_w = tuple(map(float, precision)), tuple(map(float, scale_w))
         if attention == "linear" and (assignment != "learned" or rope is not None):
             raise ValueError(
                 f"attention 'linear' needs assignment 'learned' and no rope, got {assignment!r} and {rope}"
@@ -120,8 +124,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         if shared_key and num_mixtures == 1:
             warnings.warn("shared_key with num_mixtures=1 shifts all keys alike: one key has no mixture", stacklevel=2)
         for name in LACKS:
-            if options.get(name):
-                raise ValueError(f"{name} is no option of a mixture of Gaussian keys, got {options[name]!r}")
+            if (given := options.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} is no option of a mixture of Gaussian keys, got {given!r}")
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, rope=rope, **options)
         self.num_mixtures, self.shared_key, self.assignment = num_mixtures, shared_key, assignment
         self.prior, self.max_positions, self.precision, self.eps = prior, max_positions, precision, float(eps)

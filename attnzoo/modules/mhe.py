@@ -17,6 +17,7 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, k
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import matrix_of
 from attnzoo.rotary import Rotary, rotate
+from attnzoo.rules import check, check_options, one_of
 
 EMBEDDINGS = ("q_head_embed", "k_head_embed", "v_head_embed")
 
@@ -66,13 +67,13 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         embed_init_std: float = 0.02,
         **options: Any,
     ) -> None:
-        if mode not in ("mul", "add"):
-            raise ValueError(f"mode must be 'mul' or 'add', got {mode!r}")
-        if embed_init_std < 0:
-            raise ValueError(f"embed_init_std must not be negative, got {embed_init_std}")
+        check("mode", mode, one_of("mul", "add", words="be 'mul' or 'add'"))
+        check_options(embed_init_std=embed_init_std)
         for name in ("qk_norm",) if mode == "mul" else ("qk_norm", "logit_softcap", "sink"):
-            if options.get(name):
-                raise ValueError(f"{name} cannot be had with mode {mode!r}, got {options[name]!r}")
+            if (given := options.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} cannot be had with mode {mode!r}, got {given!r}")
+        if (groups := options.pop("num_kv_heads", None)) not in (None, 1):
+            raise ValueError(f"num_kv_heads must be 1, got {groups!r}")
         super().__init__(embed_dim, num_heads, 1, head_dim, rope=rope, **options)
         self.mode = mode
         self.embed_init_std = embed_init_std

@@ -18,7 +18,7 @@ from attnzoo.ops.observation import current_observer
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import precise_linear
 from attnzoo.rotary import rotary_table, rotate
-from attnzoo.rules import check_sizes
+from attnzoo.rules import check, check_options, check_sizes, describe, one_of
 from attnzoo.tracing import has_values, is_exported
 
 GATES = ("normalized", "softmax", "none")
@@ -85,23 +85,18 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         **options: Any,
     ) -> None:
         for name in LACKS:
-            if options.get(name):
-                raise ValueError(f"{name} is no option of selective multi-head attention, got {options[name]!r}")
+            if (given := options.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} is no option of selective multi-head attention, got {given!r}")
         if (groups := options.pop("num_kv_heads", None)) not in (None, num_heads):
-            raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups}")
+            raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups!r}")
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **{"o_bias": False} | options)
-        k = max(num_heads // 2, 1) if num_active is None else num_active
-        check_sizes(num_active=k)
+        k = max(self.num_heads // 2, 1) if num_active is None else num_active
+        (k,) = check_sizes(num_active=k)
         if k > num_heads:
             raise ValueError(f"num_active must be at most num_heads {num_heads}, got {k}")
-        if gate_mode not in GATES:
-            raise ValueError(f"gate_mode must be one of {', '.join(map(repr, GATES))}, got {gate_mode!r}")
-        if rope_positions not in ("original", "rank"):
-            raise ValueError(f"rope_positions must be 'original' or 'rank', got {rope_positions!r}")
-        if aux_loss_coef < 0:
-            raise ValueError(f"aux_loss_coef must not be negative, got {aux_loss_coef}")
-        if packed not in (True, False, "auto"):
-            raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
+        check("gate_mode", gate_mode, one_of(*GATES))
+        check("rope_positions", rope_positions, one_of("original", "rank", words="be 'original' or 'rank'"))
+        check_options(aux_loss_coef=aux_loss_coef, packed=packed, head_out_bias=head_out_bias)
         self.num_active, self.gate_mode, self.rope_positions = k, gate_mode, rope_positions
         self.aux_loss_coef, self.packed = aux_loss_coef, packed
         factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
@@ -124,12 +119,14 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         There is no cross-attention: a context would have to choose heads too.
         """
         if context is not None:
-            raise ValueError("context must be None: keys are those of the tokens of x that chose the head")
+            raise ValueError(
+                f"context must be None: keys are those of tokens of x that chose the head, got {describe(context)}"
+            )
         if positions is not None and self.rope_positions == "rank":
             raise ValueError("positions must be None with rope_positions 'rank': tokens go by their number in a list")
         call = begin(self, x, None, mask, positions, cache)
         q, k, v = self.project(x, x, x)
-        gates, chosen = self.gates(x, call)
+        gates, chosen, routing = self.gates(x, call)
         q, k = call.rotate(q, k) if self.rope_positions == "original" else self.rotate_by_rank(q, k, chosen, call)
         with call.remember(k, v, chosen.to(v.dtype)[:, :, None]) as (k, v, known):
             if self._runs_packed(x, call):
@@ -140,22 +137,33 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
                 view = replace(call.view, mask=keys if own is None else own & keys)
                 out = softmax_attention(q, k, v, view, head_scale=gates, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
+            self._keep_statistics(routing)
             return y if self.o_head_bias is None else y + gates.to(y.dtype) @ self.o_head_bias.to(y.dtype)
 
-    def gates(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Gates (B, T, H), 0 for heads that a token did not choose, and who is on each head's list, without padding."""
+    def gates(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Routing | None]:
+        """Gates (B, T, H), 0 for heads that a token did not choose; who is on each head's list, without padding.
+
+        And, in training, the statistics with their gradients.
+        """
         logits, k = precise_linear(self.router, x), self.num_active
         chosen, probability, real = top_heads(logits, k), logits.softmax(-1), call.real_tokens(x)
         if self.gate_mode == "normalized":
             gates = k * logits.masked_fill(~chosen, -torch.inf).softmax(-1)
         else:
             gates = chosen.to(logits.dtype) if self.gate_mode == "none" else probability * chosen
-        if not is_exported():
-            self.aux_loss, self.routing = None, None
-            if self.training:
-                routing = Routing.of(chosen, probability, real, self.aux_loss_group)
-                self.aux_loss, self.routing = self.aux_loss_coef / k * load_balance_loss(routing), routing.detach()
-        return gates, chosen if real is None else chosen & real[..., None]
+        routing = None
+        if self.training and not is_exported():
+            routing = Routing.of(chosen, probability, real, self.aux_loss_group)
+        return gates, chosen if real is None else chosen & real[..., None], routing
+
+    def _keep_statistics(self, routing: Routing | None) -> None:
+        """Set `aux_loss` and `routing`, to None outside training; an exported program keeps neither."""
+        if is_exported():
+            return
+        self.aux_loss, self.routing = None, None
+        if routing is not None:
+            self.aux_loss = self.aux_loss_coef / self.num_active * load_balance_loss(routing)
+            self.routing = routing.detach()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left, which belongs to its graph, and without a process group."""

@@ -88,7 +88,9 @@ def softmax_attention(
     observer = current_observer()
     if observer is not None:
         observer(Observation("softmax_attention", q, k, v, view, rules))
-    decoding = bias is None and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale)
+    # Asked only where kernels may run: a graph for any length must not be tied to few queries or many.
+    kernels = bias is None and (q.is_cuda or backend == "triton")
+    decoding = kernels and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale)
     chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules, decoding), q.device)
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
@@ -152,8 +154,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     bias = _bias(T, S, q.device, view, rules)
     q, k = join_rope(q, k, rules)
     # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
-    is_causal = view.is_plain_causal(T, S) and bias is None and rules.sinks is None
-    visible = None if is_causal else view.dense((B, H, T, S), q.device)
+    # Decided by a branch: in a graph for any length a comparison is a symbol, which the function does not take.
+    is_causal, visible = True, None
+    if not view.is_plain_causal(T, S) or bias is not None or rules.sinks is not None:
+        is_causal, visible = False, view.dense((B, H, T, S), q.device)
     if rules.sinks is not None:
         k, v, visible, bias = _append_sink(k, v, visible, bias, rules.sinks, (B, H, T))
     attn_mask = visible

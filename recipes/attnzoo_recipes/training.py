@@ -50,7 +50,7 @@ class Pretraining(L.LightningModule):
         warmup_steps: optimiser steps of linear warm-up.
         min_lr_ratio: the cosine ends at this fraction of lr, at the trainer's last step.
         aux_loss_weight: factor of the mechanism's auxiliary losses, which already include their own coefficients.
-        compile: torch.compile the decoder.
+        compile: torch.compile the decoder for batches; samples are drawn without.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
 
     Raises:
@@ -58,6 +58,7 @@ class Pretraining(L.LightningModule):
     """
 
     model: DecoderLM
+    _on_batches: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -134,8 +135,10 @@ class Pretraining(L.LightningModule):
             self.vocab_size = int(self._data().tokenizer.vocab_size)
         self.model = DecoderLM(self.vocab_size, self.attention, **self.sizes)
         if self.compile_model:
+            # For batches alone: samples, of every length, would make it compile again, and then round in another way.
             # Drawn by torch's own generator, dropout is that of an uncompiled run, and continues in a resumed one.
-            self.model.compile(options={"fallback_random": True})
+            compiled = torch.compile(self.model, options={"fallback_random": True})
+            object.__setattr__(self, "_on_batches", compiled)  # no submodule: its weights are those of the model
 
     def model_config(self) -> dict[str, Any]:
         """The arguments of `model_config.build_model` for the same decoder, as plain types."""
@@ -203,7 +206,8 @@ class Pretraining(L.LightningModule):
             tokens = batch["tokens"].numel()
             boundaries = F.pad(boundaries, (0, tokens + 1 - boundaries.numel()), value=tokens)
         mask = None if boundaries is None else attnzoo.AttentionMask.packed(boundaries)
-        logits = self.model(batch["tokens"], mask=mask)
+        decoder: Callable[..., Tensor] = self._on_batches if self.compile_model else self.model
+        logits = decoder(batch["tokens"], mask=mask)
         return F.cross_entropy(
             logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction=reduction
         )

@@ -460,7 +460,8 @@ def test_half_precision_gets_the_large_tiles(monkeypatch: pytest.MonkeyPatch) ->
 
     least: dict[str, int] = {}
 
-    def noted(self: Any, *_: Any, **given: Any) -> None:
+    def noted(self: Any, *args: Any, **named: Any) -> None:
+        given = dict(zip(self.arg_names, args, strict=False)) | named
         side, _ = smoke.LARGE.get(self.__name__, ("", 0))
         if side:
             least[self.__name__] = min(given[side], least.get(self.__name__, given[side]))

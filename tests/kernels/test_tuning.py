@@ -98,7 +98,8 @@ def test_a_pinned_configuration_reaches_a_backward_pass_in_another_thread(monkey
     run = InterpretedFunction.run
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> None:
-        launched[self.__name__] = kwargs.get("BLOCK_T", 0)
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launched[self.__name__] = given.get("BLOCK_T", 0)
         run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", noted)

@@ -288,6 +288,17 @@ def test_gradients_of_single_samples_are_a_loop(name: str) -> None:
             assert apart(found[key][i], value) <= 1e-10, key
 
 
+@slow_rules
+@every_mechanism
+def test_one_graph_serves_any_length(name: str) -> None:
+    module = make(name)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for tokens in (5, 9, 16):
+            x = sample(B, tokens)
+            assert apart(compiled(x), module(x)) <= 1e-10
+
+
 # The meta device
 
 

@@ -272,9 +272,9 @@ def test_key_circuits_are_means_by_prior_and_precision(attention):
     ("options", "message"),
     [
         ({"num_mixtures": 0}, "num_mixtures must be at least 1, got 0"),
-        ({"precision": (1.0,)}, r"precision must hold num_mixtures 2 positive numbers, got \[1.0\]"),
-        ({"precision": (1.0, 0.0)}, "precision must hold num_mixtures 2 positive numbers"),
-        ({"scale_w": (1.0, -1.0)}, "scale_w must hold num_mixtures 2 positive numbers"),
+        ({"precision": (1.0,)}, r"precision must hold num_mixtures 2 positive numbers, got \(1.0,\)"),
+        ({"precision": (1.0, 0.0)}, "precision must hold positive numbers"),
+        ({"scale_w": (1.0, -1.0)}, "scale_w must hold positive numbers"),
         ({"assignment": "firm"}, "assignment must be one of 'learned', 'soft', 'hard', got 'firm'"),
         ({"prior": "token"}, "prior must be one of 'head', 'position', 'global', got 'token'"),
         ({"prior": "position"}, "max_positions must be given with prior 'position', got None"),

@@ -169,6 +169,5 @@ def test_refusals(options, message):
 
 
 def test_groups_are_no_argument():
-    with pytest.raises(TypeError, match="num_kv_heads"):
-        attnzoo.MultipleHeadEmbeddingAttention(E, H, num_kv_heads=2)
-    assert build("mhe").num_kv_heads == 1
+    with pytest.raises(ValueError, match="num_kv_heads must be 1, got 2"):
+        attnzoo.MultipleHeadEmbeddingAttention(32, 4, num_kv_heads=2)

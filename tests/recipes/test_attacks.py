@@ -13,7 +13,7 @@ import zipfile
 import pytest
 import torch
 
-import attnzoo_recipes.pretrain
+import attnzoo_recipes.commandline
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import build_attention
@@ -241,7 +241,7 @@ def written(text, ran):
 def line_of_defence(request, monkeypatch):
     """With the search of the text, and without it: then the parser's own policy stands alone."""
     if request.param == "second line":
-        monkeypatch.setattr(attnzoo_recipes.pretrain, "check_arguments", lambda *arguments: None)
+        monkeypatch.setattr(attnzoo_recipes.commandline, "check_arguments", lambda *arguments: None)
     return request.param
 
 

