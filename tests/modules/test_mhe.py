@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo import AttentionMask, Rotary
-from tests.zoo import E, H, build, gradients
+from tests.zoo import E, H, gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mhe.safetensors"
 ROPES = {
