@@ -30,6 +30,7 @@ from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.modules.rcmha import RelativeConvAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
 from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
@@ -61,6 +62,7 @@ __all__ = [
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention",
     "MixtureOfAttentiveExperts",
+    "RelativeConvAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

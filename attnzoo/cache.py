@@ -152,14 +152,7 @@ class TokenCache:
         Returns the states (B, S, heads, width) and the index of each of the S tokens; None means 0 .. S-1.
         Nothing is stored if anything does not fit.
         """
-        tokens = new[0].shape[1]
-        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=True):
-            expected = (self.batch_size, tokens, heads, width)
-            if state.shape != expected or state.dtype != buffer.dtype or state.device != buffer.device:
-                raise ValueError(
-                    f"cache was made for states (batch, tokens, heads, width) {expected} in {buffer.dtype} "
-                    f"on {buffer.device}, got {tuple(state.shape)} in {state.dtype} on {state.device}"
-                )
+        tokens = self._check(new)
         if self.length + tokens > self.max_length:
             raise ValueError(
                 f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
@@ -168,6 +161,18 @@ class TokenCache:
         if self.capacity == self.max_length:
             return self._append_linear(states, tokens), None
         return self._append_ring(tuple(state.transpose(1, 2) for state in states), tokens)
+
+    def _check(self, new: tuple[Tensor, ...]) -> int:
+        """How many new tokens; refuses states of another batch, width, dtype or device."""
+        tokens = new[0].shape[1]
+        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=True):
+            expected = (self.batch_size, tokens, heads, width)
+            if state.shape != expected or state.dtype != buffer.dtype or state.device != buffer.device:
+                raise ValueError(
+                    f"cache was made for states (batch, tokens, heads, width) {expected} in {buffer.dtype} "
+                    f"on {buffer.device}, got {tuple(state.shape)} in {state.dtype} on {state.device}"
+                )
+        return tokens
 
     def _append_linear(self, states: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
         end = self.length + tokens
@@ -260,59 +265,99 @@ class StaticContextCache(TokenCache):
         super().truncate(length)
 
 
-class MeanCache(KeyValueCache):
-    """Keys and values, and for a running mean the sum of all inputs (B, E) and their number (B, 1).
+class StatefulCache(KeyValueCache):
+    """Keys and values, and beside them a state of fixed size, which belongs to all tokens so far.
 
     Attributes:
-        sums: (B, E) in float32, or float64 for a float64 cache.
-        counts: (B, 1).
+        state: its tensors, batch first. They are replaced and never written in place.
+        no_way_back: why single tokens cannot be taken back.
     """
 
-    sums: Tensor
-    counts: Tensor
+    state: tuple[Tensor, ...] = ()
+    no_way_back = ""
 
-    def make_sums(self, width: int) -> None:
-        """Allocate a sum of that width."""
-        buffer = self.buffers[0]
-        dtype = torch.promote_types(buffer.dtype, torch.float32)
-        self.sums = torch.zeros(self.batch_size, width, device=buffer.device, dtype=dtype)
-        self.counts = self.sums.new_zeros(self.batch_size, 1)
-
-    def store_sums(self, sums: Tensor, counts: Tensor) -> None:
-        """Move on to the sums after the tokens that were appended."""
-        self.sums, self.counts = sums.detach(), counts.detach()
+    def store(self, *state: Tensor) -> None:
+        """Move on to the state after the tokens that were appended."""
+        self.state = tuple(part.detach() for part in state)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that buffers and sums take."""
-        return super().nbytes + sum(part.numel() * part.element_size() for part in (self.sums, self.counts))
+        """Bytes that buffers and state take."""
+        return super().nbytes + sum(part.numel() * part.element_size() for part in self.state)
 
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""
         super().reset()
-        self.sums, self.counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        self.state = tuple(map(torch.zeros_like, self.state))
 
     def reorder(self, index: Tensor) -> None:
         """As `TokenCache.reorder`."""
         super().reorder(index)
-        self.sums, self.counts = self.sums.index_select(0, index), self.counts.index_select(0, index)
+        self.state = tuple(part.index_select(0, index) for part in self.state)
 
     def truncate(self, length: int) -> None:
-        """Forget everything (length 0) or nothing: a sum does not tell what single tokens brought."""
-        if length not in (0, self.length) and 0 < length < self.length:
-            raise ValueError(f"length must be 0 or {self.length}: a sum cannot give single tokens back, got {length}")
+        """Forget everything (length 0) or nothing."""
+        check_held(length, self.length)
+        if length not in (0, self.length):
+            raise ValueError(f"length must be 0 or {self.length}: {self.no_way_back}, got {length}")
         super().truncate(length)
         if length == 0:
             self.reset()
 
     def snapshot(self, tokens: int) -> Any:
-        """As `TokenCache.snapshot`, with the sums, which are never written in place."""
-        return super().snapshot(tokens), self.sums, self.counts
+        """As `TokenCache.snapshot`, with the state."""
+        return super().snapshot(tokens), self.state
 
     def restore(self, snapshot: Any) -> None:
         """Take back what was appended since the snapshot."""
-        before, self.sums, self.counts = snapshot
+        before, self.state = snapshot
         super().restore(before)
+
+
+class MeanCache(StatefulCache):
+    """Keys and values, and for a running mean the sum of all inputs (B, E) and their number (B, 1).
+
+    Both are in float32, or float64 for a float64 cache.
+    """
+
+    no_way_back = "a sum cannot give single tokens back"
+
+    def make_sums(self, width: int) -> None:
+        """Allocate a sum of that width."""
+        buffer = self.buffers[0]
+        dtype = torch.promote_types(buffer.dtype, torch.float32)
+        sums = torch.zeros(self.batch_size, width, device=buffer.device, dtype=dtype)
+        self.state = sums, sums.new_zeros(self.batch_size, 1)
+
+    @property
+    def sums(self) -> Tensor:
+        """(B, E)."""
+        return self.state[0]
+
+    @property
+    def counts(self) -> Tensor:
+        """(B, 1)."""
+        return self.state[1]
+
+
+class ConvolutionCache(StatefulCache):
+    """Keys and values after a convolution, and the last rows of queries, keys and values before it."""
+
+    no_way_back = "a convolution has kept the last inputs only"
+
+    def make_rows(self, rows: int, width: tuple[int, int]) -> None:
+        """Allocate so many rows (B, rows, heads, width) of each."""
+        self.state = tuple(self.buffers[0].new_zeros(self.batch_size, rows, *width) for _ in range(3))
+
+    def rows_before(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """The rows that the convolution needs before these queries, keys and values, which must fit the cache."""
+        self._check(new[1:])
+        return self.state
+
+    def store_rows(self, *new: Tensor) -> None:
+        """Move on to the last rows of queries, keys and values that came after those in the cache."""
+        pairs = zip(self.state, new, strict=True)
+        self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
 
 
 class LatentCache(TokenCache):

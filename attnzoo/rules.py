@@ -71,7 +71,8 @@ RULES: dict[str, Rule] = {
         ("causal", "bias", "o_bias", "out_bias", "k_rope_bias", "q_bias", "kv_b_bias", "kv_norm", "qk_norm", "alibi",
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
          "static_base", "efficient", "interaction_bias", "separate_static", "shared_key", "feature_norm",
-         "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias"), SWITCH,
+         "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias",
+         "conv_query_memory"), SWITCH,
     ),
     **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(

@@ -149,7 +149,7 @@ def make(name: str, draw: random.Random, causal: bool) -> nn.Module:
             module = attnzoo.ClusteredHeadAttention(build("mha", dtype=torch.float32), draw.choice((2, 4)))
         else:
             options: dict[str, Any] = {} if causal else {"causal": False}
-            if draw.random() < 0.4 and not name.startswith(("mla-pre", "linear")):
+            if draw.random() < 0.4 and not name.startswith(("mla-pre", "linear", "rcmha")):
                 options["rope"] = None
             module = build(name, dtype=torch.float32, **options)
     return module.eval() if name == "chai" or draw.random() < 0.5 else module.train()

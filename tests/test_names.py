@@ -12,7 +12,7 @@ NAMES = (
     "KnockingHeadsTiedAttention", "KnockingHeadsLatentAttention", "LinearAttention", "MultiHeadLinearAttention",
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
-    "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts",
+    "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
 )  # fmt: skip
 
 

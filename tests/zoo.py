@@ -80,6 +80,9 @@ MECHANISMS: dict[str, Make] = {
     "mae-token": lambda embed_dim=E, **options: attnzoo.MixtureOfAttentiveExperts(
         embed_dim, H, G, gate_hidden=12, gate_input="token", num_active=2, **options
     ),
+    "rcmha": lambda embed_dim=E, **options: attnzoo.RelativeConvAttention(
+        embed_dim, H, max_distance=64, **{"chunk_size": 5, "dropout": 0.0} | options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -142,7 +145,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "mhe-add": ("plain", "window", "window-sinks"),
     **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
     **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
-    "linear": ("plain",),
+    **dict.fromkeys(("rcmha", "linear"), ("plain",)),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
 REFUSED = [
@@ -174,6 +177,15 @@ LACKS: dict[str, tuple[str, ...]] = {
     "mae": ("head order by rows", "padding as a mask", "token cache"),
     "mae-token": ("head order by rows", "counted flops"),
     "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),
+    "rcmha": (
+        "head order by rows",
+        "context",
+        "padded prompt",
+        "rotation",
+        "rounding of its own",
+        "sdpa",
+        "token cache",
+    ),
     "mgk-hard": ("head order by rows", "sdpa"),
     "mgk-linear": ("head order by rows", "dense mask", "counted flops", "sdpa", "token cache"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),

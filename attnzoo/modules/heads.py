@@ -119,9 +119,9 @@ def keep_columns(linear: nn.Linear, heads: Iterable[int], width: int = 1) -> Non
     linear.in_features = columns.numel()
 
 
-def keep_entries(parameter: nn.Parameter, entries: Iterable[int]) -> nn.Parameter:
-    """A parameter with these entries of the first axis."""
-    return _sliced(parameter, torch.tensor(list(entries), dtype=torch.long), 0)
+def keep_entries(parameter: nn.Parameter, entries: Iterable[int], dim: int = 0) -> nn.Parameter:
+    """A parameter with these entries of one axis."""
+    return _sliced(parameter, torch.tensor(list(entries), dtype=torch.long), dim)
 
 
 def _sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:

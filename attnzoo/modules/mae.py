@@ -124,7 +124,7 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         k = qk_norm_rope(k, call.k_table, norm=self.k_norm, backend=self.backend)
         with call.remember(k, v) as (k, v):
             if isinstance(cache, MeanCache):
-                cache.store_sums(*sums)
+                cache.store(*sums)
             k, v = self.heads.spread(k, v)
             scale = factors.expand(-1, x.shape[1], -1)
             out = softmax_attention(q, k, v, call.view, head_scale=scale, **self.score_options(q.device))

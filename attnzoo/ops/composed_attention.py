@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import Visibility
-from attnzoo.ops.head_interaction import Interaction
-from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.observation import Observation, ScoreMap, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
 from attnzoo.ops.softmax_attention import MAX_DECODED, constant, softmax_attention
@@ -88,7 +87,7 @@ def composed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: Composition | Interaction | None,
+    pre: ScoreMap | None,
     post: Composition | None,
     view: Visibility,
     *,
@@ -109,7 +108,7 @@ def composed_attention(
         q: queries (B, T, Hk, D).
         k: keys (B, S, G, D); head h reads key h // (Hk / G).
         v: values (B, S, Gv, Dv); target head n reads value n // (targets / Gv).
-        pre: on the scores, before the mask; None: nothing. An `Interaction` has no kernel.
+        pre: on the scores, before the mask; None: nothing. What is no `Composition` has no kernel.
         post: on the normalised weights; None: nothing.
         view: which key each query may attend to.
         scale: factor of the scores.
@@ -143,7 +142,7 @@ def composed_attention(
     if choose(backend, "composed_attention", obstacles, q.device) == "triton":
         from attnzoo_kernels.composed_attention import composed_attention as kernel
 
-        assert not isinstance(pre, Interaction)
+        assert pre is None or isinstance(pre, Composition)
         options = view.for_kernel((B, softmax_heads, T, S), q.device)
         del options["sink_tokens"]
         with without_autocast(q):
@@ -173,7 +172,7 @@ def composed_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pre: Composition | Interaction | None,
+    pre: ScoreMap | None,
     post: Composition | None,
     view: Visibility,
     rules: ScoreRules,
@@ -212,7 +211,7 @@ def _recomputes() -> bool:
     return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
-def _heads_after(score_map: Composition | Interaction | None, heads: int) -> int:
+def _heads_after(score_map: ScoreMap | None, heads: int) -> int:
     return heads if score_map is None else score_map.heads_after(heads)
 
 
@@ -223,7 +222,7 @@ def _chosen(out: Tensor, heads: Tensor | None) -> Tensor:
 # As softmax attention
 
 
-def _folds(k: Tensor, v: Tensor, pre: Composition | Interaction | None, post: Composition | None) -> bool:
+def _folds(k: Tensor, v: Tensor, pre: ScoreMap | None, post: Composition | None) -> bool:
     """Whether each group's heads read one key and one value, and nothing depends on the key's token."""
     keys = k.shape[2]
     used = [c for c in (pre, post) if c is not None]
@@ -232,7 +231,7 @@ def _folds(k: Tensor, v: Tensor, pre: Composition | Interaction | None, post: Co
     return all(isinstance(c, Composition) and c.key is None and c.groups % keys == 0 for c in used)
 
 
-def _on_heads(composition: Composition | Interaction | None, x: Tensor) -> Tensor:
+def _on_heads(composition: ScoreMap | None, x: Tensor) -> Tensor:
     """A composition without key part on the heads' vectors x (B, T, H, D), in their dtype."""
     if composition is None:
         return x
@@ -247,14 +246,14 @@ def _on_heads(composition: Composition | Interaction | None, x: Tensor) -> Tenso
 def _kernel_obstacle(
     q: Tensor,
     v: Tensor,
-    pre: Composition | Interaction | None,
+    pre: ScoreMap | None,
     post: Composition | None,
     view: Visibility,
     dropout: float,
 ) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    if isinstance(pre, Interaction):
-        return "there is no kernel for score maps that pass through hidden layers"
+    if pre is not None and not isinstance(pre, Composition):
+        return "there is no kernel for score maps that pass through hidden layers or add relative scores"
     obstacle = kernel_obstacle(q.device, q.dtype)
     if obstacle is not None:
         return obstacle

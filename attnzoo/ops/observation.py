@@ -28,6 +28,9 @@ class ScoreMap(Protocol):
     def at(self, queries: slice, keys: slice | Tensor) -> ScoreMap:
         """The map of a tile of the scores."""
 
+    def heads_after(self, heads: int) -> int:
+        """How many heads H' so many heads H become."""
+
     def __call__(self, a: Tensor) -> Tensor:
         """Heads (B, H, t, s) -> (B, H', t, s)."""
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.cache import MeanCache
+from attnzoo.cache import StatefulCache
 from attnzoo.modules.chai import ClusteredHeadAttention
 from tests.zoo import OPTIONS, E, G, H, build, cases, names
 
 B, ROOM = 2, 30
 # Past every window of the zoo and its sink tokens, so that a ring overwrites what it holds.
 PROMPT = 9
-OF_TOKENS = (*names("token cache"), "chai", "mae")
+OF_TOKENS = (*names("token cache"), "chai", "mae", "rcmha")
 CASES = [case for case in cases() if case[1] in ("plain", "window", "window-sinks")]
 CASES += [("chai", "plain"), ("chai", "window-sinks")]
 
@@ -56,7 +56,7 @@ def contents(name: str, cache: object) -> list[object]:
     held = buffers(cache)
     if name in OF_TOKENS:
         held = tuple(buffer[:, :, : min(cache.length, buffer.shape[2])] for buffer in held)
-    held += (cache.sums, cache.counts) if isinstance(cache, MeanCache) else ()
+    held += cache.state if isinstance(cache, StatefulCache) else ()
     return [cache.length, id(getattr(cache, "clusters", None)), *(tensor.clone() for tensor in held)]
 
 

@@ -146,7 +146,9 @@ def decode_after_padding(module: nn.Module, x: Tensor, prompt: int, lengths: lis
     return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.parametrize(("name", "option"), [case for case in cases("dense mask") if case[1] not in BY_INDEX])
+@pytest.mark.parametrize(
+    ("name", "option"), [case for case in cases("dense mask", "padded prompt") if case[1] not in BY_INDEX]
+)
 def test_decoding_after_a_padded_prompt_is_decoding_without_the_padding(name: str, option: str) -> None:
     module, x, prompt, lengths = make(name, option), sample(), 7, [7, 4]
     y = decode_after_padding(module, x, prompt, lengths)

@@ -121,7 +121,7 @@ def longest(module: nn.Module) -> int | None:
     """Tokens that a module takes by its definition; None if it names no number."""
     if getattr(module, "extrapolation", None) == "error":
         return module.num_blocks * module.block_size
-    return None
+    return getattr(module, "max_distance", None)
 
 
 def free(module: nn.Module) -> dict[int, Dim]:
