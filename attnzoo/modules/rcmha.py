@@ -83,15 +83,14 @@ class RelativeConvAttention(Mechanism):
             kernel_size=kernel_size, max_distance=max_distance, chunk_size=chunk_size
         )
         self.conv_query_memory = conv_query_memory
-        H, D = self.num_heads, self.head_dim
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        H, D, factory_kwargs = self.num_heads, self.head_dim, dict[str, Any](device=device, dtype=dtype)
         self.q_proj = nn.Linear(embed_dim, H * D, False, **factory_kwargs)
         self.k_proj = nn.Linear(embed_dim, H * D, False, **factory_kwargs)
         self.v_proj = nn.Linear(embed_dim, H * D, bias, **factory_kwargs)
         self.o_proj = nn.Linear(H * D, embed_dim, bias, **factory_kwargs)
-        self.q_conv = CausalConvolution(D, self.kernel_size, **factory_kwargs)
-        self.k_conv = CausalConvolution(D, self.kernel_size, **factory_kwargs)
-        self.v_conv = CausalConvolution(D, self.kernel_size, **factory_kwargs)
+        self.q_conv, self.k_conv, self.v_conv = (
+            CausalConvolution(D, self.kernel_size, **factory_kwargs) for _ in range(3)
+        )
         self.rel_key = nn.Parameter(torch.empty(2 * self.max_distance, H, D, **factory_kwargs))
         self.rel_bias = nn.Parameter(torch.empty(2 * self.max_distance, H, **factory_kwargs))
         self.content_bias = nn.Parameter(torch.empty(H, D, **factory_kwargs))
@@ -120,12 +119,12 @@ class RelativeConvAttention(Mechanism):
         """
         call = self.begin(x, context, memory, mask, positions, cache)
         q, k, v = (self.split(layer) for layer in (self.q_proj(x), self.k_proj(call.source), self.v_proj(call.source)))
-        new, before = (q, k, v), (None, None, None) if cache is None else cache.rows_before(q, k, v)
+        new = q, k, v
+        before: tuple[Tensor | None, ...] = (None,) * 3 if cache is None else cache.rows_before(*new)
         if memory is not None and self.conv_query_memory:
             last = memory[:, max(0, memory.shape[1] - self.kernel_size + 1) :]
             before = self.split(self.q_proj(last)), None, None
-        visible = call.view.mask
-        places = None if visible is None else visible.positions(*x.shape[:2])
+        places = None if call.view.mask is None else call.view.mask.positions(*x.shape[:2])
         convolutions = zip((self.q_conv, self.k_conv, self.v_conv), new, before, strict=True)
         q, k, v = (conv(z, rows, places) for conv, z, rows in convolutions)
         with call.remember(k, v) as (k, v):
@@ -170,7 +169,8 @@ class RelativeConvAttention(Mechanism):
 
     def split(self, z: Tensor) -> Tensor:
         """(B, T, H D) -> (B, T, H, D)."""
-        return z.unflatten(-1, (self.num_heads, self.head_dim))
+        heads: Tensor = z.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads
 
     def cache_layout(self) -> CacheLayout:
         """As the base's, and the rows before the convolutions."""
@@ -188,8 +188,8 @@ class RelativeConvAttention(Mechanism):
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """As the base's, and the rows before the convolutions."""
-        rows = 3 * (self.kernel_size - 1) * self.num_heads * self.head_dim
-        return super().state_bytes(tokens, dtype) + rows * dtype.itemsize
+        numbers = 3 * (self.kernel_size - 1) * self.num_heads * self.head_dim
+        return super().state_bytes(tokens, dtype) + numbers * dtype.itemsize
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """Forward FLOPs of "projections", "attention" and "distances"; the convolutions are no matrix products."""
@@ -197,8 +197,8 @@ class RelativeConvAttention(Mechanism):
         width = self.num_heads * self.head_dim
         pairs = attention_pairs(T, S, causal=self.causal)
         rows = pairs if self.causal else T * max(0, T + S - 1)
-        return {"projections": 8 * T * self.embed_dim * width, "attention": 4 * width * pairs,
-                "distances": 2 * width * rows}  # fmt: skip
+        parts = {"projections": 4 * T * self.embed_dim, "attention": 2 * pairs, "distances": rows}
+        return {part: 2 * width * products for part, products in parts.items()}
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """As the base's, after the convolutions' taps of the token itself."""

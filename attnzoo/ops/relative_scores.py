@@ -54,4 +54,5 @@ class RelativeDistances:
         scores = scores + self.bias[rows].to(a.dtype).t()[:, None]
         # Query i's scores begin at column t - 1 - i: rows that are one shorter shift it there.
         flat = F.pad(scores, (0, 1)).flatten(-2)[..., t - 1 : t - 1 + t * (t + s - 1)]
-        return a + self.scale * flat.unflatten(-1, (t, t + s - 1))[..., :s]
+        skewed: Tensor = flat.unflatten(-1, (t, t + s - 1))
+        return a + self.scale * skewed[..., :s]

@@ -313,5 +313,5 @@ def test_a_cache_beyond_the_tables_is_refused():
 
 
 def test_there_is_no_kernel():
-    with pytest.raises(attnzoo.BackendUnavailable, match="no kernel for score maps that .* add relative scores"):
+    with pytest.raises(attnzoo.BackendUnavailable, match=r"no kernel for score maps .* or add relative scores"):
         RelativeConvAttention(E, H, backend="triton")(torch.randn(1, 3, E))
