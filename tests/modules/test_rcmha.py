@@ -184,6 +184,8 @@ def test_the_cache_keeps_the_last_rows_and_cannot_go_back(kernel_size):
         message = f"length must be 0 or {T}: a convolution has kept the last inputs only, got 4"
         with pytest.raises(ValueError, match=message):
             cache.truncate(4)
+        with pytest.raises(ValueError, match=f"length must lie between 0 and the {T} cached tokens, got None"):
+            cache.truncate(None)
         cache.truncate(T)
         cache.truncate(0)
         torch.testing.assert_close(attn(x, cache=cache), attn(x), atol=1e-12, rtol=0)
