@@ -198,7 +198,8 @@ FLOORS = {
         {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
-        {"__init__", "allowlist", "files", "signals", "tables"}, {"data", "lm", "model_config", "options"},
+        {"__init__", "allowlist", "files", "signals", "tables"},
+        {"data", "feed_forward", "lm", "model_config", "options"},
         {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"}, {"commandline", "diagnose", "generate"},
         {"compare", "pretrain"},
     ],

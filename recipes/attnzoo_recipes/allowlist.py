@@ -25,6 +25,7 @@ ALLOWED = (
     "attnzoo.rotary",
     "attnzoo_recipes.callbacks",
     "attnzoo_recipes.data.module",
+    "attnzoo_recipes.feed_forward",
     "attnzoo_recipes.training",
     "lightning.fabric.plugins",
     "lightning.pytorch.callbacks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -14,75 +15,83 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo import AttentionMask
 from attnzoo.modules.protocol import missing_members
+from attnzoo_recipes.feed_forward import SwiGLU as SwiGLU
+from attnzoo_recipes.feed_forward import default_mlp_dim as default_mlp_dim
 
 _CALL = ("mask", "positions", "cache")
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020, arXiv:2002.05202): (silu(x Wgate^T) * x Wup^T) Wdown^T, no biases.
-
-    Args:
-        embed_dim: width E of input and output.
-        mlp_dim: hidden width M.
-    """
-
-    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, mlp_dim, bias=False)
-        self.up_proj = nn.Linear(embed_dim, mlp_dim, bias=False)
-        self.down_proj = nn.Linear(mlp_dim, embed_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, E) -> (B, T, E)."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
 class DecoderBlock(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)).
+    """x + attn(norm(x)), then x + mlp(norm(x)); in parallel x + attn(norm(x)) + mlp(norm(x)), with one norm.
 
     Args:
         embed_dim: width E.
         attention: a causal mechanism (`attnzoo.modules.protocol`).
-        mlp: the feed-forward layer.
-        norm_eps: added to the mean square in both norms.
+        mlp: the feed-forward layer; None for a block of attention alone. If its forward has an argument `mask`, it is
+            told which tokens are not padding, (B, T), unless there is a cache.
+        norm_eps: added to the mean square in the norms.
         dropout: probability of dropping an element of the output of either branch.
+        parallel: whether both branches read the same norm of the same x.
     """
 
     attn: Any  # an nn.Module with the members of the protocol
-    mlp: SwiGLU
+    mlp: Any  # an nn.Module with reset_parameters and flops, or None
+    mlp_norm: nn.RMSNorm | None
 
-    def __init__(self, embed_dim: int, attention: nn.Module, mlp: SwiGLU, *, norm_eps: float, dropout: float) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        attention: nn.Module,
+        mlp: nn.Module | None,
+        *,
+        norm_eps: float,
+        dropout: float,
+        parallel: bool = False,
+    ) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
         self.attn = attention
-        self.mlp_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.mlp_norm = None if parallel or mlp is None else nn.RMSNorm(embed_dim, eps=norm_eps)
         self.mlp = mlp
         self.dropout = dropout
+        self._mlp_takes_mask = mlp is not None and "mask" in inspect.signature(mlp.forward).parameters
 
     def forward(self, x: Tensor, mask: AttentionMask | Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
         """x (B, T, E) -> (B, T, E); mask, positions and cache are those of the attention module."""
-        x = x + self._dropped(self.attn(self.attn_norm(x), mask=mask, positions=positions, cache=cache))
-        return x + self._dropped(self.mlp(self.mlp_norm(x)))
+        normed = self.attn_norm(x)
+        x = x + self._dropped(self.attn(normed, mask=mask, positions=positions, cache=cache))
+        if self.mlp is None:
+            return x
+        normed = normed if self.mlp_norm is None else self.mlp_norm(x)
+        options = {"mask": _real_tokens(mask, x)} if self._mlp_takes_mask and cache is None else {}
+        return x + self._dropped(self.mlp(normed, **options))
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
 
 
 class DecoderLM(nn.Module):
-    """Pre-norm decoder: embedding, L blocks of attention and SwiGLU, a final RMSNorm, logits. No biases.
+    """Pre-norm decoder: embedding, L blocks of attention and a feed-forward layer, a final RMSNorm, logits. No biases.
 
     The attention modules initialise themselves: the decoder calls their `reset_parameters(std=, out_std=)` and never
-    sets their parameters, since identity and zero initialisations are part of a mechanism. Its own weights are normal
-    with init_std, projections back into the residual stream with init_std / sqrt(2 L). They are drawn before those of
-    the attention, so that with the same seed they are the same for every mechanism.
+    sets their parameters, since identity and zero initialisations are part of a mechanism. Feed-forward layers have
+    the same method. The decoder's own weights are normal with init_std, projections back into the residual stream with
+    init_std / sqrt(n), n the number of branches: 2 L, or L without feed-forward layers. They and those of the
+    feed-forward layers are drawn before those of the attention, so that with the same seed they are the same for every
+    mechanism.
 
     Args:
         vocab_size: number of token ids V.
         attention: makes an attention module from embed_dim; called once per layer.
         embed_dim: width E.
         num_layers: blocks L.
-        mlp_dim: hidden width of the SwiGLU. Default: 8/3 E, rounded to a multiple of 64.
+        mlp_dim: hidden width of `SwiGLU`, if that is the feed-forward layer. Default: 8/3 E, rounded to a multiple of
+            64.
+        feed_forward: makes a feed-forward layer from embed_dim (`attnzoo_recipes.feed_forward`), which has
+            reset_parameters(std=, out_std=) and flops(T); None for blocks of attention alone.
+        sparse_feed_forward: the same for every `sparse_every`-th block, the first of which is block sparse_every - 1.
+        sparse_every: see there.
+        parallel: attention and feed-forward layer read the same norm of the same input, with one norm in a block.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.
         dropout: probability of dropping an element of the embedding and of the output of each branch; dropout of
@@ -92,8 +101,8 @@ class DecoderLM(nn.Module):
             backward pass.
 
     Raises:
-        ValueError: for a size below 1, dropout outside [0, 1), or an attention module that is not causal or lacks
-            members of the protocol.
+        ValueError: for a size below 1, dropout outside [0, 1), an attention module that is not causal or lacks
+            members of the protocol, mlp_dim without SwiGLU, or parallel without a feed-forward layer.
     """
 
     def __init__(
@@ -104,6 +113,10 @@ class DecoderLM(nn.Module):
         embed_dim: int = 256,
         num_layers: int = 4,
         mlp_dim: int | None = None,
+        feed_forward: Callable[[int], nn.Module] | None = SwiGLU,
+        sparse_feed_forward: Callable[[int], nn.Module] | None = None,
+        sparse_every: int = 2,
+        parallel: bool = False,
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
@@ -111,29 +124,48 @@ class DecoderLM(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        mlp_dim = default_mlp_dim(embed_dim) if mlp_dim is None else mlp_dim
-        sizes = {"vocab_size": vocab_size, "embed_dim": embed_dim, "num_layers": num_layers, "mlp_dim": mlp_dim}
+        sizes = {
+            "vocab_size": vocab_size, "embed_dim": embed_dim, "num_layers": num_layers, "mlp_dim": mlp_dim,
+            "sparse_every": sparse_every,
+        }  # fmt: skip
         for name, size in sizes.items():
-            if size < 1:
+            if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         if init_std <= 0:
             raise ValueError(f"init_std must be positive, got {init_std}")
+        if parallel and feed_forward is None:
+            raise ValueError("parallel must be false without a feed-forward layer, got true with feed_forward null")
+        if mlp_dim is not None:
+            maker: Any = feed_forward
+            made = made_class(maker)
+            if made is None or not issubclass(made, SwiGLU):
+                name = maker if made is None else made.__name__
+                raise ValueError(
+                    "mlp_dim must not be given unless feed_forward is SwiGLU, whose width it is, "
+                    f"got {mlp_dim} and {name}"
+                )
+            feed_forward = functools.partial(maker, mlp_dim=mlp_dim)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.num_layers = num_layers
-        self.mlp_dim = mlp_dim
         self.dropout = dropout
         self.init_std = init_std
         self.activation_checkpointing = activation_checkpointing
 
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.head = None if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
-        mlps = [SwiGLU(embed_dim, mlp_dim) for _ in range(num_layers)]
+        sparse = [sparse_feed_forward is not None and (i + 1) % sparse_every == 0 for i in range(num_layers)]
+        makers = [sparse_feed_forward if is_sparse else feed_forward for is_sparse in sparse]
+        mlps = [None if maker is None else _checked_feed_forward(maker(embed_dim)) for maker in makers]
+        self.mlp_dim = mlps[0].gate_proj.out_features if isinstance(mlps[0], SwiGLU) else None
+        self.num_branches = num_layers + sum(mlp is not None for mlp in mlps)
         self._reset_own(mlps)
         self.blocks = nn.ModuleList(
-            DecoderBlock(embed_dim, _checked(attention(embed_dim)), mlp, norm_eps=norm_eps, dropout=dropout)
+            DecoderBlock(
+                embed_dim, _checked(attention(embed_dim)), mlp, norm_eps=norm_eps, dropout=dropout, parallel=parallel
+            )
             for mlp in mlps
         )
         self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
@@ -146,8 +178,8 @@ class DecoderLM(nn.Module):
 
     @property
     def out_std(self) -> float:
-        """Standard deviation of projections into the residual stream, init_std / sqrt(2 L)."""
-        return self.init_std / math.sqrt(2 * self.num_layers)
+        """Standard deviation of projections into the residual stream, init_std / sqrt(number of branches)."""
+        return self.init_std / math.sqrt(self.num_branches)
 
     @property
     def num_parameters(self) -> int:
@@ -158,17 +190,17 @@ class DecoderLM(nn.Module):
         """Draw all parameters again, the decoder's own first."""
         self._reset_own([block.mlp for block in self.layers])
         for norm in (self.norm, *(n for block in self.layers for n in (block.attn_norm, block.mlp_norm))):
-            nn.init.ones_(norm.weight)
+            if norm is not None:
+                nn.init.ones_(norm.weight)
         self._reset_attention()
 
-    def _reset_own(self, mlps: list[SwiGLU]) -> None:
+    def _reset_own(self, mlps: list[Any]) -> None:
         nn.init.normal_(self.embedding.weight, std=self.init_std)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=self.init_std)
         for mlp in mlps:
-            nn.init.normal_(mlp.gate_proj.weight, std=self.init_std)
-            nn.init.normal_(mlp.up_proj.weight, std=self.init_std)
-            nn.init.normal_(mlp.down_proj.weight, std=self.out_std)
+            if mlp is not None:
+                mlp.reset_parameters(std=self.init_std, out_std=self.out_std)
 
     def _reset_attention(self) -> None:
         for block in self.layers:
@@ -238,15 +270,38 @@ class DecoderLM(nn.Module):
         return sum(int(block.attn.cache_bytes_per_token(dtype)) for block in self.layers)
 
     def flops(self, T: int) -> int:
-        """Forward FLOPs of one sequence of T tokens: attention, matrices of the MLPs, logits. Norms are not counted."""
-        mlp = 2 * T * 3 * self.embed_dim * self.mlp_dim
-        attention = sum(int(block.attn.flops(T, T)) for block in self.layers)
-        return attention + self.num_layers * mlp + 2 * T * self.embed_dim * self.vocab_size
+        """Forward FLOPs of one sequence of T tokens: attention, feed-forward layers, logits. Norms are not counted."""
+        blocks = (int(b.attn.flops(T, T)) + (0 if b.mlp is None else int(b.mlp.flops(T))) for b in self.layers)
+        return sum(blocks) + 2 * T * self.embed_dim * self.vocab_size
 
 
-def default_mlp_dim(embed_dim: int) -> int:
-    """8/3 E rounded to a multiple of 64: three matrices of that width have as many elements as two of width 4 E."""
-    return max(64, 64 * round(8 * embed_dim / (3 * 64)))
+def made_class(maker: Any) -> type[nn.Module] | None:
+    """The one class of modules that a class, or a functools.partial of one, makes; None for anything else."""
+    parts = [maker.func, *maker.args] if isinstance(maker, functools.partial) else [maker]
+    classes = [part for part in parts if isinstance(part, type) and issubclass(part, nn.Module)]
+    return classes[0] if len(classes) == 1 else None
+
+
+def _checked_feed_forward(module: nn.Module) -> nn.Module:
+    """The module, or ValueError in one sentence if it lacks what a decoder needs of a feed-forward layer."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"feed_forward must make an nn.Module from embed_dim, got {module!r}")
+    missing = [name for name in ("reset_parameters", "flops") if not callable(getattr(module, name, None))]
+    if missing:
+        raise ValueError(
+            "feed_forward must have reset_parameters(std=, out_std=) and flops(T), got "
+            f"{type(module).__name__} without {' and '.join(missing)}"
+        )
+    return module
+
+
+def _real_tokens(mask: AttentionMask | Tensor | None, x: Tensor) -> Tensor | None:
+    """Which of x (B, T, E) are tokens and not padding, (B, T); None if all are."""
+    if not isinstance(mask, AttentionMask):
+        return None
+    if mask.real_queries is not None or mask.lengths is None:
+        return mask.real_queries
+    return torch.arange(x.shape[1], device=x.device) < mask.lengths[:, None].to(x.device)
 
 
 def _checked(attention: nn.Module) -> nn.Module:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo_recipes.allowlist import ALLOWED, ImportRefusedError, added_packages, find_class
 from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
-from attnzoo_recipes.lm import DecoderLM
+from attnzoo_recipes.feed_forward import FeedForward, MultiHeadMixtureOfExperts, SwiGLU
+from attnzoo_recipes.lm import DecoderLM, made_class
 
 KEY = "attnzoo"
 """Key of a checkpoint's entry {"model": configuration, "tokenizer": settings}."""
@@ -35,6 +36,18 @@ _DEEPEST = 8
 _FREE_TO_CHANGE = {"backend", "dropout", "activation_checkpointing", "init", "init_std", "device", "dtype"}
 
 
+FEED_FORWARDS: dict[str, type[nn.Module]] = {
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (SwiGLU, FeedForward, MultiHeadMixtureOfExperts)
+}
+"""The feed-forward layers that a checkpoint may name without further ado."""
+
+_FEED_FORWARD_DEFAULTS = {
+    "feed_forward": {"class_path": next(iter(FEED_FORWARDS)), "init_args": {}},
+    "sparse_feed_forward": None,
+}
+"""What a checkpoint has that does not mention its feed-forward layers."""
+
+
 def describe_attention(attention: Callable[[int], nn.Module]) -> dict[str, Any]:
     """{"class_path", "init_args"} of a class of attention modules, or of a functools.partial of one.
 
@@ -42,19 +55,24 @@ def describe_attention(attention: Callable[[int], nn.Module]) -> dict[str, Any]:
         ValueError: for anything else, such as a lambda, and for an argument that is not a plain value, a dataclass, or
             a list or dictionary of those.
     """
-    parts: list[Any] = [attention]
-    arguments: dict[str, Any] = {}
-    if isinstance(attention, functools.partial):
-        parts = [attention.func, *attention.args]
-        arguments = attention.keywords
-    classes = [part for part in parts if isinstance(part, type) and issubclass(part, nn.Module)]
-    if len(classes) != 1:
+    return _description("attention", attention)
+
+
+def describe_feed_forward(feed_forward: Callable[[int], nn.Module] | None) -> dict[str, Any] | None:
+    """As `describe_attention`, of a class of feed-forward layers; None for None."""
+    return None if feed_forward is None else _description("feed_forward", feed_forward)
+
+
+def _description(kind: str, maker: Callable[[int], nn.Module]) -> dict[str, Any]:
+    cls = made_class(maker)
+    if cls is None:
         raise ValueError(
-            "attention must be a class or functools.partial(class, option=value), so that a checkpoint can name it, "
-            f"got {attention!r}"
+            f"{kind} must be a class or functools.partial(class, option=value), so that a checkpoint can name it, "
+            f"got {maker!r}"
         )
-    init_args = {name: _plain(f"attention option {name}", value) for name, value in arguments.items()}
-    return {"class_path": _class_path(classes[0]), "init_args": init_args}
+    arguments = maker.keywords if isinstance(maker, functools.partial) else {}
+    init_args = {name: _plain(f"{kind} option {name}", value) for name, value in arguments.items()}
+    return {"class_path": _class_path(cls), "init_args": init_args}
 
 
 def build_attention(
@@ -75,17 +93,37 @@ def build_attention(
         ImportRefusedError: for any other class, and for a class_path among the options.
         ValueError: for an option that the class does not have, or whose value is not of its type.
     """
+    return _maker(description, ZOO, ("attention", "mechanism"), allowed, where)
+
+
+def build_feed_forward(
+    description: Mapping[str, Any] | None, allowed: Iterable[str] = ALLOWED, where: str = "the checkpoint"
+) -> Callable[[int], nn.Module] | None:
+    """The inverse of `describe_feed_forward`, with the rules and arguments of `build_attention`."""
+    words = ("feed-forward layer", "feed-forward layer")
+    return None if description is None else _maker(description, FEED_FORWARDS, words, allowed, where)
+
+
+def _maker(
+    description: Mapping[str, Any],
+    table: Mapping[str, type[nn.Module]],
+    words: tuple[str, str],
+    allowed: Iterable[str],
+    where: str,
+) -> Callable[[int], nn.Module]:
+    """A class of the table, or of a package that the user has added, with the options of the description."""
     class_path, init_args = description["class_path"], description["init_args"]
-    _refuse_classes(init_args, where)
+    _refuse_classes(init_args, where, words[0])
     added = added_packages(allowed)
-    cls = ZOO.get(class_path) or find_class(class_path, added)
+    cls = table.get(class_path) or find_class(class_path, added)
     if cls is None or not issubclass(cls, nn.Module):
         raise ImportRefusedError(
-            f"{where} names {class_path}, which is neither a mechanism of attnzoo nor one of the packages given in "
+            f"{where} names {class_path}, which is neither a {words[1]} of attnzoo nor one of the packages given in "
             f"--allow-import ({', '.join(added) or 'none'}); if you trust it, add --allow-import "
             f"{class_path.rpartition('.')[0] or class_path}"
         )
-    options = arguments_of(cls, init_args, f"{where} has an attention whose")
+    article = "an" if words[0][0] in "aeiou" else "a"
+    options = arguments_of(cls, init_args, f"{where} has {article} {words[0]} whose")
     options.pop("device", None)
     return functools.partial(cls, **options)
 
@@ -100,11 +138,13 @@ def build_model(
     """
     options = dict(config)
     attention = build_attention(options.pop("attention"), allowed, where)
+    given = [name for name in _FEED_FORWARD_DEFAULTS if name in options]
+    feed_forwards: dict[str, Any] = {name: build_feed_forward(options.pop(name), allowed, where) for name in given}
     options = arguments_of(DecoderLM, options, f"{where} has a model whose")
     if "vocab_size" not in options:
         raise ValueError(f"{where} has a model without vocab_size")
     try:
-        return DecoderLM(options.pop("vocab_size"), attention, **options)
+        return DecoderLM(options.pop("vocab_size"), attention, **feed_forwards, **options)
     except (ValueError, TypeError, RuntimeError, MemoryError, ArithmeticError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"the model of {where} cannot be built: {kind}{error}") from error
@@ -120,10 +160,13 @@ def saved_settings(checkpoint: Mapping[str, Any], where: str = "the checkpoint")
     if not isinstance(saved, dict) or not isinstance(state, dict):
         raise ValueError(f"{where} was not written by attnzoo-pretrain: it names no attnzoo model")
     model = saved.get("model")
-    attention = model.get("attention") if isinstance(model, dict) else None
-    described = attention if isinstance(attention, dict) else {}
-    if not isinstance(described.get("class_path"), str) or not isinstance(described.get("init_args"), dict):
-        raise ValueError(f"{where} must describe its model's attention by class_path and init_args")
+    model = model if isinstance(model, dict) else {}
+    layers = {"attention": model.get("attention")}
+    layers |= {name: model[name] for name in _FEED_FORWARD_DEFAULTS if model.get(name) is not None}
+    for name, layer in layers.items():
+        described = layer if isinstance(layer, dict) else {}
+        if not isinstance(described.get("class_path"), str) or not isinstance(described.get("init_args"), dict):
+            raise ValueError(f"{where} must describe its model's {name} by class_path and init_args")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise ValueError(f"{where} must hold a state_dict of tensors by name")
     if not isinstance(saved.get("tokenizer", {}), dict):
@@ -149,7 +192,8 @@ def model_from_checkpoint(
         raise ValueError(
             f"{where} must have weights of every layer, got {len(state)} for {config['num_layers']} layers"
         )
-    if config["attention"]["class_path"] in ZOO:
+    feed_forwards = [layer["class_path"] for name in _FEED_FORWARD_DEFAULTS if (layer := config.get(name)) is not None]
+    if config["attention"]["class_path"] in ZOO and all(path in FEED_FORWARDS for path in feed_forwards):
         # Of no size yet, so that a configuration cannot ask for more memory than the checkpoint's weights take.
         with torch.device("meta"):
             check_state(build_model(config, allowed, where), state, where)
@@ -205,14 +249,20 @@ def check_same_model(saved: Mapping[str, Any], configured: Mapping[str, Any]) ->
 
     Options that change neither the weights nor their meaning (backend, dropout, initialisation, ...) may differ.
     """
-    theirs, ours = saved["attention"], configured["attention"]
-    if theirs["class_path"] != ours["class_path"]:
-        raise ValueError(
-            f"the checkpoint holds a model with {theirs['class_path']}, but the configuration asks for "
-            f"{ours['class_path']}: give the checkpoint's own --config, or start without it"
-        )
-    differences = _differences(theirs["init_args"], ours["init_args"])
-    differences += _differences({**saved, "attention": None}, {**configured, "attention": None})
+    layers = ("attention", *_FEED_FORWARD_DEFAULTS)
+    saved, configured = ({**_FEED_FORWARD_DEFAULTS, **config} for config in (saved, configured))
+    differences: list[str] = []
+    for name in layers:
+        theirs, ours = saved.pop(name), configured.pop(name)
+        paths = [f"no {name}" if layer is None else layer["class_path"] for layer in (theirs, ours)]
+        if paths[0] != paths[1]:
+            raise ValueError(
+                f"the checkpoint holds a model with {paths[0]}, but the configuration asks for {paths[1]}: "
+                "give the checkpoint's own --config, or start without it"
+            )
+        if theirs is not None and ours is not None:
+            differences += _differences(theirs["init_args"], ours["init_args"])
+    differences += _differences(saved, configured)
     if differences:
         raise ValueError(f"the checkpoint's model differs from the configured one in {', '.join(differences)}")
 
@@ -249,19 +299,19 @@ def _is_plain_tensor(value: Tensor) -> bool:
     return value.layout is torch.strided and not (value.is_complex() or value.is_quantized or value.is_meta)
 
 
-def _refuse_classes(value: Any, where: str, depth: int = 0) -> None:
-    """Raise for a class_path at any depth of an attention's options."""
+def _refuse_classes(value: Any, where: str, kind: str, depth: int = 0) -> None:
+    """Raise for a class_path at any depth of the options of an attention or another kind of layer."""
     if depth > _DEEPEST:
-        raise ValueError(f"{where} has options of the attention that are nested more than {_DEEPEST} deep")
+        raise ValueError(f"{where} has options of the {kind} that are nested more than {_DEEPEST} deep")
     if isinstance(value, Mapping):
         if "class_path" in value:
             raise ImportRefusedError(
-                f"{where} names {value['class_path']!r:.80} among the options of its attention, which must be plain "
+                f"{where} names {value['class_path']!r:.80} among the options of its {kind}, which must be plain "
                 "values: it is not imported"
             )
         value = list(value.values())
     for inner in value if isinstance(value, list | tuple) else ():
-        _refuse_classes(inner, where, depth + 1)
+        _refuse_classes(inner, where, kind, depth + 1)
 
 
 def _type_hints(function: Any) -> dict[str, Any]:

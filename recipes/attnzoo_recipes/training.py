@@ -17,8 +17,16 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo_recipes.data.module import IGNORED
+from attnzoo_recipes.feed_forward import SwiGLU
 from attnzoo_recipes.lm import DecoderLM
-from attnzoo_recipes.model_config import KEY, check_same_model, check_state, describe_attention, saved_settings
+from attnzoo_recipes.model_config import (
+    KEY,
+    check_same_model,
+    check_state,
+    describe_attention,
+    describe_feed_forward,
+    saved_settings,
+)
 from attnzoo_recipes.trainer import check_strategy, log_interval
 
 
@@ -35,7 +43,12 @@ class Pretraining(L.LightningModule):
         vocab_size: number of token ids. Default: that of the data module's tokenizer.
         embed_dim: width E.
         num_layers: blocks L.
-        mlp_dim: hidden width of the SwiGLU. Default: 8/3 E, rounded to a multiple of 64.
+        mlp_dim: hidden width of `SwiGLU`, if that is the feed-forward layer. Default: 8/3 E, rounded to a multiple of
+            64.
+        feed_forward: the feed-forward layer; makes one from embed_dim. None for blocks of attention alone.
+        sparse_feed_forward: that of every `sparse_every`-th block, if it has another.
+        sparse_every: see there.
+        parallel: attention and feed-forward layer read the same norm of the same input.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.
         dropout: of the embedding and the branches; dropout of attention weights is an option of the attention.
@@ -68,6 +81,10 @@ class Pretraining(L.LightningModule):
         embed_dim: int = 256,
         num_layers: int = 4,
         mlp_dim: int | None = None,
+        feed_forward: Callable[[int], nn.Module] | None = SwiGLU,
+        sparse_feed_forward: Callable[[int], nn.Module] | None = None,
+        sparse_every: int = 2,
+        parallel: bool = False,
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
@@ -103,9 +120,11 @@ class Pretraining(L.LightningModule):
         if not 0 <= min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must lie in [0, 1], got {min_lr_ratio}")
         self.attention = attention
+        self.feed_forwards: dict[str, Any] = {"feed_forward": feed_forward, "sparse_feed_forward": sparse_feed_forward}
         self.vocab_size = vocab_size
         self.sizes: dict[str, Any] = {
-            "embed_dim": embed_dim, "num_layers": num_layers, "mlp_dim": mlp_dim, "tie_embeddings": tie_embeddings,
+            "embed_dim": embed_dim, "num_layers": num_layers, "mlp_dim": mlp_dim,
+            "sparse_every": sparse_every, "parallel": parallel, "tie_embeddings": tie_embeddings,
             "norm_eps": norm_eps, "dropout": dropout, "init_std": init_std,
             "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
@@ -133,7 +152,7 @@ class Pretraining(L.LightningModule):
             return
         if self.vocab_size is None:
             self.vocab_size = int(self._data().tokenizer.vocab_size)
-        self.model = DecoderLM(self.vocab_size, self.attention, **self.sizes)
+        self.model = DecoderLM(self.vocab_size, self.attention, **self.feed_forwards, **self.sizes)
         if self.compile_model:
             # For batches alone: samples, of every length, would make it compile again, and then round in another way.
             # Drawn by torch's own generator, dropout is that of an uncompiled run, and continues in a resumed one.
@@ -142,7 +161,9 @@ class Pretraining(L.LightningModule):
 
     def model_config(self) -> dict[str, Any]:
         """The arguments of `model_config.build_model` for the same decoder, as plain types."""
-        return {"vocab_size": self.vocab_size, **self.sizes, "attention": describe_attention(self.attention)}
+        layers = {name: describe_feed_forward(maker) for name, maker in self.feed_forwards.items()}
+        attention = describe_attention(self.attention)
+        return {"vocab_size": self.vocab_size, **self.sizes, **layers, "attention": attention}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what generation needs: the model's configuration and the tokenizer's settings."""
