@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from attnzoo_recipes.compare.cli import main, parse
-from attnzoo_recipes.compare.plan import Settings, attention_of, plan, run_key
+from attnzoo_recipes.compare.plan import Settings, attention_of, feed_forward_of, plan, run_key
 from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.tables import as_csv
 
@@ -56,6 +56,16 @@ def test_a_mechanism_without_room_for_an_mlp_is_refused():
     small = {"class_path": "attnzoo.MultiQueryAttention", "init_args": {"num_heads": 8}}
     with pytest.raises(ValueError, match="match 'params' leaves no room for the MLP of big"):
         plan({"small": small, "big": big}, MODEL, 2048, 256, "params")
+
+
+@pytest.mark.parametrize(
+    ("name", "got"), [("depth0", "null"), ("depth2", "FeedForward"), ("mh_moe", "MultiHeadMixtureOfExperts")]
+)
+def test_attention_is_compared_with_swiglu(name, got):
+    mha = {"mha": attention_of(CONFIGS / "attention" / "mha.yaml")}
+    model = {**MODEL, **feed_forward_of(CONFIGS / "feed_forward" / f"{name}.yaml")}
+    with pytest.raises(ValueError, match=f"feed_forward must be SwiGLU, whose width is chosen, .*{got}"):
+        plan(mha, model, 2048, 256, "params")
 
 
 def test_differences_are_paired_by_seed():
@@ -120,6 +130,12 @@ def test_the_packaged_config_is_read_and_lists_every_mechanism():
         (["--config", "compare.yaml", "--mechanisms", "nothing"], "config 'attention/nothing.yaml' is neither"),
         (["--config", "compare.yaml", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--config", "compare.yaml", "--match", "time"], "match must be one of params, flops, none, got 'time'"),
+        (["--mechanisms", "mha", "--vary", "model"], "vary must be one of attention, feed_forward, got 'model'"),
+        (["--mechanisms", "one", "--vary", "feed_forward"], "config 'feed_forward/one.yaml' is neither"),
+        (
+            ["--mechanisms", "depth1", "--vary", "feed_forward", "--match", "flops"],
+            "match must be none where feed-forward layers vary, got 'flops'",
+        ),
         (["--config", "none.yaml"], "config 'none.yaml' is neither a file nor one of"),
         (["--config", "compare.yaml", "--train", '{"optimiser": {}}'], "train must hold sections .*, got 'optimiser'"),
         (["--config", "compare.yaml", "--mechanism", "mha"], "mechanism"),
@@ -170,6 +186,34 @@ def test_a_comparison_finishes_and_is_not_run_again(small, tmp_path, capsys):
     main(small)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.csv")}
     assert after == stamps
+
+
+def test_feed_forward_layers_are_compared(small, tmp_path):
+    main([*small[:1], "depth0,depth2,parallel", *small[2:], "--vary", "feed_forward"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {row["mechanism"]: row for row in results["rows"]}
+    assert [row["seeds"] for row in rows.values()] == [1, 1, 1], [row["note"] for row in rows.values()]
+    assert rows["depth2"]["parameters"] - rows["depth0"]["parameters"] == 2 * 32 * 128 + 32
+    flops = [rows[name]["training_flops_per_token"] for name in ("depth0", "depth2")]
+    assert flops[1] - flops[0] == 3 * 2 * 2 * 32 * 128
+    assert "Held equal to depth0: the attention" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {feed_forward: null, lr: 1}", "must hold nothing but feed_forward"),
+        ("model: {}", "must hold nothing but feed_forward"),
+        ("model: {parallel: true}\ndata: {seed: 1}", "must hold nothing but feed_forward"),
+        ("model: {feed_forward: {init_args: {}}}", "must hold model.feed_forward.class_path"),
+        ("model: {feed_forward: {class_path: subprocess.Popen}}", "names subprocess.Popen, but may name only"),
+        ("model: [", "must be YAML"),
+    ],
+)
+def test_configs_of_feed_forward_layers(content, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        feed_forward_of(tmp_path / "a.yaml")
 
 
 def test_another_setting_is_another_cell():

@@ -25,7 +25,18 @@ import attnzoo
 from attnzoo_recipes.allowlist import check_arguments
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
 from attnzoo_recipes.commandline import config_path, find_configs
-from attnzoo_recipes.compare.plan import EQUAL, MATCHES, Plan, Settings, attention_of, plan, run_key
+from attnzoo_recipes.compare.plan import (
+    EQUAL,
+    MATCHES,
+    VARIED,
+    Plan,
+    Settings,
+    attention_of,
+    feed_forward_of,
+    plan,
+    plan_feed_forwards,
+    run_key,
+)
 from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.files import write_atomically
@@ -72,10 +83,12 @@ def parse(words: Sequence[str]) -> Settings:
     parser.add_argument(
         "--mechanisms",
         type=list[str] | str,
-        help="names of files in configs/attention, or paths of YAML files like these: mha,path/to/mine.yaml,...",
+        help="names of files in configs/attention (or configs/feed_forward, see --vary), or paths of YAML files like "
+        "these: mha,path/to/mine.yaml,...",
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of runs of each mechanism")
-    parser.add_argument("--match", default="params", help=f"held equal to the first mechanism: {', '.join(MATCHES)}")
+    parser.add_argument("--match", type=str | None, help=f"held equal to the first mechanism: {', '.join(MATCHES)}")
+    parser.add_argument("--vary", default="attention", help=f"what a mechanism is: {' or '.join(VARIED)}")
     parser.add_argument("--out", default="runs/compare", help="folder of the results")
     parser.add_argument("--train", type=dict[str, Any], default={}, help="settings over those of configs/pretrain.yaml")
     add_allow_import(parser)
@@ -86,30 +99,35 @@ def parse(words: Sequence[str]) -> Settings:
         raise ValueError("allow_import must be given on the command line, not in a config")
     if parsed.mechanisms is None:
         raise ValueError("mechanisms must be given, in --mechanisms or by --config configs/compare.yaml")
-    return Settings.checked(parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed)
+    return Settings.checked(
+        parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed, parsed.vary
+    )
 
 
 def compare(settings: Settings, passed_on: list[str]) -> None:
     """Train what is not finished yet, then write table.md, table.csv, learning_curves.png and quality_vs_cache.png."""
     configs = {name: Path(config_path(file)) for name, file in settings.configs.items()}
-    attentions = {name: attention_of(path, settings.allowed) for name, path in configs.items()}
+    read = attention_of if settings.vary == "attention" else feed_forward_of
+    described = {name: read(path, settings.allowed) for name, path in configs.items()}
     overlay = settings.out / "train.yaml"
     write_atomically(overlay, yaml.safe_dump(dict(settings.train), sort_keys=False))
-    common = resolved([*pretrain_command(overlay, configs[settings.mechanisms[0]], settings.allowed), *passed_on])
+    common = resolved([*pretrain_command(overlay, configs[settings.mechanisms[0]], settings), *passed_on])
     data = TextDataModule(**common["data"])
     corpus = data.packed.meta["splits"]["val"]
     model = common["model"]
-    plans = plan(
-        attentions, model, data.tokenizer.vocab_size, common["data"]["block_size"], settings.match, settings.allowed
-    )
+    vocab_size, tokens = data.tokenizer.vocab_size, common["data"]["block_size"]
+    if settings.vary == "attention":
+        plans = plan(described, model, vocab_size, tokens, settings.match, settings.allowed)
+    else:
+        plans = plan_feed_forwards(described, model, vocab_size, tokens, settings.allowed)
     steps = int(common["trainer"]["max_steps"])
-    sys.stdout.write(f"held equal: {EQUAL[settings.match]}\n")
+    sys.stdout.write(f"held equal: {EQUAL[settings.equal]}\n")
     wanted = [(chosen, seed) for seed in range(settings.seeds) for chosen in plans]
     runs = []
     with tqdm(total=steps * len(wanted), unit="step", desc="compare", smoothing=0.05) as bar:
         for i, (chosen, seed) in enumerate(wanted):
             bar.set_description(f"{chosen.mechanism}, seed {seed} ({i + 1} of {len(wanted)})")
-            command = [*pretrain_command(overlay, configs[chosen.mechanism], settings.allowed), *passed_on]
+            command = [*pretrain_command(overlay, configs[chosen.mechanism], settings), *passed_on]
             key = run_key(chosen, seed, settings, passed_on)
             folder = settings.out / "cells" / f"{chosen.mechanism}-{seed}-{key}"
             runs.append(finished_run(chosen, seed, command, folder, bar.update, steps))
@@ -117,7 +135,7 @@ def compare(settings: Settings, passed_on: list[str]) -> None:
             bar.refresh()
     runs.sort(key=lambda run: settings.mechanisms.index(run["mechanism"]))
     facts = {
-        "match": settings.match,
+        "match": settings.equal,
         "steps": steps,
         "batch_tokens": common["data"]["batch_size"] * common["data"]["block_size"],
         "tokens": common["data"]["block_size"],
@@ -153,10 +171,11 @@ def resolved(command: list[str]) -> Mapping[str, Any]:
     return configuration
 
 
-def pretrain_command(overlay: Path, mechanism: Path, allowed: Sequence[str]) -> list[str]:
-    """The command that trains a mechanism, in a process of its own."""
-    configs = (config_path("pretrain.yaml"), str(overlay), str(mechanism))
-    run = [sys.executable, "-m", "attnzoo_recipes.pretrain", "fit", *join_allowed(allowed)]
+def pretrain_command(overlay: Path, mechanism: Path, settings: Settings) -> list[str]:
+    """The command that trains a mechanism, in a process of its own; feed-forward layers with mha, or what follows."""
+    attention = [] if settings.vary == "attention" else [config_path("attention/mha.yaml")]
+    configs = (config_path("pretrain.yaml"), *attention, str(overlay), str(mechanism))
+    run = [sys.executable, "-m", "attnzoo_recipes.pretrain", "fit", *join_allowed(settings.allowed)]
     return [*run, *(word for path in configs for word in ("--config", path))]
 
 
@@ -181,8 +200,8 @@ def finished_run(
         return earlier
     folder.mkdir(parents=True, exist_ok=True)
     words = [
-        *command, f"--seed_everything={seed}", f"--data.seed={seed}", f"--model.mlp_dim={chosen.mlp_dim}",
-        f"--trainer.default_root_dir={versions}",
+        *command, f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={versions}",
+        *([] if chosen.mlp_dim is None else [f"--model.mlp_dim={chosen.mlp_dim}"]),
     ]  # fmt: skip
     with contextlib.suppress(ValueError, OSError):
         if versions.is_dir() and (saved := newest_valid(versions)) is not None:

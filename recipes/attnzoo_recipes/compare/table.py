@@ -88,7 +88,7 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         if row["interval"] is not None:
             difference += f" ± {row['interval']:.4f}"
         cells = [
-            row["mechanism"], f"{row['parameters']:,}", f"{row['mlp_dim']:,}",
+            row["mechanism"], f"{row['parameters']:,}", _number(row["mlp_dim"], ","),
             f"{row['training_flops_per_token'] / 1e6:.1f} M", f"{row['cache_bytes_per_token']:,}",
             _number(row["tokens_per_second"], ",.0f"), _number(row["decode_tokens_per_second"], ",.0f"), value,
             difference, str(row["seeds"]), row["note"].replace("|", "/"),
