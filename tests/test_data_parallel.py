@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import attnzoo
+from attnzoo_recipes.feed_forward import MultiHeadMixtureOfExperts
 
 processes = torch.multiprocessing.get_context("fork")
 ROWS, T, E = 4, 12, 32
@@ -21,6 +22,7 @@ ROUTED = {
         )
         for kind in ("switch_z", "mi", "cv")
     },
+    "mh_moe": lambda: MultiHeadMixtureOfExperts(E, num_experts=6, hidden_dim=16, aux_loss_coef=0.5),
 }
 COEFFICIENTS = {
     "switch_z": {"switch_coef": 0.5, "z_coef": 0.5},
@@ -44,7 +46,9 @@ def batch():
 def losses(attn, rows):
     """Auxiliary loss, its gradients by name, and the statistics, of some rows of the batch."""
     x, lengths = batch()
-    attn(x[rows], mask=attnzoo.AttentionMask.padding(lengths[rows]))
+    is_attention = not isinstance(attn, MultiHeadMixtureOfExperts)
+    real = torch.arange(T) < lengths[rows, None]
+    attn(x[rows], mask=attnzoo.AttentionMask.padding(lengths[rows]) if is_attention else real)
     attn.aux_loss.backward()
     gradients = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in attn.named_parameters()}
     return {"loss": attn.aux_loss.detach(), "load": attn.routing.load, "entropy": attn.routing.entropy, **gradients}
