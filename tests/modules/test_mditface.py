@@ -32,7 +32,7 @@ def joint(dynamic, static):
     return torch.cat([dynamic, static], dim=1)
 
 
-def close(found, expected, tolerance=1e-12):
+def assert_close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
@@ -58,18 +58,18 @@ def test_stored_figures(backend):
     )
     y = attn(x, num_static=S, positions=positions)
     y2 = attn(x2, x[:, T:], positions=(positions[:, :T], positions[:, T:]))
-    close(y, t["output.y"], 1e-9)
-    close(y2, t["output.y2"], 1e-9)
+    assert_close(y, t["output.y"], 1e-9)
+    assert_close(y2, t["output.y2"], 1e-9)
     ((y * t["input.w"].double()).sum() + (y2 * t["input.w2"].double()).sum()).backward()
     found = {"x": x.grad, "x2": x2.grad, **{name: p.grad for name, p in attn.named_parameters()}}
     compared = [key.removeprefix("grad.") for key in t if key.startswith("grad.")]
     assert len(compared) == 22
     for name in compared:
-        close(found[name], t[f"grad.{name}"], 1e-9)
+        assert_close(found[name], t[f"grad.{name}"], 1e-9)
     cache = attn.init_cache(2, T + S)
     with torch.no_grad():
-        close(attn(x, num_static=S, positions=positions, cache=cache), t["output.y"], 1e-9)
-        close(attn(x2, positions=positions[:, :T], cache=cache), t["output.y2"], 1e-9)
+        assert_close(attn(x, num_static=S, positions=positions, cache=cache), t["output.y"], 1e-9)
+        assert_close(attn(x2, positions=positions[:, :T], cache=cache), t["output.y2"], 1e-9)
 
 
 @BOTH
@@ -83,13 +83,13 @@ def test_with_shared_weights_it_is_one_attention_with_a_block_mask(causal):
     if causal:
         mask[:T, :T] = mask[:T, :T].tril()
     found, expected = attn(x, num_static=S), gqa(x, mask=mask)
-    close(found, expected)
+    assert_close(found, expected)
     weight = torch.randn_like(x)
     for a, b in zip(
         *(torch.autograd.grad((y * weight).sum(), [x, *m.parameters()]) for y, m in ((found, attn), (expected, gqa))),
         strict=True,
     ):
-        close(a, b, 1e-11)
+        assert_close(a, b, 1e-11)
 
 
 @BOTH
@@ -103,10 +103,10 @@ def test_the_forms_agree(causal):
         for steps in range(3):
             x = sample(T)
             whole = attn(joint(x, static), num_static=S)
-            close(attn(x, static), whole[:, :T])
-            close(whole[:, T:], expected)
+            assert_close(attn(x, static), whole[:, :T])
+            assert_close(whole[:, T:], expected)
             if not causal or not steps:
-                close(attn(x, cache=cache), whole[:, :T])
+                assert_close(attn(x, cache=cache), whole[:, :T])
             assert cache.length == (S + T if causal else S)
 
 
@@ -128,21 +128,21 @@ def test_without_one_kind_of_tokens_it_is_plain_attention(causal):
         gqa = attnzoo.GroupedQueryAttention(E, H, G, bias=True, causal=is_causal, dtype=torch.float64)
         names = [name for name in attn.state_dict() if name.startswith("static_") == bool(prefix)]
         gqa.load_state_dict({name.removeprefix(prefix): attn.state_dict()[name] for name in names})
-        close(kept, gqa(x))
+        assert_close(kept, gqa(x))
 
 
 def test_the_order_of_static_tokens_goes_by_their_positions():
     attn, x, static = make(), sample(T), sample(S)
     order = torch.randperm(S)
-    close(attn(x, static[:, order], positions=(torch.arange(T), order)), attn(x, static))
+    assert_close(attn(x, static[:, order], positions=(torch.arange(T), order)), attn(x, static))
 
 
 def test_from_a_module_that_saw_both_kinds():
     gqa = attnzoo.GroupedQueryAttention(E, H, G, qk_norm=True, causal=False, scale=0.3, dtype=torch.float64)
     x = joint(sample(T), sample(S))
     shared, separate = (StaticContextAttention.from_joint(gqa, separate_static=kind) for kind in (False, True))
-    close(shared(x, num_static=S), separate(x, num_static=S))
-    close(separate(x), gqa(x))
+    assert_close(shared(x, num_static=S), separate(x, num_static=S))
+    assert_close(separate(x), gqa(x))
     for options in ({"sliding_window": 3}, {"o_bias": True}, {"v_head_dim": 4}):
         with pytest.raises(ValueError, match="module must be grouped-query attention with one width"):
             StaticContextAttention.from_joint(attnzoo.GroupedQueryAttention(E, H, G, causal=False, **options))
@@ -155,12 +155,12 @@ def test_the_prefix_form_decodes_what_the_joint_form_gives(chunks):
     with torch.no_grad():
         attn(static, num_static=S, cache=cache)
         parts = [attn(part, cache=cache) for part in x.split(chunks, dim=1)]
-        close(torch.cat(parts, 1), attn(joint(x, static), num_static=S)[:, :T])
+        assert_close(torch.cat(parts, 1), attn(joint(x, static), num_static=S)[:, :T])
         cache.truncate(S + 2)
-        close(attn(x[:, 2:], cache=cache), torch.cat(parts, 1)[:, 2:])
+        assert_close(attn(x[:, 2:], cache=cache), torch.cat(parts, 1)[:, 2:])
     changed = x.clone()
     changed[:, 4:] += 1
-    close(attn(joint(changed, static), num_static=S)[:, :4], attn(joint(x, static), num_static=S)[:, :4])
+    assert_close(attn(joint(changed, static), num_static=S)[:, :4], attn(joint(x, static), num_static=S)[:, :4])
 
 
 @BOTH
@@ -173,11 +173,11 @@ def test_a_mask_in_the_joint_order_cuts_conditions_apart(causal):
     at = torch.cat([torch.arange(T) + (S if causal else 0), torch.arange(S)])
     found = attn(joint(x, static), num_static=S, mask=mask, positions=at)
     alone = attn(joint(x, static[:, :2]), num_static=2, positions=at[: T + 2])
-    close(found[:, : T + 2], alone)
+    assert_close(found[:, : T + 2], alone)
     cache = attn.init_cache(2, S + T)
     with torch.no_grad():
         attn(joint(sample(0), static), num_static=S, mask=mask[T:, T:], cache=cache)
-        close(attn(x, mask=mask[:T], positions=at[:T], cache=cache), found[:, :T])
+        assert_close(attn(x, mask=mask[:T], positions=at[:T], cache=cache), found[:, :T])
 
 
 def test_a_row_without_static_tokens():
@@ -185,8 +185,8 @@ def test_a_row_without_static_tokens():
     mask = torch.ones(2, 1, T + S, T + S, dtype=torch.bool)
     mask[1, :, :, T:] = False
     y = attn(joint(x, static), num_static=S, mask=mask)
-    close(y[1, :T], attn(x)[1])
-    close(y[1, T:], attn.static_o_proj.bias.expand(S, E))
+    assert_close(y[1, :T], attn(x)[1])
+    assert_close(y[1, T:], attn.static_o_proj.bias.expand(S, E))
 
 
 @BOTH
@@ -256,7 +256,7 @@ def test_heads_are_pruned_in_both_streams():
         for layer in (masked.o_proj, masked.static_o_proj):
             layer.weight[:, : attn.head_dim] = 0
     attn.prune_heads([0])
-    close(attn(x, num_static=S), masked(x, num_static=S))
+    assert_close(attn(x, num_static=S), masked(x, num_static=S))
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -56,7 +56,7 @@ def ran(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(ran, capsys):
+def assert_refused(ran, capsys):
     """Call a command; it must end with exit code 2 and one sentence, which is returned."""
 
     def call(command, *words):
@@ -128,41 +128,41 @@ def words_for(command, path, folder):
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("payload", [popen, thing])
-def test_no_option_of_a_checkpoint_is_instantiated(payload, option, command, refused, ran, tmp_path):
+def test_no_option_of_a_checkpoint_is_instantiated(payload, option, command, assert_refused, ran, tmp_path):
     init_args = {"num_heads": 2, **OPTIONS[option](payload(ran))}
     path = checkpoint(tmp_path / "a.ckpt", attention={"init_args": init_args})
-    assert "a.ckpt" in refused(*words_for(command, path, tmp_path))
+    assert "a.ckpt" in assert_refused(*words_for(command, path, tmp_path))
 
 
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_no_class_of_a_checkpoint_is_imported(name, command, refused, ran, tmp_path):
+def test_no_class_of_a_checkpoint_is_imported(name, command, assert_refused, ran, tmp_path):
     described = {"class_path": name, "init_args": popen(ran)["init_args"]}
-    sentence = refused(*words_for(command, checkpoint(tmp_path / "a.ckpt", attention=described), tmp_path))
+    sentence = assert_refused(*words_for(command, checkpoint(tmp_path / "a.ckpt", attention=described), tmp_path))
     assert f"a.ckpt names {name}, which is neither a mechanism of attnzoo nor" in sentence
 
 
 @pytest.mark.parametrize("name", ["mlp_dim", "norm_eps", "tie_embeddings", "vocab_size"])
-def test_no_size_of_a_checkpoint_is_instantiated(name, refused, ran, tmp_path):
+def test_no_size_of_a_checkpoint_is_instantiated(name, assert_refused, ran, tmp_path):
     path = checkpoint(tmp_path / "a.ckpt", model={name: popen(ran)})
-    assert f"a.ckpt has a model whose {name} must be" in refused("generate", path)
+    assert f"a.ckpt has a model whose {name} must be" in assert_refused("generate", path)
 
 
-def test_an_allowed_package_opens_no_other(refused, ran, tmp_path):
+def test_an_allowed_package_opens_no_other(assert_refused, ran, tmp_path):
     (tmp_path / "own.py").write_text(f"import subprocess\nfrom subprocess import Popen\nimport {__name__} as other\n")
     for name in ("own.Popen", "own.subprocess.Popen", "own.other.Touch", "own.nothing", "own"):
         path = checkpoint(tmp_path / "a.ckpt", attention={"class_path": name, "init_args": popen(ran)["init_args"]})
-        assert f"names {name}, which is neither" in refused("generate", path, "--allow-import", "own")
+        assert f"names {name}, which is neither" in assert_refused("generate", path, "--allow-import", "own")
 
 
 @pytest.mark.parametrize("command", ["pretrain", *READERS])
-def test_a_pickle_with_a_valid_sidecar_is_not_run(command, refused, ran, arguments, tmp_path):
+def test_a_pickle_with_a_valid_sidecar_is_not_run(command, assert_refused, ran, arguments, tmp_path):
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "attnzoo": Touch(ran)}, path)
     words = words_for(command, path, tmp_path)
     if command == "pretrain":
         words = [command, *arguments("kha", f"--ckpt_path={path}")]
-    assert "a.ckpt is not a checkpoint of tensors and plain values" in refused(*words)
+    assert "a.ckpt is not a checkpoint of tensors and plain values" in assert_refused(*words)
 
 
 # configs
@@ -249,12 +249,12 @@ ENDLESS = [name for name in CONFIGS if name.startswith(("anchors", "brackets"))]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_runs_nothing(name, line_of_defence, refused, ran, arguments, tmp_path):
+def test_a_config_runs_nothing(name, line_of_defence, assert_refused, ran, arguments, tmp_path):
     if line_of_defence == "second line" and name in (*ENDLESS, "section of the recipe", "data"):
         pytest.skip("the parser has no limit, or takes a class_path for plain data")
     config = tmp_path / "attack.yaml"
     config.write_text(written(CONFIGS[name], ran))
-    refused("pretrain", *arguments("kha", "--config", config))
+    assert_refused("pretrain", *arguments("kha", "--config", config))
 
 
 LINES = {
@@ -279,7 +279,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_command_line_runs_nothing(name, refused, ran, arguments, tmp_path):
+def test_a_command_line_runs_nothing(name, assert_refused, ran, arguments, tmp_path):
     attack = f"trainer: {{callbacks: [{MODULE}.Callback]}}\n"
     (tmp_path / "folder").mkdir()
     for file, content in {
@@ -290,16 +290,16 @@ def test_a_command_line_runs_nothing(name, refused, ran, arguments, tmp_path):
     }.items():  # fmt: skip
         (tmp_path / file).write_text(content)
     (tmp_path / "utf16.yaml").write_text(attack, encoding="utf-16")
-    refused("pretrain", *arguments("kha", *(word.replace("MODULE", MODULE) for word in LINES[name])))
+    assert_refused("pretrain", *arguments("kha", *(word.replace("MODULE", MODULE) for word in LINES[name])))
 
 
 @pytest.mark.parametrize("name", ["PL_FIT__TRAINER__CALLBACKS", "PL_FIT__MODEL__ATTENTION", "PL_FIT__CONFIG"])
-def test_the_environment_runs_nothing(name, line_of_defence, refused, ran, arguments, monkeypatch, tmp_path):
+def test_the_environment_runs_nothing(name, line_of_defence, assert_refused, ran, arguments, monkeypatch, tmp_path):
     (tmp_path / "attack.yaml").write_text(f"trainer: {{callbacks: [{{class_path: {MODULE}.Callback}}]}}\n")
     value = "attack.yaml" if name.endswith("CONFIG") else f'[{{"class_path": "{MODULE}.Callback"}}]'
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     monkeypatch.setenv(name, value)
-    refused("pretrain", *arguments("kha"))
+    assert_refused("pretrain", *arguments("kha"))
 
 
 # comparisons
@@ -316,23 +316,23 @@ COMPARISONS = {
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_a_compared_mechanism_runs_nothing(name, refused, ran, tmp_path):
+def test_a_compared_mechanism_runs_nothing(name, assert_refused, ran, tmp_path):
     (tmp_path / "mine.yaml").write_text(written(COMPARISONS[name], ran))
-    assert "mine.yaml" in refused("compare", "--mechanisms", "mha,mine.yaml", "--out", tmp_path / "out")
+    assert "mine.yaml" in assert_refused("compare", "--mechanisms", "mha,mine.yaml", "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "train", ["trainer: {callbacks: [{class_path: MODULE.Callback}]}", "model: {attention: POPEN}"]
 )
-def test_the_settings_of_a_comparison_run_nothing(train, refused, ran, tmp_path):
+def test_the_settings_of_a_comparison_run_nothing(train, assert_refused, ran, tmp_path):
     (tmp_path / "compare.yaml").write_text(written(f"mechanisms: [mha]\ntrain: {{{train}}}\n", ran))
-    refused("compare", "--config", "compare.yaml", "--out", tmp_path / "out")
+    assert_refused("compare", "--config", "compare.yaml", "--out", tmp_path / "out")
 
 
-def test_what_a_comparison_passes_on_runs_nothing(refused, ran, tmp_path, monkeypatch):
+def test_what_a_comparison_passes_on_runs_nothing(assert_refused, ran, tmp_path, monkeypatch):
     words = ["compare", "--mechanisms", "mha", "--out", tmp_path / "out"]
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
-    assert f"names {MODULE}.Callback" in refused(*words, "--", f"--trainer.callbacks+={MODULE}.Callback")
+    assert f"names {MODULE}.Callback" in assert_refused(*words, "--", f"--trainer.callbacks+={MODULE}.Callback")
 
 
 # models of others
@@ -353,12 +353,12 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("command", ["heads", "prune", "spectrum"])
-def test_code_in_a_model_folder_is_not_run(command, refused, llama, tmp_path, monkeypatch):
+def test_code_in_a_model_folder_is_not_run(command, assert_refused, llama, tmp_path, monkeypatch):
     (llama / "modeling.py").write_text(MODELING)
     own = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model", "AutoModel": "modeling.Model"}
     edit(llama / "config.json", auto_map=own, model_type="mine")
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("it asks"))
-    sentence = refused(*words_for(command, llama, tmp_path))
+    sentence = assert_refused(*words_for(command, llama, tmp_path))
     assert "config.json' asks for code of its own (auto_map), which attnzoo never runs" in sentence
 
 
@@ -372,30 +372,30 @@ def test_code_of_a_known_architecture_is_not_run_and_said(ran, llama, tmp_path, 
     )
 
 
-def test_code_of_a_tokenizer_is_not_run(refused, llama, tmp_path, monkeypatch):
+def test_code_of_a_tokenizer_is_not_run(assert_refused, llama, tmp_path, monkeypatch):
     (llama / "tokens.py").write_text(MODELING)
     edit(llama / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokens.Mine", None]}, tokenizer_class="Mine")
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("it asks"))
-    assert "tokenizer_config.json' asks for code" in refused(*words_for("heads", llama, tmp_path))
+    assert "tokenizer_config.json' asks for code" in assert_refused(*words_for("heads", llama, tmp_path))
 
 
-def test_kernels_of_others_are_not_fetched(refused, llama, tmp_path):
+def test_kernels_of_others_are_not_fetched(assert_refused, llama, tmp_path):
     edit(llama / "config.json", attn_implementation="someone/attention")
-    assert "asks for kernels of others (someone/attention)" in refused(*words_for("spectrum", llama, tmp_path))
+    assert "asks for kernels of others (someone/attention)" in assert_refused(*words_for("spectrum", llama, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_model.bin"])
-def test_pickled_weights_are_not_read(name, refused, llama, tmp_path, ran):
+def test_pickled_weights_are_not_read(name, assert_refused, llama, tmp_path, ran):
     (llama / "model.safetensors").unlink()
     (llama / name).write_bytes(pickle.dumps({"w": Touch(ran)}))
-    assert str(llama) in refused(*words_for("spectrum", llama, tmp_path))
+    assert str(llama) in assert_refused(*words_for("spectrum", llama, tmp_path))
 
 
-def test_a_pickle_is_no_safetensors_file(refused, ran, tmp_path):
+def test_a_pickle_is_no_safetensors_file(assert_refused, ran, tmp_path):
     path = tmp_path / "a.safetensors"
     torch.save({"q_proj.weight": Touch(ran)}, path)
     assert zipfile.is_zipfile(path)
-    assert "a.safetensors' is no safetensors file" in refused("spectrum", path, "--num-heads", 2)
+    assert "a.safetensors' is no safetensors file" in assert_refused("spectrum", path, "--num-heads", 2)
 
 
 def test_these_attacks_would_work(ran, tmp_path, monkeypatch):
