@@ -374,6 +374,8 @@ def _assert_same_figures(one, other):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", [*WITH_PATTERNS, "bidirectional", "windowed"])
 def test_padding_on_either_side_changes_no_figure(name, side):
+    if name == "rcmha" and side == "left":
+        pytest.skip("its convolutions and distances see what stands before the text")
     options = {"bidirectional": {"causal": False}, "windowed": {"sliding_window": 4}}.get(name)
     module = zoo.build(name) if options is None else zoo.build("gqa", **options)
     embed = nn.Embedding(V, zoo.E, dtype=torch.float64)

@@ -59,7 +59,7 @@ def test_tests_that_are_late_leave_their_results(session, monkeypatch, tmp_path)
     slow.write_text("import time\n\ndef test_one(): pass\n\ndef test_two(): time.sleep(99)\n")
     command = session.tests("slow", "-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:xdist", str(slow))
     monkeypatch.setattr(session, "dry", lambda *_: [])
-    planned(session, monkeypatch, ("slow", 20.0, command))
+    planned(session, monkeypatch, ("slow", 40.0, command))
     assert session.main(["--plan", "first", "--out", str(tmp_path), *DRY]) == 1
     assert lines_of(tmp_path)["slow"]["status"] == "late"
     assert "test_one" in (tmp_path / "slow.xml").read_text()
