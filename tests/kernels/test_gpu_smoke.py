@@ -420,7 +420,8 @@ def test_the_tests_for_a_gpu_rehearsed(name: str, monkeypatch: pytest.MonkeyPatc
         return call
 
     monkeypatch.setattr(smoke, "captured", captured)
-    getattr(TestOnAGPU(), name)(*REHEARSED[name])
+    assert_passes = getattr(TestOnAGPU(), name)
+    assert_passes(*REHEARSED[name])
 
 
 # The kernels in the interpreter, in float16 at the tiles that a GPU with 227 KiB of shared memory gets.

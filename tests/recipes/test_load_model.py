@@ -64,9 +64,11 @@ def test_tied_logits_are_not_missing(tmp_path):
 
 
 def test_old_buffers_do_not_count(tmp_path):
-    folder, _, _ = llama(tmp_path / "model")
+    folder, model, _ = llama(tmp_path / "model")
     reweighted(folder, lambda w: {**w, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
-    load_model(folder)
+    loaded = load_model(folder).model.state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 def test_an_encoder_without_pooler_or_with_a_head_is_whole(tmp_path):
