@@ -76,7 +76,11 @@ def test_the_whole_dry_run(main, tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_makefile_leaves_out_slow_tests_and_compiles_ahead():
     done = subprocess.run(
-        ["make", "-n", "gpu-check", "PYTHON=python"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "gpu-check", "PYTHON=python"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     tests, rows = done.stdout.splitlines()
     assert tests == 'python -m pytest -q -n 14 -m "not slow and not aot" tests/kernels'
