@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnzoo.masks import Visibility
+
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(eq=False)  # Not frozen: one is made in every decoding step, and frozen fields are slow to set.
 class ScoreRules:
@@ -21,7 +25,9 @@ class ScoreRules:
         bias: (B, H, T, S) by broadcasting, added to the scores, or None.
         q_rope: (B, T, H, R) rotary part of the queries, or None.
         k_rope: (B, S, 1, R) rotary part of the keys, which all heads share, or None.
+        decay: (B, H, S) cumulated log gates c of the keys, which add c_i - c_j to a score, or None.
         head_scale: factor of the outputs, (H,), (B, H) or (B, T, H), or None.
+        output_gate: logits of a gate of the outputs, (B, T, H, Dv) or (B, T, H, 1), or None.
         dropout: probability of dropping a weight.
     """
 
@@ -34,6 +40,8 @@ class ScoreRules:
     k_rope: Tensor | None = None
     head_scale: Tensor | None = None
     dropout: float = 0.0
+    decay: Tensor | None = None
+    output_gate: Tensor | None = None
 
 
 def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
@@ -42,6 +50,34 @@ def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
         return q, k
     shared = rules.k_rope.expand(-1, -1, k.shape[2], -1)
     return torch.cat([q, rules.q_rope], dim=-1), torch.cat([k, shared], dim=-1)
+
+
+def join_decay(q: Tensor, k: Tensor, decay: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys with further features whose products are -decay_j, for backends that add nothing to scores.
+
+    The gate of the query is constant in its row, so the softmax does not need it. Each of the H / G heads that share
+    a key has a feature of its own, which its queries select, so that keys are not repeated. Numbers of 16 bits take
+    three such features, whose sum is exact in float32.
+    """
+    groups, shared, unit = k.shape[2], q.shape[2] // k.shape[2], 256.0
+    # Any other constant does as well; this one keeps the numbers near the last query small.
+    c = (decay - decay[..., -1:].detach()) / (-scale * unit)
+    c = c.transpose(1, 2).unflatten(2, (groups, shared))
+    parts = [c.to(k.dtype)]
+    rest = c.detach()
+    for _ in range(2 if k.dtype in HALF else 0):
+        rest = rest - parts[-1].detach().to(rest.dtype)
+        parts.append(rest.to(k.dtype))
+    select = unit * torch.eye(shared, dtype=q.dtype, device=q.device).repeat(groups, len(parts))
+    return torch.cat([q, select.expand(*q.shape[:2], -1, -1)], dim=-1), torch.cat([k, *parts], dim=-1)
+
+
+def decay_of_pairs(decay: Tensor, view: Visibility, queries: int) -> Tensor:
+    """c_i - c_j (B, H, T, S) of cumulated log gates (B, H, S); the queries are among the keys."""
+    keys = decay.shape[2]
+    i, j = view.indices(queries, keys, decay.device)
+    place = i if view.key_positions is None else (j == i[:, None]).long().argmax(1)
+    return decay.index_select(2, place)[..., None] - decay[:, :, None]
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float | None = None) -> Tensor:

@@ -21,12 +21,11 @@ from attnzoo.masks import Visibility, broadcasts
 from attnzoo.ops.flash import flash_attention, flash_obstacle
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, join_rope, masked_softmax
+from attnzoo.ops.score_rules import HALF, ScoreRules, decay_of_pairs, join_decay, join_rope, masked_softmax
 from attnzoo.tracing import is_traced
 
 MAX_HEAD_DIM = 256
 """Widest head that the kernels take."""
-HALF = (torch.float16, torch.bfloat16)
 MAX_DECODED = 16
 """New tokens up to which a call over a longer cache goes to the decoding kernels."""
 
@@ -45,6 +44,8 @@ def softmax_attention(
     k_rope: Tensor | None = None,
     head_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    decay: Tensor | None = None,
+    output_gate: Tensor | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -54,9 +55,9 @@ def softmax_attention(
 
         s = scale * (q_i . k_j + q_rope_i . k_rope_j)
         s = softcap * tanh(s / softcap)
-        s = s - alibi_slopes[h] * |i - j| + bias
+        s = s - alibi_slopes[h] * |i - j| + bias + decay_i - decay_j
         s = -inf where `view` forbids
-        o_i = head_scale[h] * sum_j exp(s_ij) v_j / (exp(sink_h) + sum_j exp(s_ij))
+        o_i = head_scale[h] * sigmoid(output_gate_i) * sum_j exp(s_ij) v_j / (exp(sink_h) + sum_j exp(s_ij))
 
     A query that sees no key gives zeros. Scores and softmax are computed in float32, or float64 for float64.
 
@@ -73,6 +74,10 @@ def softmax_attention(
         k_rope: (B, S, 1, R).
         head_scale: factor of each head's output, (H,), (B, H) or (B, T, H).
         bias: floating tensor broadcastable to (B, H, T, S), added to the scores.
+        decay: cumulated log forget gates of the keys (B, H, S) in float32 or float64 (Lin et al. 2025,
+            arXiv:2503.02130); the queries are among the keys. Needs causality and no sinks.
+        output_gate: logits of a sigmoid gate of the outputs, (B, T, H, Dv) or (B, T, H, 1) (Qiu et al. 2025,
+            arXiv:2505.06708).
         dropout: probability of dropping a weight.
         backend: "auto", "eager", "sdpa", "flash" or "triton".
 
@@ -83,19 +88,21 @@ def softmax_attention(
     if scale is None:
         # Sizes are tensors while a program is traced, and a power of those is float32.
         scale = float(int(q.shape[-1]) + (0 if q_rope is None else int(q_rope.shape[-1]))) ** -0.5
-    rules = ScoreRules(scale, softcap, alibi_slopes, sinks, bias, q_rope, k_rope, head_scale, dropout)
+    rules = ScoreRules(
+        scale, softcap, alibi_slopes, sinks, bias, q_rope, k_rope, head_scale, dropout, decay, output_gate
+    )
     _check(q, k, v, view, rules)
     observer = current_observer()
     if observer is not None:
         observer(Observation("softmax_attention", q, k, v, view, rules))
     # Asked only where kernels may run: a graph for any length must not be tied to few queries or many.
     kernels = bias is None and (q.is_cuda or backend == "triton")
-    decoding = kernels and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale)
+    decoding = kernels and decodes(q, k, view, q, k, v, q_rope, k_rope, sinks, head_scale, decay, output_gate)
     chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules, decoding), q.device)
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
         options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
-        del options["dropout"]
+        del options["dropout"], options["decay"], options["output_gate"]
         if per_token:
             options["head_scale"] = None
         if decoding:
@@ -107,7 +114,7 @@ def softmax_attention(
             from attnzoo_kernels.softmax_attention import softmax_attention as kernel
 
             out = kernel(q, k, v, **options)[0]
-        return _scaled(out, head_scale) if per_token else out
+        return _finished(out, head_scale if per_token else None, output_gate)
     if scale <= 0 and chosen in ("flash", "sdpa"):
         # These kernels scale after masking, and -inf times such a scale is inf or nan.
         q, rules = q * scale, replace(rules, scale=1.0, q_rope=None if q_rope is None else q_rope * scale)
@@ -117,13 +124,13 @@ def softmax_attention(
         out = _sdpa(q, k, v, view, rules)
     else:
         out = softmax_attention_reference(q, k, v, view, rules)
-    return _scaled(out, head_scale)
+    return _finished(out, head_scale, output_gate)
 
 
 def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
     """The definition: plain PyTorch, float64 capable, differentiable twice; stores (B, H, T, S) for the backward pass.
 
-    `head_scale` is left to `softmax_attention`; everything else is as there.
+    `head_scale` and `output_gate` are left to `softmax_attention`; everything else is as there.
     """
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     B, T, H, _ = q.shape
@@ -151,8 +158,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     """The same through torch.nn.functional.scaled_dot_product_attention."""
     B, T, H, _ = q.shape
     S, G, value_width = k.shape[1], k.shape[2], v.shape[3]
-    bias = _bias(T, S, q.device, view, rules)
     q, k = join_rope(q, k, rules)
+    if rules.decay is not None:
+        q, k, rules = *join_decay(q, k, rules.decay, rules.scale), replace(rules, decay=None)
+    bias = _bias(T, S, q.device, view, rules)
     # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
     # Decided by a branch: in a graph for any length a comparison is a symbol, which the function does not take.
     is_causal, visible = True, None
@@ -189,12 +198,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
 
 
 def _bias(queries: int, keys: int, device: torch.device, view: Visibility, rules: ScoreRules) -> Tensor | None:
-    """ALiBi's distances and the bias, broadcastable to (B, H, T, S), or None."""
-    if rules.alibi_slopes is None:
-        return rules.bias
-    i, j = view.indices(queries, keys, device)
-    distance = -rules.alibi_slopes[:, None, None] * (i[:, None] - j).abs()
-    return distance if rules.bias is None else distance + rules.bias
+    """ALiBi's distances, the decay and the bias, broadcastable to (B, H, T, S), or None."""
+    bias = rules.bias
+    if rules.alibi_slopes is not None:
+        i, j = view.indices(queries, keys, device)
+        distance = -rules.alibi_slopes[:, None, None] * (i[:, None] - j).abs()
+        bias = distance if bias is None else distance + bias
+    if rules.decay is not None:
+        decay = decay_of_pairs(rules.decay, view, queries)
+        bias = decay if bias is None else decay + bias
+    return bias
 
 
 def _append_sink(
@@ -222,12 +235,12 @@ def _append_sink(
     return k, v, visible, bias
 
 
-def _scaled(out: Tensor, head_scale: Tensor | None) -> Tensor:
-    """Each head's output (B, T, H, Dv) times its factor, (H,), (B, H) or (B, T, H)."""
-    if head_scale is None:
-        return out
-    factor = head_scale if head_scale.ndim == 3 else head_scale[..., None, :]
-    return out * factor.to(out.dtype)[..., None]
+def _finished(out: Tensor, head_scale: Tensor | None, output_gate: Tensor | None) -> Tensor:
+    """Each head's output (B, T, H, Dv) times its factor, (H,), (B, H) or (B, T, H), and its gate."""
+    if head_scale is not None:
+        factor = head_scale if head_scale.ndim == 3 else head_scale[..., None, :]
+        out = out * factor.to(out.dtype)[..., None]
+    return out if output_gate is None else out * torch.sigmoid(output_gate).to(out.dtype)
 
 
 def _obstacles(
@@ -240,9 +253,13 @@ def _obstacles(
             return f"needs CUDA tensors, got {q.device.type}"
         if rules.bias is not None:
             return "flash-attn adds no bias tensor"
+        if rules.decay is not None:
+            return "flash-attn adds no decay"
         return flash_obstacle(q, k, v, view, rules)
 
     def triton() -> str | None:
+        if rules.decay is not None:
+            return "the kernels add no decay"
         return softmax_kernel_obstacle(q, v, rules.q_rope, rules.dropout)
 
     def sdpa() -> str | None:
@@ -274,6 +291,8 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRul
     """Whether torch's own fused kernels serve the call as it is: no (T, S) mask, no repeated or joined keys."""
     repeats = q.shape[2] != k.shape[2] and q.dtype not in HALF
     if repeats or q.shape[3] != v.shape[3] or rules.q_rope is not None or rules.sinks is not None:
+        return False
+    if rules.decay is not None:
         return False
     bare = view.mask is None and view.window is None and view.key_positions is None
     return bare and not _needs_bias(rules) and (not view.causal or view.is_plain_causal(q.shape[1], k.shape[1]))
@@ -333,6 +352,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules)
         raise ValueError(
             f"head_scale must be ({heads},), ({B}, {heads}) or ({B}, {T}, {heads}), got shape {tuple(head_scale.shape)}"
         )
+    if rules.decay is not None or rules.output_gate is not None:
+        _check_decay_and_gate(v, (B, T, heads, S), view, rules)
     if bias is None:
         return
     if not bias.is_floating_point():
@@ -340,6 +361,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules)
     shape = (B, heads, T, S)
     if not broadcasts(bias, shape):
         raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
+
+
+def _check_decay_and_gate(v: Tensor, sizes: tuple[int, int, int, int], view: Visibility, rules: ScoreRules) -> None:
+    """Refuse a decay or an output gate that does not fit the call; sizes are (B, T, H, S)."""
+    (B, T, heads, S), decay, gate = sizes, rules.decay, rules.output_gate
+    if gate is not None:
+        shapes = ((B, T, heads, v.shape[3]), (B, T, heads, 1))
+        if gate.shape not in shapes or not gate.is_floating_point():
+            raise ValueError(
+                f"output_gate must be a floating tensor {shapes[0]} or {shapes[1]}, got {gate.dtype} of shape "
+                f"{tuple(gate.shape)}"
+            )
+    if decay is None:
+        return
+    if decay.shape != (B, heads, S) or decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"decay must be a float32 or float64 tensor {(B, heads, S)}, got {decay.dtype} of shape "
+            f"{tuple(decay.shape)}"
+        )
+    if not view.causal:
+        raise ValueError("decay needs causal=True, got causal=False")
+    if rules.sinks is not None:
+        raise ValueError("decay must not be given together with sinks")
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

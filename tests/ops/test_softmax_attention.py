@@ -15,6 +15,12 @@ from tests.views import attend
 
 B, T, H, G, D, DV = 2, 7, 6, 3, 5, 4
 
+
+def cumulated_gates(keys: int) -> Tensor:
+    """Cumulated log forget gates (B, H, keys)."""
+    return -torch.linspace(0.1, 1, B * H * keys).double().view(B, H, keys).cumsum(-1)
+
+
 CALLS: dict[str, dict[str, object]] = {
     "plain": {},
     "bidirectional": {"causal": False},
@@ -44,6 +50,16 @@ CALLS: dict[str, dict[str, object]] = {
     "bias": {"bias": torch.linspace(-1, 1, H * T * T).double().view(H, T, T)},
     "bias of keys": {"bias": torch.linspace(-1, 1, B * T).double().view(B, 1, 1, T), "causal": False},
     "ring buffer": {"S": 9, "query_start": 6, "key_positions": torch.tensor([9, 10, 11, 12, 4, 5, 6, 7, 8])},
+    "decay": {"decay": cumulated_gates(T)},
+    "decay beside a bias": {"decay": cumulated_gates(T), "bias": torch.linspace(-1, 1, H).double().view(H, 1, 1)},
+    "decay and cached prefix": {"S": 11, "decay": cumulated_gates(11)},
+    "decay and ring buffer": {
+        "S": 9, "query_start": 6, "key_positions": torch.tensor([9, 10, 11, 12, 4, 5, 6, 7, 8]),
+        "decay": cumulated_gates(13)[..., [9, 10, 11, 12, 4, 5, 6, 7, 8]],
+    },
+    "decay and padding": {"decay": cumulated_gates(T), "mask": AttentionMask.padding([7, 0]), "scale": -0.3},
+    "output gate": {"output_gate": torch.linspace(-3, 3, B * T * H * DV).double().view(B, T, H, DV)},
+    "output gate of each head": {"output_gate": torch.linspace(-3, 3, B * T * H).double().view(B, T, H, 1)},
     "everything": {
         "softcap": 2.0, "alibi_slopes": torch.linspace(0, 1, H).double(), "window": 3, "sink_tokens": 1,
         "sinks": torch.linspace(-1, 1, H).double(), "head_scale": torch.linspace(1, 2, H).double(), "extra": 2,
@@ -92,6 +108,9 @@ def spelled_out(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
                         s = options["softcap"] * math.tanh(s / options["softcap"])
                     if "alibi_slopes" in options:
                         s -= float(options["alibi_slopes"][h]) * abs(i - j)
+                    if "decay" in options:
+                        decay = options["decay"][b, h]
+                        s += float(decay[position.index(i)] - decay[n])
                     if "bias" in options:
                         s += float(options["bias"].expand(rows, heads, queries, keys)[b, h, t, n])
                     weights[n] = math.exp(s)
@@ -104,6 +123,8 @@ def spelled_out(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
                 out[b, t, h] = sum(w * v[b, n, g] for n, w in weights.items()) / total
                 if "head_scale" in options:
                     out[b, t, h] *= factor_of(options["head_scale"], b, t, h)
+                if "output_gate" in options:
+                    out[b, t, h] *= torch.sigmoid(options["output_gate"][b, t, h])
     return out
 
 
@@ -170,6 +191,10 @@ def _cut(name: str, option: object) -> object:
     if name in ("sinks", "alibi_slopes", "head_scale") and isinstance(option, Tensor):
         cut = option.reshape(-1, H)[0, :2].clone()
         return cut.requires_grad_() if name != "alibi_slopes" else cut
+    if name == "output_gate":
+        return option[:1, :, :2, :2].clone().requires_grad_()
+    if name == "decay":
+        return option[:1, :2].clone().requires_grad_()
     if name == "bias":
         return option.expand(B, -1, -1, -1)[:1, :2].clone().requires_grad_()
     if isinstance(option, AttentionMask):
@@ -201,6 +226,48 @@ def test_half_precision_sums_in_float32(name: str, backend: str, dtype: torch.dt
     values = low[2].double().abs().max()
     budget = 4 * torch.finfo(dtype).eps * values + 64 * torch.finfo(torch.float32).eps * values
     assert error <= budget, f"error {error:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_long_decays_keep_their_differences(groups: int, dtype: torch.dtype) -> None:
+    """Cumulated gates of thousands, whose differences of a few tenths decide; also their gradient."""
+    S, heads = 600, 4
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, S, n, 8).to(dtype) for n in (heads, groups, groups))
+    decay = torch.nn.functional.logsigmoid(torch.randn(1, heads, S) - 2).double().cumsum(-1).float() - 3000
+    weight = torch.randn(1, S, heads, 8)
+
+    def found(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        c = tensors[3].clone().requires_grad_()
+        out = attend(*tensors[:3], decay=c, backend=backend)
+        return out, torch.autograd.grad((out * weight.to(out)).sum(), c)[0]
+
+    exact = found("eager", *(x.double() for x in (q, k, v, decay)))
+    for backend in ("eager", "sdpa"):
+        close = found(backend, q, k, v, decay)
+        for value, expected in zip(close, exact, strict=True):
+            allowed = 8 * torch.finfo(dtype).eps * expected.abs().max() + 1e-3 * (dtype is torch.float32)
+            assert (value - expected).abs().max() <= allowed
+
+
+def test_a_decay_stores_no_pairs_and_no_repeated_keys() -> None:
+    """What sdpa keeps for the backward pass grows with T, also where heads share keys."""
+
+    def stored(T: int) -> int:
+        q, k, v = (torch.randn(1, T, n, 8, requires_grad=True) for n in (4, 2, 2))
+        decay = torch.randn(1, 4, T, requires_grad=True)
+        sizes: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            attend(q, k, v, decay=decay, backend="sdpa")
+        return sum(sizes.values())
+
+    assert stored(512) <= 2.05 * stored(256)
 
 
 def test_alibi_distances_are_not_rounded_to_half_precision() -> None:
@@ -323,6 +390,15 @@ def _wrong(**changes: object) -> dict[str, object]:
         (_wrong(head_scale=torch.ones(2)), r"head_scale must be \(4,\), \(2, 4\) or \(2, 3, 4\), got shape \(2,\)"),
         (_wrong(mask=torch.ones(5, 3, dtype=torch.bool)), "mask must broadcast"),
         (_wrong(mask=[[True]]), "mask must be a boolean tensor or an AttentionMask, got list"),
+        (_wrong(output_gate=torch.ones(2, 3, 4)), r"output_gate must be a floating tensor \(2, 3, 4, 8\) or \(2, 3, 4"),
+        (_wrong(output_gate=torch.ones(2, 3, 4, 1).long()), "output_gate must be a floating .* got torch.int64"),
+        (
+            _wrong(decay=torch.ones(2, 2, 3)),
+            r"decay must be a float32 or float64 tensor \(2, 4, 3\), got .*\(2, 2, 3\)",
+        ),
+        (_wrong(decay=torch.ones(2, 4, 3).bfloat16()), "decay must be a float32 or float64 .*, got torch.bfloat16"),
+        (_wrong(decay=torch.ones(2, 4, 3), causal=False), "decay needs causal=True, got causal=False"),
+        (_wrong(decay=torch.ones(2, 4, 3), sinks=0.0), "decay must not be given together with sinks"),
         (_wrong(backend="cudnn"), "backend must be one of .*, got 'cudnn'"),
     ],
 )

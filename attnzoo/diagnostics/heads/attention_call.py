@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.diagnostics.layers import AttentionLayer
 from attnzoo.masks import Visibility
 from attnzoo.ops.observation import ScoreMap
-from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, decay_of_pairs, masked_softmax
 
 _BLOCK = 256
 
@@ -137,6 +137,8 @@ def pattern_of(
     if rules.alibi_slopes is not None:
         i, j = view.indices(T, S, q.device)
         s = s - rules.alibi_slopes.to(s)[:, None, None] * (i[rows, None] - j).abs()
+    if rules.decay is not None:
+        s = s + decay_of_pairs(rules.decay.to(compute_dtype), view, T)[:, :, rows]
     if pre is not None:
         s = pre.at(rows, slice(None))(s)
     sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks

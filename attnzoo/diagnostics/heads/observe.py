@@ -260,6 +260,7 @@ def call_of(layer: AttentionLayer, seen: Observation, outputs: Tensor) -> Attent
     q, k, v = (x.detach().transpose(1, 2) for x in (q, k, seen.v))
     rules = ScoreRules(
         rules.scale, rules.softcap, rules.alibi_slopes, _detached(rules.sinks), _detached(rules.bias),
+        decay=_detached(rules.decay),
     )  # fmt: skip
     return AttentionCall(layer, q, k, v, outputs, value_of, seen.view, rules, seen.pre, seen.post, heads)
 
