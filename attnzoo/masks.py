@@ -191,6 +191,20 @@ class AttentionMask:
         return token.view(batch, length), document.view(batch, length)
 
 
+class CompleteMask(AttentionMask):
+    """A dense mask that already holds causality and window, as transformers' do: a module adds no rule of its own.
+
+    Args:
+        dense_mask: boolean tensor broadcastable to (B, H, T, S).
+        bias: added to the scores, floating and broadcastable to (B, H, T, S); for modules with `takes_bias`.
+        real_queries: as in `AttentionMask`.
+    """
+
+    def __init__(self, dense_mask: Tensor, bias: Tensor | None = None, real_queries: Tensor | None = None) -> None:
+        super().__init__(dense_mask=dense_mask, real_queries=real_queries)
+        self.bias = bias
+
+
 def as_mask(mask: Tensor | AttentionMask | None) -> AttentionMask | None:
     """A boolean tensor becomes `AttentionMask.dense`; anything that is not a mask is refused."""
     if mask is None or isinstance(mask, AttentionMask):

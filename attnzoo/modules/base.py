@@ -52,6 +52,8 @@ class Mechanism(nn.Module):
     aux_loss: Tensor | None = None
     has_patterns = True
     factored_circuits = False
+    takes_bias = False
+    """Whether the scores take an additive mask."""
     cache_type: type[Any] = KeyValueCache
     input_layer = "q_proj"
     """Submodule whose weight has the dtype and the device that inputs must have."""
@@ -144,6 +146,11 @@ class Mechanism(nn.Module):
     def score_heads(self) -> int:
         """Heads H of the scores, which a mask (B, H, T, S) refers to."""
         return self.num_heads
+
+    @property
+    def reads_token_index(self) -> bool:
+        """Whether scores depend on the distance of tokens in the sequence other than by masks and the rotation."""
+        return getattr(self, "alibi_slopes", None) is not None
 
     @property
     def head_outputs(self) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.masks import AttentionMask, Visibility, as_mask
-from attnzoo.modules.checks import check_cache, check_input, key_value_sources
+from attnzoo.masks import AttentionMask, CompleteMask, Visibility, as_mask
+from attnzoo.modules.checks import check_bias, check_cache, check_input, key_value_sources
 from attnzoo.rotary import Rotary, RotaryTable, rotary_range_table, rotary_table, rotate
 from attnzoo.rules import describe, is_integer_tensor
 from attnzoo.tracing import is_readable
@@ -49,6 +49,11 @@ class Call:
         if self.q_table is None or self.k_table is None:
             return q, k
         return rotate(q, *self.q_table), rotate(k, *self.k_table)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What a complete mask adds to the scores, (B, H, T, S), or None."""
+        return getattr(self.view.mask, "bias", None)
 
     def remember(self, *states: Tensor) -> Remembered:
         """A block that sees the states of all tokens, cached and new, which the cache keeps if it ends without error.
@@ -124,12 +129,18 @@ def begin(
         check_cache(module, cache, context, mask)
         past, limit = cache.length, cache.max_length
         start = past
-    if mask is not None:
+    complete = isinstance(mask, CompleteMask)
+    if mask is not None and not complete:
         batch, tokens, keys = *x.shape[:2], past + sources[0].shape[1]
         mask.check(batch, module.score_heads, tokens, keys, x.device)
     if positions is not None:
         check_positions(positions, x, sources[0], cross=context is not None)
-    view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)
+    if complete:
+        # Checked by the operation: a cache of fixed size hands out more keys than there are tokens.
+        check_bias(module, mask)
+        view = Visibility(False, mask=mask, query_start=start)
+    else:
+        view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)
     call = Call(sources, view, None, None, past, cache)
     if module.rope is not None:
         call.q_table, call.k_table = module.rotation_tables(

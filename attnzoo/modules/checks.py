@@ -116,3 +116,9 @@ def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | 
             f"cache must come from this module's init_cache: it was made for {cache.layout}, and the module needs "
             f"{layout}"
         )
+
+
+def check_bias(module: Any, mask: Any) -> None:
+    """Refuse a mask that adds to the scores of a mechanism that cannot."""
+    if mask.bias is not None and not module.takes_bias:
+        raise ValueError(f"mask must not add to the scores of {type(module).__name__}, got a bias other than 0")

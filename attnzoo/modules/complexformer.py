@@ -119,7 +119,9 @@ class ComplexAttention(GroupedQueryAttention):
         k = self.turn(self.of_each_query_head(k))
         q, k = call.rotate(q, k)
         with call.remember(k, v) as (k, v):
-            out = softmax_attention(q, k, self.of_each_query_head(v), call.view, **self.score_options(q.device))
+            out = softmax_attention(
+                q, k, self.of_each_query_head(v), call.view, bias=call.bias, **self.score_options(q.device)
+            )
             y: Tensor = self.o_proj(out.flatten(2))
             return y
 

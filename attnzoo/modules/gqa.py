@@ -61,6 +61,7 @@ class GroupedQueryAttention(Mechanism):
     """
 
     shown: tuple[str, ...] = ("rope", "logit_softcap", "sliding_window", "sink", "pruned_heads")
+    takes_bias = True
     sinks: nn.Parameter | None
 
     def __init__(
@@ -152,7 +153,7 @@ class GroupedQueryAttention(Mechanism):
         k = qk_norm_rope(k, call.k_table, norm=self.k_norm, backend=self.backend)
         with call.remember(k, v) as (k, v):
             k, v = self.heads.spread(k, v)
-            out = softmax_attention(q, k, v, call.view, **self.score_options(q.device))
+            out = softmax_attention(q, k, v, call.view, bias=call.bias, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
             return y
 

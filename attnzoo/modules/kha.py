@@ -121,7 +121,7 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
         v = qk_norm_rope(v, head_map=v_map, backend=self.backend)
         with call.remember(k, v) as (k, v):
             k, v = self.heads.spread(k, v)
-            out = softmax_attention(q, k, v, call.view, **self.score_options(q.device))
+            out = softmax_attention(q, k, v, call.view, bias=call.bias, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
             return y
 

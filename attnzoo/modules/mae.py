@@ -127,7 +127,9 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
                 cache.store(*sums)
             k, v = self.heads.spread(k, v)
             scale = factors.expand(-1, x.shape[1], -1)
-            out = softmax_attention(q, k, v, call.view, head_scale=scale, **self.score_options(q.device))
+            out = softmax_attention(
+                q, k, v, call.view, head_scale=scale, bias=call.bias, **self.score_options(q.device)
+            )
             y: Tensor = self.o_proj(out.flatten(2))
             self._keep_statistics(g, call.real_tokens(x))
             return y

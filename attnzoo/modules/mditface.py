@@ -56,6 +56,7 @@ class StaticContextAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    takes_bias = False
     cache_type = StaticContextCache
     shown = ("separate_static", "rope", "pruned_heads")
 

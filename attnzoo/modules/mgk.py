@@ -75,6 +75,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             max_positions.
     """
 
+    takes_bias = False
+
     aux_loss_group: Any = None
     pi: Tensor | None
 

@@ -52,6 +52,8 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    takes_bias = False
+
     q_head_embed: nn.Parameter
     k_head_embed: nn.Parameter
     v_head_embed: nn.Parameter

@@ -173,7 +173,9 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
             if self._runs_sparse(q, v, call):
                 out = routed_attention(q, k, v, active, call.view, scale=self.scale, gates=gates, backend=self.backend)
             else:
-                out = softmax_attention(q, k, v, call.view, head_scale=gates, **self.score_options(q.device))
+                out = softmax_attention(
+                    q, k, v, call.view, head_scale=gates, bias=call.bias, **self.score_options(q.device)
+                )
             y: Tensor = self.o_proj(out.flatten(2))
             self._keep_statistics(active, probability, call.real_tokens(x))
             return y

@@ -135,7 +135,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
                 keys = AttentionMask.dense(known[:, :, 0].transpose(1, 2)[:, :, None] > 0)
                 own = call.view.mask
                 view = replace(call.view, mask=keys if own is None else own & keys)
-                out = softmax_attention(q, k, v, view, head_scale=gates, **self.score_options(q.device))
+                out = softmax_attention(q, k, v, view, head_scale=gates, bias=call.bias, **self.score_options(q.device))
             y: Tensor = self.o_proj(out.flatten(2))
             self._keep_statistics(routing)
             return y if self.o_head_bias is None else y + gates.to(y.dtype) @ self.o_head_bias.to(y.dtype)

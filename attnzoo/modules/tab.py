@@ -44,6 +44,8 @@ class TABAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    takes_bias = False
+
     def __init__(
         self,
         embed_dim: int,

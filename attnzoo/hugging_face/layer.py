@@ -1,0 +1,142 @@
+"""The module that stands for an attention module of transformers and calls one of attnzoo."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.hugging_face.caches import cache_of
+from attnzoo.masks import AttentionMask, CompleteMask
+
+KEPT = (
+    "layer_idx", "config", "is_causal", "sliding_window", "layer_type", "attention_type", "is_sliding", "head_dim",
+    "is_decoder",
+)  # fmt: skip
+"""Attributes of transformers' modules that the blocks around them read."""
+
+
+class AttentionLayer(nn.Module):
+    """A module of attnzoo with the call of transformers' attention modules.
+
+    Args:
+        attn: the module.
+        original: the attention module of transformers whose place it takes, for its attributes; or another such layer.
+
+    Attributes:
+        attn: the module.
+        skeleton: `original` without numbers, on the meta device and not registered.
+    """
+
+    attn: Any
+    resid_dropout: nn.Module | None
+    layer_idx: int | None
+    config: Any
+
+    def __init__(self, attn: nn.Module, original: Any) -> None:
+        super().__init__()
+        earlier = isinstance(original, AttentionLayer)
+        self._skeleton: tuple[nn.Module] = original._skeleton if earlier else (_without_numbers(original),)
+        self.resid_dropout = getattr(original, "resid_dropout", None)
+        for name in KEPT:
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+        self.attn = attn
+        self.train(original.training)
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The module of transformers that was here, on the meta device."""
+        return self._skeleton[0]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, E) -> (output (B, T, E), None).
+
+        Args:
+            hidden_states: the layer's input.
+            attention_mask: (B, 1, T, S) as transformers makes it: boolean, True = may attend, or floats that are added
+                to the scores.
+            position_ids: (1, T) or (B, T), for modules with a rotary embedding.
+            past_key_values: transformers' cache.
+            layer_past: the same, as GPT-NeoX calls it.
+
+        Raises:
+            ValueError: for a mask or positions of another form, and for what the module refuses.
+        """
+        past = layer_past if past_key_values is None else past_key_values
+        positions = self._positions(position_ids)
+        mask = None if attention_mask is None else read_mask(attention_mask, hidden_states)
+        cache = None
+        if past is not None and self.attn.causal:
+            batch, tokens = hidden_states.shape[:2]
+            cache = cache_of(
+                self.attn, past, self.layer_idx or 0, batch, tokens, is_masked=mask is not None,
+                limit=getattr(self.config, "max_position_embeddings", tokens),
+            )  # fmt: skip
+        y = self.attn(hidden_states, mask=mask, positions=positions, cache=cache)
+        return (y if self.resid_dropout is None else self.resid_dropout(y)), None
+
+    def _positions(self, position_ids: Tensor | None) -> Tensor | None:
+        if self.attn.rope is None:
+            return None
+        if position_ids is None:
+            raise ValueError("position_ids must be given to a layer with a rotary embedding, got None")
+        if position_ids.ndim != 2:
+            raise ValueError(
+                f"position_ids must be (B, T), got shape {tuple(position_ids.shape)}: multimodal positions are not "
+                "supported"
+            )
+        return position_ids
+
+
+def read_mask(mask: Any, x: Tensor) -> AttentionMask:
+    """transformers' mask for a call on x (B, T, E): boolean, or floats of which the lowest numbers hide a key.
+
+    Raises:
+        ValueError: unless it is a tensor (B, H, T, S).
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask must be 4-D: load the model with attn_implementation 'sdpa' or 'eager'; got {got}"
+        )
+    bias = None
+    if mask.is_floating_point():
+        visible = mask > torch.finfo(mask.dtype).min / 2
+        bias = mask.masked_fill(~visible, 0)
+        if not bool(bias.any()):
+            bias = None
+        mask = visible
+    return CompleteMask(mask, bias, _real_queries(mask, x))
+
+
+def _real_queries(mask: Tensor, x: Tensor) -> Tensor | None:
+    """Which tokens of a whole sequence are not padding: those that see themselves."""
+    B, T, _ = x.shape
+    if mask.shape[-2:] != (T, T):
+        return None
+    return mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(B, T)
+
+
+def _without_numbers(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, without hooks and sharing the configuration."""
+    memo = {id(config): config for config in [getattr(module, "config", None)] if config is not None}
+    for tensor in (*module.parameters(), *module.buffers()):
+        memo[id(tensor)] = _meta(tensor)
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
