@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 import attnzoo
 from attnzoo import Rotary
-from attnzoo.conversion import fold, mha2mla, to_kha
+from attnzoo.conversion import InputStatistics, allocate_ranks, fold, latent_energies, mha2mla, to_kha
+from attnzoo.conversion.factors import roots
 from attnzoo.modules.heads import head_rows
 from tests.zoo import gradients
 
@@ -43,7 +44,7 @@ def test_stored_figures():
     source.double()
     x, w = t["input.x"].double(), t["input.w"].double()
     assert (source(x) - t["output.y_mha"]).abs().max() < 1e-9
-    options = {"rope_dim": config["rope_dim"], "calib": t["input.calib"].double()}
+    options = {"rope_dim": config["rope_dim"], "calib": t["input.calib"].double(), "weighting": "weights"}
     partial, _ = mha2mla(source, svd="none", **options)
     assert (partial(x) - t["output.y_partial_rope"]).abs().max() < 1e-9
     latent, report = mha2mla(source, kv_rank=g * config["low_rank"], **options)
@@ -71,6 +72,186 @@ def test_all_rotation_and_full_rank_are_the_source(kind, causal, bias):
     torch.testing.assert_close(latent(sample()), source(sample()), atol=1e-12, rtol=0)
     assert report.rel_error < 1e-7
     assert report.key_rel_error == 0
+
+
+def correlated(tokens=200):
+    """Inputs whose directions differ in size, with a mean."""
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(2, tokens // 2, E, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, E).double()
+    return x @ torch.randn(E, E, generator=draw, dtype=torch.float64) + 0.3
+
+
+def products(latent, rank):
+    """The key and value weights (G, dn + Dv, E) that the latent layer multiplies by."""
+    return (latent.kv_b_proj.weight.view(G, -1, rank) @ latent.kv_a_proj_with_mqa.weight[:rank]).detach()
+
+
+WEIGHTINGS = ["weights", "activations", "two-sided"]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize(("kind", "bias"), [("gqa", True), ("gqa", False), ("mha", False)])
+def test_every_weighting_is_exact_at_full_rank(weighting, tokens, kind, bias):
+    source, x = layer(kind, bias=bias), sample()
+    groups = source.num_kv_heads
+    options = {"calib": correlated(200)[:, : (tokens + 1) // 2], "weighting": weighting}
+    rank = min(E, groups * D)
+    latent, report = mha2mla(source, rope_dim=D, kv_rank=rank, **options)
+    torch.testing.assert_close(latent(x), source(x), atol=1e-9, rtol=0)
+    assert (report.weighting, report.rank) == (weighting, rank)
+    partial, _ = mha2mla(source, rope_dim=4, rope_select="high", svd="none")
+    factorisations = [{"svd": "joint", "kv_rank": E}]
+    if kind == "gqa":
+        factorisations.append({"svd": "split", "kv_rank": 24, "kv_rank_split": (8, 16)})
+    for split in factorisations:
+        latent, _ = mha2mla(source, rope_dim=4, rope_select="high", **split, **options)
+        torch.testing.assert_close(latent(x), partial(x), atol=1e-8, rtol=0)
+
+
+def test_all_rotation_needs_no_calibration():
+    latent, report = mha2mla(layer(), rope_dim=D, kv_rank=G * D)
+    assert report.rope_pairs == (tuple(range(D // 2)),) * G
+    torch.testing.assert_close(latent(sample()), layer()(sample()), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("svd", [{"svd": "joint"}, {"svd": "split"}])
+def test_a_weighting_loses_least_of_what_it_weighs(svd):
+    source, x, rank = layer(bias=True), correlated(), 8
+    options = {"rope_dim": 4, "rope_select": "high", "kv_rank": rank, "calib": x, **svd}
+    latents = {weighting: mha2mla(source, weighting=weighting, **options) for weighting in WEIGHTINGS}
+    exact = torch.cat([source.k_proj.weight.view(G, D, E)[:, [2, 3, 6, 7]], source.v_proj.weight.view(G, D, E)], 1)
+    lost = {
+        weighting: float(((exact.detach() - products(latent, rank)) @ x.flatten(0, 1).mT).square().mean().sqrt())
+        for weighting, (latent, _) in latents.items()
+    }
+    assert lost["activations"] < 0.8 * lost["weights"]
+    assert lost["activations"] < lost["two-sided"]
+    assert latents["two-sided"][1].output_rel_error_of_svd < latents["weights"][1].output_rel_error_of_svd
+    _, report = latents["activations"]
+    if svd["svd"] == "joint":
+        size = float((exact.detach() @ x.flatten(0, 1).mT).square().mean().sqrt())
+        assert report.rel_error == pytest.approx(lost["activations"] / size, rel=1e-6)
+        parts = torch.tensor([report.key_rel_error, report.value_rel_error])
+        assert parts.min() < report.rel_error < parts.max()
+
+
+def test_the_default_weighting_is_by_what_is_given():
+    source, options = layer(), {"rope_dim": 4, "rope_select": "high", "kv_rank": 8}
+    assert mha2mla(source, **options)[1].weighting == "weights"
+    assert mha2mla(source, calib=correlated(), **options)[1].weighting == "activations"
+
+
+def test_statistics_stand_for_the_states():
+    source, x = layer(bias=True), correlated()
+    options = {"rope_dim": 4, "kv_rank": 8, "weighting": "two-sided", "key_weight": 2.0}
+    from_states, full = mha2mla(source, calib=x, **options)
+    statistics = InputStatistics(E, source)
+    for part in x:
+        statistics.update(part)
+    from_sums, report = mha2mla(source, calib=statistics, **options)
+    torch.testing.assert_close(from_sums(sample()), from_states(sample()), atol=1e-9, rtol=0)
+    assert (report.rope_pairs, report.output_rel_error) == (full.rope_pairs, None)
+    assert report.score_kept == pytest.approx(full.score_kept)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_what_a_weighting_does_not_depend_on(weighting):
+    source = layer()
+    options = {"rope_dim": 4, "rope_select": "high", "kv_rank": 8, "weighting": weighting}
+    by = {scale: mha2mla(source, calib=scale * correlated(), **options)[0] for scale in (1.0, 100.0)}
+    torch.testing.assert_close(products(by[1.0], 8), products(by[100.0], 8), atol=1e-8, rtol=0)
+    shared, _ = mha2mla(source, calib=correlated(), balance="sqrt", **options)
+    torch.testing.assert_close(products(shared, 8), products(by[1.0], 8), atol=1e-8, rtol=0)
+    down = by[1.0].kv_a_proj_with_mqa.weight[:8].detach()
+    torch.testing.assert_close(down @ down.T, torch.eye(8).double(), atol=1e-10, rtol=0)
+
+
+def test_equal_inputs_in_all_directions_weigh_nothing():
+    source, options = layer(), {"rope_dim": 4, "rope_select": "high", "kv_rank": 8}
+    plain, _ = mha2mla(source, **options)
+    weighed, report = mha2mla(source, calib=torch.eye(E).double()[None], **options)
+    torch.testing.assert_close(products(weighed, 8), products(plain, 8), atol=1e-9, rtol=0)
+    assert report.weighting == "activations"
+
+
+def test_the_two_sided_weights_are_those_of_scores_and_outputs():
+    """One key/value head that a single query reads: its scores and outputs have the least error of this rank."""
+    torch.manual_seed(1)
+    source = attnzoo.GroupedQueryAttention(E, 1, 1, D, rope=Rotary(), bias=True, dtype=torch.float64)
+    torch.nn.init.normal_(source.q_proj.bias)
+    x = correlated()
+    options = {"rope_dim": 2, "rope_select": "high", "svd": "split", "kv_rank": 8, "calib": x}
+    q, k = (linear(x[0])[:, [1, 2, 3, 5, 6, 7]] for linear in (source.q_proj, source.k_proj))
+    v = torch.nn.functional.linear(x[0], source.o_proj.weight @ source.v_proj.weight)
+
+    def errors(weighting):
+        latent, _ = mha2mla(source, weighting=weighting, **options)
+        key, value = (latent.kv_b_proj.weight @ latent.kv_a_proj_with_mqa.weight[:8]).split([6, D])
+        scores = q @ (torch.nn.functional.linear(x[0], key, source.k_proj.bias[[1, 2, 3, 5, 6, 7]]) - k).mT
+        outputs = torch.nn.functional.linear(x[0], source.o_proj.weight @ value) - v
+        return float(scores.detach().norm()), float(outputs.detach().norm())
+
+    both = errors("two-sided")
+    for other in ("weights", "activations"):
+        assert all(best < worse for best, worse in zip(both, errors(other), strict=True))
+
+
+def test_a_larger_key_weight_keeps_more_of_the_keys():
+    options = {"rope_dim": 2, "rope_select": "high", "kv_rank": 10, "calib": correlated(), "weighting": "two-sided"}
+    reports = [mha2mla(layer(), key_weight=weight, **options)[1] for weight in (0.25, 1, 4)]
+    for before, after in itertools.pairwise(reports):
+        assert after.key_rel_error < before.key_rel_error
+        assert after.value_rel_error > before.value_rel_error
+
+
+def test_roots_of_a_moment():
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 40, dtype=torch.float64)
+    moment = x @ x.mT
+    root, inverse = roots(moment)
+    torch.testing.assert_close(root @ root, moment)
+    torch.testing.assert_close(root @ inverse, torch.eye(3).double().expand(5, 3, 3), atol=1e-9, rtol=0)
+    assert torch.isfinite(roots(torch.zeros(2, 2).double())[1]).all()
+    assert roots(torch.zeros(2, 0, 0))[0].shape == (2, 0, 0)
+
+
+def test_ranks_of_layers_are_the_best_of_their_budget():
+    draw = torch.Generator().manual_seed(5)
+    energies = [torch.rand(n, generator=draw, dtype=torch.float64).sort(descending=True).values for n in (5, 3, 6)]
+    for budget in range(3, 15):
+        ranks = allocate_ranks(energies, budget)
+        assert sum(ranks) == budget
+
+        def lost(ranks):
+            return sum(float(e[r:].sum() / e.sum()) for e, r in zip(energies, ranks, strict=True))
+
+        every = itertools.product(range(1, 6), range(1, 4), range(1, 7))
+        assert lost(ranks) == pytest.approx(min(lost(r) for r in every if sum(r) == budget), abs=1e-12)
+    for budget in (2, 15):
+        with pytest.raises(ValueError, match=f"budget must lie between 3 and 14 for 3 layers, got {budget}"):
+            allocate_ranks(energies, budget)
+
+
+def test_the_energies_are_those_that_a_conversion_keeps():
+    options = {"rope_dim": 4, "rope_select": "high", "weighting": "two-sided", "calib": correlated()}
+    energies = latent_energies(layer(), **options)
+    for rank in (1, 6, 20):
+        _, report = mha2mla(layer(), kv_rank=rank, **options)
+        assert report.energy_kept == pytest.approx(float(energies[:rank].sum() / energies.sum()))
+
+
+def test_casts_of_a_converted_layer_leave_its_frequencies():
+    latent, _ = mha2mla(layer(), rope_dim=4, kv_rank=10, calib=sample())
+    x, at = sample(), torch.arange(9) * 500
+    exact = latent(x, positions=at)
+    rounded = latent.bfloat16().double()
+    weights_alone = mha2mla(layer(), rope_dim=4, kv_rank=10, calib=sample())[0]
+    weights_alone.load_state_dict(
+        {**rounded.state_dict(), "rope_inv_freq": weights_alone.state_dict()["rope_inv_freq"]}
+    )
+    assert torch.equal(rounded(x, positions=at), weights_alone(x, positions=at))
+    assert (rounded(x, positions=at) - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 @pytest.mark.parametrize("select", ["2-norm", "high", "low", "uniform"])
@@ -184,6 +365,16 @@ def test_a_converted_layer_decodes_absorbed_and_is_shift_invariant():
         ({"calib": torch.zeros(2, 3, 5)}, r"calib must have shape \(N, T, 24\), got \(2, 3, 5\)"),
         ({"svd": "qr"}, "svd must be 'joint', 'split' or 'none', got 'qr'"),
         ({"balance": "down"}, "balance must be 'up' or 'sqrt', got 'down'"),
+        ({"weighting": "rows"}, "weighting must be one of 'weights', 'activations', 'two-sided', got 'rows'"),
+        ({"weighting": "activations"}, "calib must be given with weighting 'activations', got None"),
+        ({"weighting": "two-sided", "calib": sample(), "key_weight": 0}, "key_weight must be positive, got 0"),
+        ({"key_weight": 2}, "key_weight needs weighting 'two-sided', got 2 with 'weights'"),
+        ({"calib": InputStatistics(E)}, "calib must have at least one token, got none"),
+        ({"calib": InputStatistics(5)}, "calib must have width 24, got 5"),
+        (
+            {"calib": InputStatistics.of(sample()), "rope_select": "2-norm"},
+            "calib must have norms of pairs with rope_select '2-norm': create it with the module",
+        ),
     ],
 )
 def test_refusals(options, message):

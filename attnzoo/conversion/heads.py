@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.conversion.calibration import Calibration, statistics_of
+from attnzoo.conversion.merging import merged_heads
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
@@ -66,35 +68,51 @@ def from_mha(module: nn.MultiheadAttention, *, causal: bool = False, **options: 
     return converted.train(module.training)
 
 
-def to_gqa(module: GroupedQueryAttention, num_kv_heads: int, mode: str = "mean") -> GroupedQueryAttention:
+def to_gqa(
+    module: GroupedQueryAttention, num_kv_heads: int, mode: str = "mean", *, calib: Calibration | None = None
+) -> GroupedQueryAttention:
     """Fewer key/value heads, the start of "uptraining" (Ainslie et al. 2023, section 2.1).
 
-    The keys and values of each group become one head: their mean, or the first of them. Exact where the
-    heads of every group are equal already.
+    The keys and values of each group become one head: their mean, the first of them, or the one that tells most of
+    all on the calibration inputs ("activations"). The mean takes for granted that heads share coordinates, which
+    trained heads do not. "activations" gives every head coordinates of its own, taken over by its queries and
+    the output projection: one complex factor for each pair of features that rotates, so that it commutes with the
+    rotation, and an orthogonal map of the features that do not, and of the values.
+
+    "mean" and "first" are exact where the heads of every group are equal; "activations" also where they are equal up
+    to such factors and invertible maps.
 
     Args:
-        module: a multi-head or grouped-query module without pruned heads.
+        module: a multi-head or grouped-query module without pruned heads; for "activations" without QK-norm.
         num_kv_heads: key/value heads of the result; must divide the module's.
-        mode: "mean" or "first".
+        mode: "mean", "first" or "activations".
+        calib: for "activations": (N, T, E) inputs of the layer, or their `InputStatistics`.
     """
     if type(module) not in (GroupedQueryAttention, MultiHeadAttention):
         raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
-    if mode not in ("mean", "first"):
-        raise ValueError(f"mode must be 'mean' or 'first', got {mode!r}")
+    if mode not in ("mean", "first", "activations"):
+        raise ValueError(f"mode must be 'mean', 'first' or 'activations', got {mode!r}")
     if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the module's {module.num_kv_heads}, got {num_kv_heads}")
+    if mode == "activations" and module.q_norm is not None:
+        raise ValueError("module must not have qk_norm for mode 'activations': queries would have to change before it")
+    if mode == "activations" and calib is None:
+        raise ValueError("calib must be given with mode 'activations', got None")
     converted = GroupedQueryAttention(
         module.embed_dim, module.num_heads, num_kv_heads, module.head_dim, **_grouped_options(module)
     )
-    size = module.num_kv_heads // num_kv_heads
     state = module.state_dict()
-    for name in list(state):
-        if name.startswith(("k_proj.", "v_proj.")):
-            width = module.head_dim if name.startswith("k") else module.v_head_dim
-            heads = state[name].unflatten(0, (num_kv_heads, size, width))
-            state[name] = (heads.mean(1) if mode == "mean" else heads[:, 0]).flatten(0, 1)
+    if mode == "activations" and calib is not None:
+        state |= merged_heads(module, num_kv_heads, statistics_of(calib, module).moment)
+    else:
+        size = module.num_kv_heads // num_kv_heads
+        for name in list(state):
+            if name.startswith(("k_proj.", "v_proj.")):
+                width = module.head_dim if name.startswith("k") else module.v_head_dim
+                heads = state[name].unflatten(0, (num_kv_heads, size, width))
+                state[name] = (heads.mean(1) if mode == "mean" else heads[:, 0]).flatten(0, 1)
     with torch.no_grad():
         converted.load_state_dict(state)
     return converted.train(module.training)
@@ -160,25 +178,15 @@ def to_moh(
         num_routed_active: of the result.
         ste: gradient of the selection, see `MixtureOfHeadAttention`.
     """
-    if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
-        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
-    options = _grouped_options(module)
-    lacking = {"qk_norm", "qk_norm_eps", "logit_softcap", "alibi", "sliding_window", "sink_tokens", "sink", "init"}
-    for name in ("qk_norm", "logit_softcap", "alibi", "sliding_window", "sink"):
-        if options[name]:
-            raise ValueError(f"module must not have {name}: mixture-of-head attention does not take it")
-    if module.pruned_heads:
-        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
-    if options.pop("o_bias") != options["bias"]:
-        raise ValueError("module must have a bias on all projections or on none")
-    if abs(options.pop("scale") - module.head_dim**-0.5) > 1e-12:
-        raise ValueError(f"module must have the scale head_dim ** -0.5, got {module.scale}")
+    options = options_without(
+        module, ("qk_norm", "logit_softcap", "alibi", "sliding_window", "sink"), "mixture-of-head attention"
+    )
     converted = MixtureOfHeadAttention(
         module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, num_shared_heads=num_shared_heads,
-        num_routed_active=num_routed_active, router="query_norm", ste=ste,
-        **{name: value for name, value in options.items() if name not in lacking},
+        num_routed_active=num_routed_active, router="query_norm", ste=ste, **options,
     )  # fmt: skip
-    converted.load_state_dict(module.state_dict())
+    # The result may have a bias, of 0, that the source lacks.
+    converted.load_state_dict(converted.state_dict() | module.state_dict())
     return converted.train(module.training)
 
 
@@ -200,6 +208,28 @@ def to_mae(module: GroupedQueryAttention, num_active: int | None = None, **gate:
     )  # fmt: skip
     converted.load_state_dict(converted.state_dict() | module.state_dict())
     return converted.train(module.training)
+
+
+def options_without(module: GroupedQueryAttention, lacking: tuple[str, ...], result: str) -> dict[str, Any]:
+    """Constructor options of a grouped-query module for a mechanism without those in `lacking`, and without a scale.
+
+    Raises:
+        ValueError: if the module is of another family, has pruned heads, or sets one of them.
+    """
+    if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
+        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
+    if module.pruned_heads:
+        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    options = _grouped_options(module)
+    for name in lacking:
+        if options[name]:
+            raise ValueError(f"module must not have {name}: {result} does not take it")
+    if abs(options.pop("scale") - module.head_dim**-0.5) > 1e-12:
+        raise ValueError(f"module must have the scale head_dim ** -0.5, got {module.scale}")
+    options["bias"] = options.pop("o_bias") or options["bias"]
+    implied = {"qk_norm": ("qk_norm_eps",), "sliding_window": ("sink_tokens",)}
+    left_out = {"init", *lacking, *(name for option in lacking for name in implied.get(option, ()))}
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def _grouped_options(module: Any) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.conversion.calibration import Calibration, statistics_of
+from attnzoo.conversion.factors import Weighted, roots
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.rotary import Rotary
+from attnzoo.rules import POSITIVE, check, one_of
 
 SELECTIONS = ("2-norm", "high", "low", "uniform")
+WEIGHTINGS = ("weights", "activations", "two-sided")
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,20 @@ class LatentReport:
     Attributes:
         rope_pairs: per key/value head the pairs of features that still rotate, ascending.
         score_kept: per key/value head the share of the 2-norm scores in those pairs; None without calibration.
-        energy_kept: share of the squared singular values of the compressed keys and values; 1 for svd "none".
-        rel_error: sqrt(1 - energy_kept), the relative Frobenius error of keys and values together.
-        key_rel_error: that of the non-rotary keys alone.
+        energy_kept: share of the squared singular values of the compressed keys and values, in the norm of the
+            weighting; 1 for svd "none".
+        rel_error: sqrt(1 - energy_kept), the relative error of keys and values together in that norm (Frobenius for
+            weighting "weights").
+        key_rel_error: that of the non-rotary keys alone; with a weighting their root mean square error on the
+            calibration inputs, relative to their own.
         value_rel_error: that of the values alone.
         cache_ratio: numbers cached a token, after over before.
         params_before: weights and biases of the source.
         params_after: those of the result.
-        output_rel_error: on the calibration states, relative to the source; None without calibration.
+        output_rel_error: on the calibration states, relative to the source; None without such states.
         output_rel_error_of_svd: the same relative to the layer after the first step, partial rotation alone.
+        weighting: that of the approximation.
+        rank: width R of the latent.
     """
 
     rope_pairs: tuple[tuple[int, ...], ...]
@@ -46,6 +56,8 @@ class LatentReport:
     params_after: int
     output_rel_error: float | None
     output_rel_error_of_svd: float | None
+    weighting: str = "weights"
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,9 @@ def mha2mla(
     svd: str = "joint",
     kv_rank_split: tuple[int, int] | None = None,
     balance: str = "up",
-    calib: Tensor | None = None,
+    weighting: str | None = None,
+    key_weight: float = 1.0,
+    calib: Calibration | None = None,
     uniform_start: int = 0,
     expand_gqa: bool = False,
     factor_dtype: torch.dtype = torch.float64,
@@ -90,7 +104,14 @@ def mha2mla(
         kv_rank_split: ranks of keys and of values for "split"; their sum is kv_rank. Default: half each.
         balance: "up" puts the singular values into the expansion, so that the down-projection has orthonormal
             rows; "sqrt" shares them.
-        calib: (N, T, E) inputs of the layer, for "2-norm" and for the report's output errors.
+        weighting: what the factorisation keeps as much of as it can. "weights": the weights, as in the paper.
+            "activations": the keys and values of the calibration inputs, (M - M_R) C^1/2 with C their second moment
+            (Zhou et al. 2026, CARE, arXiv:2603.17946). "two-sided": what the layer makes of them, keys weighed
+            besides by the second moment of their queries and values by the output projection, either block scaled
+            to norm 1. Default: "activations" with calib, else "weights".
+        key_weight: of the keys against the values, with weighting "two-sided".
+        calib: (N, T, E) inputs of the layer, for "2-norm", for the weightings and for the report's output errors; or
+            the `InputStatistics` of such inputs, without output errors.
         uniform_start: first pair of "uniform".
         expand_gqa: repeat keys and values for every query head first.
         factor_dtype: in which the factorisation runs.
@@ -101,27 +122,19 @@ def mha2mla(
     Raises:
         ValueError: for an argument outside its rule, or a module with something that latent attention lacks.
     """
-    _check_source(module)
-    E, D, Dv = module.embed_dim, module.head_dim, module.v_head_dim
-    if rope_dim % 2 or not 0 <= rope_dim <= D:
-        raise ValueError(f"rope_dim must be even and between 0 and head_dim {D}, got {rope_dim}")
-    if svd not in ("joint", "split", "none"):
-        raise ValueError(f"svd must be 'joint', 'split' or 'none', got {svd!r}")
     if balance not in ("up", "sqrt"):
         raise ValueError(f"balance must be 'up' or 'sqrt', got {balance!r}")
-    if calib is not None and (calib.ndim != 3 or calib.shape[-1] != E):
-        raise ValueError(f"calib must have shape (N, T, {E}), got {tuple(calib.shape)}")
-    source = _source(module, expand_gqa, factor_dtype)
+    if svd not in ("joint", "split", "none"):
+        raise ValueError(f"svd must be 'joint', 'split' or 'none', got {svd!r}")
+    plan = _Plan.of(
+        module, rope_dim=rope_dim, rope_select=rope_select, weighting=weighting, key_weight=key_weight, calib=calib,
+        uniform_start=uniform_start, expand_gqa=expand_gqa, factor_dtype=factor_dtype,
+    )  # fmt: skip
+    E, D, Dv = module.embed_dim, module.head_dim, module.v_head_dim
+    source, pairs, rope_rows, nope_rows = plan.source, plan.pairs, plan.rope_rows, plan.nope_rows
     H, G = module.num_heads, source.k.shape[0]
-    scores = None if calib is None else _scores(source, calib)
-    pairs = _selected(rope_select, rope_dim // 2, D // 2, G, scores, uniform_start)
-    half = D // 2
-    rope_rows = torch.tensor([[*kept, *(k + half for k in kept)] for kept in pairs], dtype=torch.long).view(G, rope_dim)
-    nope_rows = torch.tensor([[i for i in range(D) if i % half not in kept] for kept in pairs], dtype=torch.long)
-    nope_rows = nope_rows.view(G, D - rope_dim)
-    k_nope = _rows(source.k, nope_rows).flatten(0, 1)
-    values = source.v.flatten(0, 1)
-    down, up_k, up_v, energy = _factors(k_nope, values, svd, kv_rank, kv_rank_split, balance)
+    k_nope, values = plan.keys.matrix, plan.values.matrix
+    down, up_k, up_v, energy = _factors(plan, svd, kv_rank, kv_rank_split, balance)
     # A head whose features all rotate gets one key feature that is zero, since latent attention has at least one.
     nope = max(D - rope_dim, 1)
     rotary = module.rope
@@ -154,7 +167,7 @@ def mha2mla(
     )  # fmt: skip
     result.train(module.training)
     error, partial = None, None
-    if calib is not None:
+    if isinstance(calib, Tensor):
         partial_layer = result
         if svd != "none":
             partial_layer, _ = mha2mla(
@@ -165,20 +178,133 @@ def mha2mla(
     numbers = result.kv_lora_rank + (G * rope_dim if rope_dim else 0)
     report = LatentReport(
         rope_pairs=pairs,
-        score_kept=None if scores is None else tuple(
-            float(scores[g, list(kept)].sum() / scores[g].sum()) for g, kept in enumerate(pairs)
+        score_kept=None if plan.scores is None else tuple(
+            float(plan.scores[g, list(kept)].sum() / plan.scores[g].sum()) for g, kept in enumerate(pairs)
         ),
         energy_kept=energy,
         rel_error=max(0.0, 1 - energy) ** 0.5,
-        key_rel_error=_relative(up_k @ down, k_nope),
-        value_rel_error=_relative(up_v @ down, values),
+        key_rel_error=_relative(up_k @ down, k_nope, plan.keys.columns),
+        value_rel_error=_relative(up_v @ down, values, plan.keys.columns),
         cache_ratio=numbers / (module.num_kv_heads * (D + Dv)),
         params_before=sum(p.numel() for p in module.parameters()),
         params_after=sum(p.numel() for p in result.parameters()),
         output_rel_error=error,
         output_rel_error_of_svd=partial,
+        weighting=plan.weighting,
+        rank=result.kv_lora_rank,
     )  # fmt: skip
     return result, report
+
+
+def latent_energies(module: GroupedQueryAttention, **options: Any) -> Tensor:
+    """Squared singular values of what `mha2mla` with svd "joint" would compress, descending; for `allocate_ranks`.
+
+    Args:
+        module: as for `mha2mla`.
+        options: its rope_dim, rope_select, weighting, key_weight, calib, uniform_start, expand_gqa and factor_dtype.
+    """
+    return _Plan.of(module, **options).both.energies
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is compressed, and in which norm: keys without rotation (G dn, E) and values (G Dv, E)."""
+
+    source: _Source
+    pairs: tuple[tuple[int, ...], ...]
+    rope_rows: Tensor
+    nope_rows: Tensor
+    scores: Tensor | None
+    weighting: str
+    keys: Weighted
+    values: Weighted
+
+    @classmethod
+    def of(
+        cls,
+        module: GroupedQueryAttention,
+        *,
+        rope_dim: int,
+        rope_select: str = "2-norm",
+        weighting: str | None = None,
+        key_weight: float = 1.0,
+        calib: Calibration | None = None,
+        uniform_start: int = 0,
+        expand_gqa: bool = False,
+        factor_dtype: torch.dtype = torch.float64,
+    ) -> _Plan:
+        _check_source(module)
+        D, half = module.head_dim, module.head_dim // 2
+        if rope_dim % 2 or not 0 <= rope_dim <= D:
+            raise ValueError(f"rope_dim must be even and between 0 and head_dim {D}, got {rope_dim}")
+        if weighting is None:
+            weighting = "weights" if calib is None else "activations"
+        check("weighting", weighting, one_of(*WEIGHTINGS))
+        if weighting != "weights" and calib is None:
+            raise ValueError(f"calib must be given with weighting {weighting!r}, got None")
+        check("key_weight", key_weight, POSITIVE)
+        if key_weight != 1 and weighting != "two-sided":
+            raise ValueError(f"key_weight needs weighting 'two-sided', got {key_weight} with {weighting!r}")
+        statistics = None if calib is None else statistics_of(calib, module)
+        source = _source(module, expand_gqa, factor_dtype)
+        groups = source.k.shape[0]
+        norms = None if statistics is None else statistics.pair_norms
+        scores = None if norms is None else _scores(*norms, groups)
+        if scores is None and calib is not None and rope_select == "2-norm" and 0 < rope_dim < D:
+            raise ValueError("calib must have norms of pairs with rope_select '2-norm': create it with the module")
+        pairs = _selected(rope_select, rope_dim // 2, half, groups, scores, uniform_start)
+        rope_rows = torch.tensor([[*kept, *(k + half for k in kept)] for kept in pairs], dtype=torch.long)
+        nope_rows = torch.tensor([[i for i in range(D) if i % half not in kept] for kept in pairs], dtype=torch.long)
+        rope_rows, nope_rows = rope_rows.view(groups, rope_dim), nope_rows.view(groups, D - rope_dim)
+        keys = Weighted(_rows(source.k, nope_rows).flatten(0, 1))
+        values = Weighted(source.v.flatten(0, 1))
+        if statistics is not None and weighting != "weights":
+            moment = statistics.moment.to(source.q)
+            columns, _ = roots(moment[:-1, :-1])
+            keys, values = replace(keys, columns=columns), replace(values, columns=columns)
+            if weighting == "two-sided":
+                readers = _readers(module, source, nope_rows, moment)
+                keys, values = (
+                    _scaled(replace(block, rows=tuple(torch.block_diag(*root) for root in roots(reader))), size)
+                    for block, reader, size in zip((keys, values), readers, (key_weight, 1.0), strict=True)
+                )
+        return cls(source, pairs, rope_rows, nope_rows, scores, weighting, keys, values)
+
+    @property
+    def both(self) -> Weighted:
+        """Keys and values as one matrix."""
+        keys, values = self.keys, self.values
+        if not len(keys.matrix):
+            return values
+        rows = None
+        if keys.rows is not None and values.rows is not None:
+            rows = tuple(torch.block_diag(*blocks) for blocks in zip(keys.rows, values.rows, strict=True))
+        return Weighted(torch.cat([keys.matrix, values.matrix]), keys.columns, rows)
+
+
+def _readers(
+    module: GroupedQueryAttention, source: _Source, nope_rows: Tensor, moment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Per key/value head the second moments of what multiplies its keys (G, dn, dn) and its values (G, Dv, Dv)."""
+    groups = len(nope_rows)
+    queries = torch.cat([source.q, source.q_bias[..., None]], dim=-1).unflatten(0, (groups, -1))
+    # The same features of every query head that reads a key.
+    index = nope_rows.to(queries.device)[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
+    queries = queries.gather(2, index)
+    outputs = module.o_proj.weight.detach().to(source.q).unflatten(1, (groups, -1, module.v_head_dim))
+    return (
+        torch.einsum("ghie,ef,ghjf->gij", queries, moment, queries),
+        torch.einsum("eghi,eghj->gij", outputs, outputs),
+    )
+
+
+def _scaled(block: Weighted, size: float) -> Weighted:
+    """The block with A such that ||A M S|| = size."""
+    norm = float(block.of(block.matrix).norm())
+    if not norm or block.rows is None:
+        return block
+    root, inverse = block.rows
+    return replace(block, rows=(root * (size / norm), inverse * (norm / size)))
 
 
 def _check_source(module: GroupedQueryAttention) -> None:
@@ -223,22 +349,10 @@ def _source(module: GroupedQueryAttention, expand: bool, dtype: torch.dtype) -> 
     return _Source(q, k, v, q_bias, k_bias, v_bias)
 
 
-def _scores(source: _Source, calib: Tensor) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, groups: int) -> Tensor:
     """2-norm scores (G, D / 2): mean norm of each pair of a key, times those of its queries, summed over them."""
-    calib = calib.to(source.q)
-
-    def norms(weight: Tensor, bias: Tensor) -> Tensor:
-        heads, width = bias.shape
-        total = calib.new_zeros(heads, width // 2)
-        for sequence in calib:
-            features = torch.einsum("te,hde->thd", sequence, weight) + bias
-            u, v = features.chunk(2, dim=-1)
-            total += torch.sqrt(u.square() + v.square()).mean(0)
-        return total / len(calib)
-
-    queries = norms(source.q, source.q_bias)
-    keys = norms(source.k, source.k_bias)
-    return queries.view(len(keys), -1, keys.shape[1]).sum(1) * keys
+    readers: Tensor = queries.unflatten(0, (groups, -1)).sum(dim=1)
+    return readers * keys.repeat_interleave(groups // len(keys), 0)
 
 
 def _selected(
@@ -249,7 +363,7 @@ def _selected(
         raise ValueError(f"rope_select must be one of {', '.join(map(repr, SELECTIONS))}, got {select!r}")
     if count == 0:
         return ((),) * groups
-    if select == "2-norm":
+    if select == "2-norm" and count < total:
         if scores is None:
             raise ValueError("calib must be given with rope_select '2-norm', got None")
         best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
@@ -262,7 +376,7 @@ def _selected(
             )
         kept = tuple(range(start, total, total // count))
     else:
-        kept = tuple(range(count)) if select == "high" else tuple(range(total - count, total))
+        kept = tuple(range(total - count, total)) if select == "low" else tuple(range(count))
     return (kept,) * groups
 
 
@@ -272,26 +386,22 @@ def _rows(heads: Tensor, rows: Tensor) -> Tensor:
 
 
 def _factors(
-    keys: Tensor,
-    values: Tensor,
-    svd: str,
-    rank: int | None,
-    split: tuple[int, int] | None,
-    balance: str,
+    plan: _Plan, svd: str, rank: int | None, split: tuple[int, int] | None, balance: str
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """down (R, E), and the expansions of keys (G dn, R) and values (G Dv, R); last the energy kept."""
-    both = torch.cat([keys, values])
+    keys, values, both = plan.keys.matrix, plan.values.matrix, plan.both
     if svd == "none":
-        identity = torch.eye(len(both), dtype=both.dtype, device=both.device)
-        return both, identity[: len(keys)], identity[len(keys) :], 1.0
-    most = min(both.shape[1], len(both))
+        down = both.matrix
+        identity = torch.eye(len(down), dtype=down.dtype, device=down.device)
+        return down, identity[: len(keys)], identity[len(keys) :], 1.0
+    most = min(both.matrix.shape)
     if rank is None or not 1 <= rank <= most:
         raise ValueError(f"kv_rank must lie between 1 and min(E, G (dn + Dv)) = {most}, got {rank}")
     if svd == "joint":
         if split is not None:
             raise ValueError(f"kv_rank_split needs svd 'split', got {split} with 'joint'")
-        down, up, kept, total = _truncated(both, rank, balance)
-        return down, up[: len(keys)], up[len(keys) :], kept / total
+        down, up, kept, total = both.truncated(rank, balance)
+        return down, up[: len(keys)], up[len(keys) :], kept / total if total else 1.0
     rk, rv = (rank // 2, rank - rank // 2) if split is None else split
     limits = min(keys.shape), min(values.shape)
     if rk + rv != rank or not 1 <= rk <= limits[0] or not 1 <= rv <= limits[1]:
@@ -299,20 +409,12 @@ def _factors(
             f"kv_rank_split must add up to kv_rank {rank}, each at least 1 and at most {limits[0]} and {limits[1]}, "
             f"got {(rk, rv)}"
         )
-    down_k, up_k, kept_k, total_k = _truncated(keys, rk, balance)
-    down_v, up_v, kept_v, total_v = _truncated(values, rv, balance)
+    down_k, up_k, kept_k, total_k = plan.keys.truncated(rk, balance)
+    down_v, up_v, kept_v, total_v = plan.values.truncated(rv, balance)
     up_k = torch.cat([up_k, up_k.new_zeros(len(keys), rv)], dim=1)
     up_v = torch.cat([up_v.new_zeros(len(values), rk), up_v], dim=1)
-    return torch.cat([down_k, down_v]), up_k, up_v, (kept_k + kept_v) / (total_k + total_v)
-
-
-def _truncated(matrix: Tensor, rank: int, balance: str) -> tuple[Tensor, Tensor, float, float]:
-    """down (rank, E) and up (n, rank) of the best approximation, its energy and the whole."""
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    left, right = (s, torch.ones_like(s)) if balance == "up" else (s.sqrt(), s.sqrt())
-    energy = s.square()
-    down, up = right[:rank, None] * vt[:rank], u[:, :rank] * left[:rank]
-    return down, up, float(energy[:rank].sum()), float(energy.sum())
+    total = total_k + total_v
+    return torch.cat([down_k, down_v]), up_k, up_v, (kept_k + kept_v) / total if total else 1.0
 
 
 def _state(
@@ -350,10 +452,13 @@ def _state(
     }
 
 
-def _relative(approximation: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius error; 0 where there is nothing to approximate."""
+def _relative(approximation: Tensor, exact: Tensor, columns: Tensor | None) -> float:
+    """Relative Frobenius error, of the matrices times `columns`; 0 where there is nothing to approximate."""
+    error = approximation - exact
+    if columns is not None:
+        error, exact = error @ columns, exact @ columns
     size = float(exact.norm())
-    return float((approximation - exact).norm()) / size if size else 0.0
+    return float(error.norm()) / size if size else 0.0
 
 
 @torch.no_grad()

@@ -334,6 +334,16 @@ def test_a_state_dict_makes_an_equal_module(name: str, option: str) -> None:
 
 
 @every_case
+def test_a_cast_rounds_parameters_alone(name: str, option: str) -> None:
+    exact, x = make(name, option), torch.randn(B, T, E, dtype=torch.float64)
+    cast = make(name, option).bfloat16().half().double()
+    with torch.no_grad():
+        for mine, theirs in zip(cast.parameters(), exact.parameters(), strict=True):
+            mine.copy_(theirs)
+    torch.testing.assert_close(cast(x), exact(x), atol=0, rtol=0)
+
+
+@every_case
 def test_a_state_dict_with_a_missing_a_foreign_or_a_misshapen_key_is_refused(name: str, option: str) -> None:
     module = make(name, option)
     for key, value in module.state_dict().items():
