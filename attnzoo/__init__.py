@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from attnzoo import adapters, conversion
 from attnzoo.backends import BackendUnavailable
 from attnzoo.costs import cost
+from attnzoo.description import build, describe
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.complexformer import ComplexAttention
@@ -68,8 +69,10 @@ __all__ = [
     "BackendUnavailable",
     "adapters",
     "aux_loss",
+    "build",
     "conversion",
     "cost",
+    "describe",
     "sync_aux_loss",
     "__version__",
 ]

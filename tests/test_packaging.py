@@ -193,7 +193,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 FLOORS = {
     "attnzoo": [
         {"tracing", "rules"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops"}, {"modules"},
-        {"adapters", "conversion", "costs"}, {"__init__"}, {"__main__", "diagnostics"},
+        {"adapters", "conversion", "costs", "description"}, {"__init__"}, {"__main__", "diagnostics"},
         {"hugging_face"},
     ],
     "attnzoo.diagnostics": [

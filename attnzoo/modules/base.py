@@ -14,6 +14,7 @@ from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
 from attnzoo.modules.checks import check_groups, derive_head_dim
 from attnzoo.modules.heads import HeadLayout
+from attnzoo.modules.recorded import Recorded
 from attnzoo.ops.head_mixing import HeadMap
 from attnzoo.ops.submodules import matrix_of, place_of
 from attnzoo.rotary import Rotary, RotaryTable, as_rotary
@@ -22,7 +23,7 @@ from attnzoo.rules import check_options, check_sizes
 Factors = list[tuple[Tensor, Tensor]]
 
 
-class Mechanism(nn.Module):
+class Mechanism(Recorded, nn.Module):
     """Base of the mechanisms, and a start for one's own: see `attnzoo.modules.protocol` for the contract.
 
     A subclass has projections named q_proj, k_proj, v_proj and o_proj, or overrides what reads them: `cache_widths`,

@@ -19,6 +19,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.modules.recorded import Recorded
 from attnzoo.ops.clustered_attention import HeadClusters, attention_weights, clustered_attention
 from attnzoo.ops.head_clustering import cluster_heads
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
@@ -40,7 +41,7 @@ def _of_wrapped(name: str) -> Any:
     return property(get)
 
 
-class ClusteredHeadAttention(nn.Module):
+class ClusteredHeadAttention(Recorded, nn.Module):
     """Clustered head attention around a trained module (CHAI, Agarwal et al. 2024, arXiv:2403.08058).
 
     The first probe_tokens tokens of each sequence decide which of its heads attend alike; from then on one head of

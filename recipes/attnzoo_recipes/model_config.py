@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import importlib
-import inspect
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import attnzoo
+from attnzoo.description import arguments_of, plain, public_mechanisms
 from attnzoo_recipes.allowlist import ALLOWED, ImportRefusedError, added_packages, find_class
 from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
 from attnzoo_recipes.feed_forward import FeedForward, MultiHeadMixtureOfExperts, SwiGLU
@@ -24,11 +19,7 @@ from attnzoo_recipes.lm import DecoderLM, made_class
 KEY = "attnzoo"
 """Key of a checkpoint's entry {"model": configuration, "tokenizer": settings}."""
 
-ZOO: dict[str, type[nn.Module]] = {
-    f"attnzoo.{name}": cls
-    for name in attnzoo.__all__
-    if isinstance(cls := getattr(attnzoo, name), type) and issubclass(cls, nn.Module)
-}
+ZOO = {f"attnzoo.{name}": cls for name, cls in public_mechanisms().items()}
 """The mechanisms that a checkpoint may name without further ado."""
 
 _DEEPEST = 8
@@ -71,7 +62,7 @@ def _description(kind: str, maker: Callable[[int], nn.Module]) -> dict[str, Any]
             f"got {maker!r}"
         )
     arguments = maker.keywords if isinstance(maker, functools.partial) else {}
-    init_args = {name: _plain(f"{kind} option {name}", value) for name, value in arguments.items()}
+    init_args = {name: plain(f"{kind} option {name}", value) for name, value in arguments.items()}
     return {"class_path": _class_path(cls), "init_args": init_args}
 
 
@@ -216,34 +207,6 @@ def tokenizer_from_checkpoint(checkpoint: Mapping[str, Any], where: str = "the c
         raise ValueError(f"the tokenizer of {where} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def arguments_of(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values as arguments of a class, each checked against the type in the signature of its constructor.
-
-    A class whose constructor passes **options on takes those of its base classes. An argument without a type takes
-    any plain value; an argument that is a dataclass is made from a mapping of its fields.
-
-    Raises:
-        ValueError: for an unknown name, or a value that is not of its type: True is no number, "2" is none either.
-    """
-    known: dict[str, Any] = {}
-    is_open = False
-    for base in cls.__mro__:
-        if base in (nn.Module, object) or "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
-        hints = _type_hints(base.__init__)  # type: ignore[misc]
-        for one in parameters:
-            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
-                known.setdefault(one.name, hints.get(one.name, Any))
-        is_open = any(one.kind is one.VAR_KEYWORD for one in parameters)
-        if not is_open:
-            break
-    unknown = [name for name in values if name not in known]
-    if unknown and not is_open:
-        raise ValueError(f"{where} {unknown[0]!r:.80} is no option of {cls.__name__}")
-    return {str(name): _argument(f"{where} {name}", known.get(str(name), Any), value) for name, value in values.items()}
-
-
 def check_same_model(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
     """Raise ValueError in one sentence if the model of a checkpoint differs from the configured one.
 
@@ -312,65 +275,6 @@ def _refuse_classes(value: Any, where: str, kind: str, depth: int = 0) -> None:
         value = list(value.values())
     for inner in value if isinstance(value, list | tuple) else ():
         _refuse_classes(inner, where, kind, depth + 1)
-
-
-def _type_hints(function: Any) -> dict[str, Any]:
-    # Names that a module imports for type checkers only are not there: such arguments take any plain value.
-    with contextlib.suppress(NameError, TypeError, AttributeError):
-        return typing.get_type_hints(function)
-    return {}
-
-
-def _argument(name: str, kind: Any, value: Any) -> Any:
-    """The value as an argument of that type, or ValueError."""
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        others = [one for one in inner if one is not types.NoneType]
-        if value is not None and len(others) == 1:
-            return _argument(name, others[0], value)
-        for one in inner:
-            with contextlib.suppress(ValueError):
-                return _argument(name, one, value)
-    elif kind is float and type(value) in (int, float):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    elif kind in (int, bool, str, types.NoneType):
-        if type(value) is kind:
-            return value
-    elif origin is typing.Literal:
-        if any(value == one and type(value) is type(one) for one in inner):
-            return value
-    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        try:
-            return kind(**arguments_of(typing.cast(type, kind), value, f"{name} has"))  # type: ignore[operator]
-        except (TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{name} cannot be made of {value!r:.80}: {error}") from error
-    elif kind is Any or (origin in (dict, Mapping) and isinstance(value, Mapping)):
-        return _plain(name, value)
-    elif origin in (list, tuple, Sequence, Iterable) and isinstance(value, list | tuple):
-        kinds = [inner[0] if inner else Any] * len(value)
-        if origin is tuple and inner and inner[-1] is not Ellipsis:
-            kinds = list(inner)
-        if len(kinds) == len(value):
-            items = [_argument(name, one, item) for one, item in zip(kinds, value, strict=True)]
-            return tuple(items) if origin is tuple else items
-    shown = kind.__name__ if isinstance(kind, type) and not inner else str(kind).replace("typing.", "")
-    raise ValueError(f"{name} must be {shown}, got {value!r:.80}")
-
-
-def _plain(name: str, value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(f"{name}.{field.name}", getattr(value, field.name))
-            for field in dataclasses.fields(value)
-        }
-    if isinstance(value, list | tuple):
-        return [_plain(name, inner) for inner in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}.{key}", inner) for key, inner in value.items()}
-    raise ValueError(f"{name} must be a plain value, a dataclass or a list of such, got {value!r}")
 
 
 def _class_path(cls: type) -> str:
