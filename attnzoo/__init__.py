@@ -15,6 +15,7 @@ from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.complexformer import ComplexAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.eit import EnhancedMultiheadAttention
+from attnzoo.modules.gated import GatedAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeadsAttention
@@ -64,6 +65,7 @@ __all__ = [
     "SelectiveMultiHeadAttention",
     "MixtureOfAttentiveExperts",
     "RelativeConvAttention",
+    "GatedAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

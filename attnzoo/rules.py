@@ -72,7 +72,7 @@ RULES: dict[str, Rule] = {
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
          "static_base", "efficient", "interaction_bias", "separate_static", "shared_key", "feature_norm",
          "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias",
-         "conv_query_memory"), SWITCH,
+         "conv_query_memory", "gate_bias"), SWITCH,
     ),
     **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(
@@ -92,6 +92,7 @@ RULES: dict[str, Rule] = {
     "sink": one_of("zero", "learned", words="be None, 'zero' or 'learned'"),
     "init": one_of("normal", "xavier", words="be 'normal' or 'xavier'"),
     "ste": one_of("all", "active", "none", words="be 'all', 'active' or 'none'"),
+    "gate_type": one_of("elementwise", "headwise", words="be 'elementwise' or 'headwise'"),
     "output_norm": one_of("none", "rmsnorm", words="be 'none' or 'rmsnorm'"),
     "normalizer": one_of("none", "mixed", "compat"),
     "mixing_norm": one_of("row", "col"),
@@ -112,9 +113,9 @@ RULES: dict[str, Rule] = {
 """Every option that is checked by itself; sizes follow `SIZE`."""
 
 MAY_BE_NONE = frozenset(
-    ("o_bias", "out_bias", "k_rope_bias", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads", "num_routed_active",
-     "sliding_window", "qk_norm_eps", "logit_softcap", "scale", "sink", "mixing_clip", "grid", "block_grid", "dtype",
-     "device")
+    ("o_bias", "out_bias", "gate_bias", "k_rope_bias", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads",
+     "num_routed_active", "sliding_window", "qk_norm_eps", "logit_softcap", "scale", "sink", "mixing_clip",
+     "grid", "block_grid", "dtype", "device")
 )  # fmt: skip
 
 

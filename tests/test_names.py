@@ -13,6 +13,7 @@ NAMES = (
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
+    "GatedAttention",
 )  # fmt: skip
 
 

@@ -83,6 +83,12 @@ MECHANISMS: dict[str, Make] = {
     "rcmha": lambda embed_dim=E, **options: attnzoo.RelativeConvAttention(
         embed_dim, H, max_distance=64, **{"chunk_size": 5, "dropout": 0.0} | options
     ),
+    "gated": lambda embed_dim=E, **options: attnzoo.GatedAttention(embed_dim, H, G, **options),
+    "gated-value": lambda embed_dim=E, **options: attnzoo.GatedAttention(
+        embed_dim, H, G, gate="value", gate_type="headwise", gate_bias=True, **options
+    ),
+    "gated-key": lambda embed_dim=E, **options: attnzoo.GatedAttention(embed_dim, H, G, gate="key", **options),
+    "gated-dense": lambda embed_dim=E, **options: attnzoo.GatedAttention(embed_dim, H, G, gate="dense", **options),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -145,6 +151,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "mhe-add": ("plain", "window", "window-sinks"),
     **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
     **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
+    # They take everything; what is no different from the output gate is left out.
+    **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -154,6 +162,7 @@ REFUSED = [
     for option in OPTIONS
     if option not in TAKES[name]
     and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
+    and name not in ("gated-key", "gated-dense")
     and not (name in ("mhe-add", "mgk", "mgk-hard", "mgk-linear") and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
@@ -176,6 +185,8 @@ LACKS: dict[str, tuple[str, ...]] = {
     "mgk": ("head order by rows",),
     "mae": ("head order by rows", "padding as a mask", "token cache"),
     "mae-token": ("head order by rows", "counted flops"),
+    "gated-value": ("head order by rows", "rounding of its own"),
+    **dict.fromkeys(("gated-key", "gated-dense"), ("head order by rows",)),
     "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),
     "rcmha": (
         "head order by rows",

@@ -75,7 +75,7 @@ def softmax_attention(
         head_scale: factor of each head's output, (H,), (B, H) or (B, T, H).
         bias: floating tensor broadcastable to (B, H, T, S), added to the scores.
         decay: cumulated log forget gates of the keys (B, H, S) in float32 or float64 (Lin et al. 2025,
-            arXiv:2503.02130); the queries are among the keys. Needs causality and no sinks.
+            arXiv:2503.02130); the queries are among the keys. Not together with sinks.
         output_gate: logits of a sigmoid gate of the outputs, (B, T, H, Dv) or (B, T, H, 1) (Qiu et al. 2025,
             arXiv:2505.06708).
         dropout: probability of dropping a weight.
@@ -353,7 +353,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules)
             f"head_scale must be ({heads},), ({B}, {heads}) or ({B}, {T}, {heads}), got shape {tuple(head_scale.shape)}"
         )
     if rules.decay is not None or rules.output_gate is not None:
-        _check_decay_and_gate(v, (B, T, heads, S), view, rules)
+        _check_decay_and_gate(v, (B, T, heads, S), rules)
     if bias is None:
         return
     if not bias.is_floating_point():
@@ -363,7 +363,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules)
         raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
 
 
-def _check_decay_and_gate(v: Tensor, sizes: tuple[int, int, int, int], view: Visibility, rules: ScoreRules) -> None:
+def _check_decay_and_gate(v: Tensor, sizes: tuple[int, int, int, int], rules: ScoreRules) -> None:
     """Refuse a decay or an output gate that does not fit the call; sizes are (B, T, H, S)."""
     (B, T, heads, S), decay, gate = sizes, rules.decay, rules.output_gate
     if gate is not None:
@@ -380,8 +380,6 @@ def _check_decay_and_gate(v: Tensor, sizes: tuple[int, int, int, int], view: Vis
             f"decay must be a float32 or float64 tensor {(B, heads, S)}, got {decay.dtype} of shape "
             f"{tuple(decay.shape)}"
         )
-    if not view.causal:
-        raise ValueError("decay needs causal=True, got causal=False")
     if rules.sinks is not None:
         raise ValueError("decay must not be given together with sinks")
 

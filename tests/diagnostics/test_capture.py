@@ -48,6 +48,8 @@ def _gates(module, x):
     if isinstance(module, attnzoo.MixtureOfAttentiveExperts):
         z, _ = module.gate_inputs(x, begin(module, x))
         return module.factors(module.gates(z)).transpose(1, 2)[..., None]
+    if isinstance(module, attnzoo.GatedAttention) and module.gate == "output":
+        return torch.sigmoid(module.g_proj(x)).unflatten(2, (-1, module.gate_width)).transpose(1, 2)
     return torch.ones(1, dtype=x.dtype)
 
 

@@ -20,6 +20,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "gqa_mha": attnzoo.MultiHeadAttention,
     "gta": attnzoo.GroupedTiedAttention,
     "kha": attnzoo.KnockingHeadsAttention,
+    **dict.fromkeys(("gated", "gated_headwise", "gated_value"), attnzoo.GatedAttention),
 }
 BACKENDS = ("eager", "sdpa")
 

@@ -57,6 +57,19 @@ def test_torch_zero_attention():
     torch.testing.assert_close(from_mha(theirs)(x), theirs(x, x, x, need_weights=False)[0], atol=1e-12, rtol=0)
 
 
+def in_float64(monkeypatch, modeling):
+    """Let a modeling file of transformers cast to float64 where it casts to float32."""
+
+    class Torch:
+        float32 = torch.float64
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(modeling, "torch", Torch())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 def test_transformers_llama(scaling):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")

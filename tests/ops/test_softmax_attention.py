@@ -397,7 +397,6 @@ def _wrong(**changes: object) -> dict[str, object]:
             r"decay must be a float32 or float64 tensor \(2, 4, 3\), got .*\(2, 2, 3\)",
         ),
         (_wrong(decay=torch.ones(2, 4, 3).bfloat16()), "decay must be a float32 or float64 .*, got torch.bfloat16"),
-        (_wrong(decay=torch.ones(2, 4, 3), causal=False), "decay needs causal=True, got causal=False"),
         (_wrong(decay=torch.ones(2, 4, 3), sinks=0.0), "decay must not be given together with sinks"),
         (_wrong(backend="cudnn"), "backend must be one of .*, got 'cudnn'"),
     ],
