@@ -36,6 +36,7 @@ from attnzoo.modules.rcmha import RelativeConvAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
 from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
+from attnzoo.modules.tpa import TensorProductAttention
 from attnzoo.rotary import Rotary
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "MixtureOfAttentiveExperts",
     "RelativeConvAttention",
     "GatedAttention",
+    "TensorProductAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

@@ -399,3 +399,12 @@ class ComposedCache(TokenCache):
         """Store the states (B, T, heads, width) of new tokens; return those of all tokens and their positions."""
         kept, positions = self._append(*states)
         return *kept, positions
+
+
+class FactorCache(TokenCache):
+    """Factors of keys and values: (B, Rk, S, H), (B, Rk, S, D) rotated, (B, Rv, S, H) and (B, Rv, S, Dv)."""
+
+    def append(self, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        """Store the factors (B, T, rank, width) of new tokens; return those of all tokens and their positions."""
+        kept, positions = self._append(*factors)
+        return *kept, positions

@@ -72,7 +72,7 @@ RULES: dict[str, Rule] = {
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
          "static_base", "efficient", "interaction_bias", "separate_static", "shared_key", "feature_norm",
          "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias",
-         "conv_query_memory", "gate_bias"), SWITCH,
+         "conv_query_memory", "gate_bias", "head_norm"), SWITCH,
     ),
     **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(
@@ -82,7 +82,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("sliding_window", "max_length"), SIZE),
     **dict.fromkeys(
         ("init_std", "embed_init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps",
-         "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
+         "head_norm_eps", "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
     ),
     **dict.fromkeys(("logit_softcap", "mixing_sigma"), POSITIVE),
     **dict.fromkeys(("grid", "block_grid"), SIZES),

@@ -40,8 +40,8 @@ ATTENTION = {
     "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
-PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard", "rcmha")
-"""Mechanisms that no kernel of ours covers, of mgk a decoding step."""
+PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard", "rcmha", "tpa", "tpa-kv")
+"""Mechanisms that no kernel of ours covers, of mgk and tpa a decoding step."""
 
 
 @dataclass

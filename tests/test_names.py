@@ -14,6 +14,7 @@ NAMES = (
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
     "GatedAttention",
+    "TensorProductAttention",
 )  # fmt: skip
 
 

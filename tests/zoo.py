@@ -89,6 +89,10 @@ MECHANISMS: dict[str, Make] = {
     ),
     "gated-key": lambda embed_dim=E, **options: attnzoo.GatedAttention(embed_dim, H, G, gate="key", **options),
     "gated-dense": lambda embed_dim=E, **options: attnzoo.GatedAttention(embed_dim, H, G, gate="dense", **options),
+    "tpa": lambda embed_dim=E, bias=False, **options: attnzoo.TensorProductAttention(embed_dim, H, **options),
+    "tpa-kv": lambda embed_dim=E, bias=False, **options: attnzoo.TensorProductAttention(
+        embed_dim, H, 10, q_rank=None, k_rank=3, v_rank=2, v_head_dim=6, head_norm=True, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -154,6 +158,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     # They take everything; what is no different from the output gate is left out.
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
+    **dict.fromkeys(("tpa", "tpa-kv"), ("plain", "no-rope", "window")),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
 REFUSED = [
@@ -197,6 +202,8 @@ LACKS: dict[str, tuple[str, ...]] = {
         "sdpa",
         "token cache",
     ),
+    "tpa": ("head order by rows", "circuits"),
+    "tpa-kv": ("head order by rows", "circuits", "unnormed heads"),
     "mgk-hard": ("head order by rows", "sdpa"),
     "mgk-linear": ("head order by rows", "dense mask", "counted flops", "sdpa", "token cache"),
     **dict.fromkeys(("linear", "linear-lm"), ("dense mask", "counted flops", "sdpa", "token cache")),

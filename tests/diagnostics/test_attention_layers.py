@@ -75,6 +75,12 @@ def test_every_mechanism_is_found(name):
     handle.remove()
     module(x)
     assert seen == [(2, 7, layer.num_heads, layer.v_head_dim)]
+    if name not in zoo.names("circuits"):
+        with pytest.raises(ValueError, match="no fixed matrix gives"):
+            layer.ov_factors()
+        with pytest.raises(ValueError, match="part must be 'factors'"):
+            layer.qk_factors()
+        return
     assert all(wv.shape[0] == wo.shape[1] == layer.v_head_dim for wv, wo in layer.ov_factors())
     assert all(not w.requires_grad for pair in layer.ov_factors() + layer.qk_factors() for w in pair)
     assert {wq.shape[0] for wq, _ in layer.qk_factors()} == {wk.shape[0] for _, wk in layer.qk_factors()}

@@ -524,7 +524,7 @@ def test_dropout_acts_in_training_only(name: str, option: str) -> None:
     assert torch.equal(module.eval()(x), make(name, option)(x))
 
 
-@every_mechanism
+@pytest.mark.parametrize("name", names("unnormed heads"))
 def test_dropout_keeps_the_mean(name: str) -> None:
     module, x = make(name, dropout=0.3, bias=False), sample(1, T, E)
     with torch.no_grad():

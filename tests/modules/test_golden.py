@@ -21,6 +21,8 @@ CLASSES: dict[str, type[nn.Module]] = {
     "gta": attnzoo.GroupedTiedAttention,
     "kha": attnzoo.KnockingHeadsAttention,
     **dict.fromkeys(("gated", "gated_headwise", "gated_value"), attnzoo.GatedAttention),
+    "tpa": attnzoo.TensorProductAttention,
+    "tpa_kvonly": attnzoo.TensorProductAttention,
 }
 BACKENDS = ("eager", "sdpa")
 
