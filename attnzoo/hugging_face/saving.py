@@ -1,0 +1,243 @@
+"""Saving and loading: transformers' model type "attnzoo", whose configuration says which attention stands where.
+
+A model with replaced attention gets a class made from its own (`AttnzooLlamaForCausalLM` from `LlamaForCausalLM`),
+whose constructor builds the model of transformers and then puts the described modules in, and a configuration of model
+type "attnzoo". A folder holds no code and names only attnzoo's public mechanisms.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+import attnzoo
+from attnzoo.hugging_face.families import family_of
+from attnzoo.hugging_face.replacement import install, modules
+
+MODEL_TYPE = "attnzoo"
+
+
+def adopt(model: nn.Module) -> None:
+    """Give a model whose attention was replaced, and its configuration, the classes that are saved and loaded.
+
+    The configuration then describes the modules that are there now. Every call describes them again. A
+    `quantization_config` is dropped, since the weights are plain ones by now.
+    """
+    for each in _models(model):
+        config, cls = each.config, type(each)
+        if not issubclass(cls, SavedModel):
+            if not isinstance(config, SavedConfig):
+                base = type(config)
+                config.__class__ = config_class_of(base)
+                config.base_model_type, config.base_architecture = base.model_type, cls.__name__
+            each.__class__ = _listed(model_class_of(cls, type(config)), config)
+        config.attnzoo_version = attnzoo.__version__
+        config.attnzoo_layers = {name: _described(name, attn) for name, attn in modules(each.base_model)}
+        if getattr(each, "hf_quantizer", None) is not None:
+            each.hf_quantizer = None
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
+def release(model: nn.Module) -> None:
+    """Give a model and its configuration their own classes back, as `restore` does when no layer is left.
+
+    Layers that are still replaced are described again instead.
+    """
+    for each in model.modules():
+        if isinstance(each, SavedModel) and not modules(each):
+            each.__class__ = each.base_class
+            config: Any = each.config
+            if isinstance(config, SavedConfig):
+                for name in ("base_model_type", "base_architecture", "attnzoo_layers", "attnzoo_version"):
+                    config.__dict__.pop(name, None)
+                config.__class__ = config.base_class
+    adopt(model)
+
+
+def _models(model: nn.Module) -> Iterator[Any]:
+    """Models of transformers with replaced attention, without those inside that have a configuration of their own."""
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and modules(module):
+            around = (model.get_submodule(name[:end]) for end in range(len(name)) if end == 0 or name[end] == ".")
+            if all(outer.config is module.config for outer in around if isinstance(outer, PreTrainedModel)):
+                yield module
+
+
+def _described(name: str, attn: nn.Module) -> dict[str, Any]:
+    try:
+        description = attnzoo.describe(attn)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r} cannot be saved: {error}") from error
+    # What can run is a matter of the machine, not of the model.
+    description["arguments"].pop("backend", None)
+    return description
+
+
+# Classes
+
+
+class _Made:
+    """A class made on demand: its objects are pickled by the class that it was made from."""
+
+    base_class: type[Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.base_class, getattr(type(self), "config_base", None)), self.__dict__
+
+
+def _unpickled(base: type[Any], config_base: type[Any] | None) -> Any:
+    cls: type[Any] = config_class_of(base if config_base is None else config_base)
+    if config_base is not None:
+        cls = model_class_of(base, cls)
+    return cls.__new__(cls)
+
+
+class SavedConfig(_Made):
+    """What the configurations of model type "attnzoo" have in common.
+
+    Attributes:
+        base_model_type: of the configuration that it was made from.
+        base_architecture: name of the class of the model that was replaced.
+        attnzoo_layers: from the name of an attention module, below the model without its head, to what
+            `attnzoo.describe` says.
+        attnzoo_version: of the package that wrote it.
+    """
+
+    base_model_type: str
+    base_architecture: str
+    attnzoo_layers: dict[str, Any]
+    attnzoo_version: str
+
+
+class SavedModel(_Made):
+    """What the models of model type "attnzoo" have in common."""
+
+    config: Any
+    base_model: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Some heads have a base model that an Auto class made, with these layers in it.
+        for name, description in ({} if modules(self.base_model) else config.attnzoo_layers).items():
+            _put(self.base_model, name, description)
+        for each in _models(self):
+            if not isinstance(each, SavedModel):
+                each.__class__ = _listed(model_class_of(type(each), type(config)), config)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', without frequencies: the configuration has them, as numbers that no dtype rounds."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        for name in [name for name in state if name.endswith(".rope_inv_freq")]:
+            del state[name]
+        return state
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the attention modules described as they are now."""
+        adopt(self)  # type: ignore[arg-type]
+        # Names of weights in older files go with a model type, and this one has none.
+        return super().save_pretrained(*args, **{**kwargs, "save_original_format": False})  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but raises where the weights of a layer with attnzoo's attention are not all there.
+
+        Raises:
+            ValueError: if the folder's weights and configuration do not belong together.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        layers = tuple(f"{name.rpartition('.')[0]}." for name, _ in modules(model))
+        for what, keys in (("missing", found["missing_keys"]), ("unknown", found["unexpected_keys"])):
+            if wrong := sorted(key for key in keys if key.startswith(layers)):
+                raise ValueError(
+                    f"the weights do not fit the {cls.__name__} that config.json describes: {len(wrong)} of layers "
+                    f"with attnzoo's attention are {what}, such as {wrong[0]}"
+                )
+        return (model, found) if wanted else model
+
+
+@cache
+def config_class_of(base: type[Any]) -> Any:
+    """The configuration of model type "attnzoo" made from a class; the Auto classes that know that class know it."""
+    own: Any = type(f"Attnzoo{base.__name__}", (SavedConfig, base), _names(base) | {"model_type": MODEL_TYPE})
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        model = None if mapping is None else mapping.get(base, None)
+        if isinstance(model, type) and issubclass(model, PreTrainedModel):
+            auto.register(own, model_class_of(model, own))
+    return own
+
+
+@cache
+def model_class_of(base: type[Any], config_class: type[Any]) -> Any:
+    """The class of a model with replaced attention, made from the class that transformers has for it."""
+    names = _names(base) | {"config_class": config_class, "config_base": config_class.base_class}
+    return type(f"Attnzoo{base.__name__}", (SavedModel, base), names)
+
+
+def _names(base: type[Any]) -> dict[str, Any]:
+    return {"base_class": base, "__module__": __name__, "__doc__": f"`{base.__name__}` with attnzoo's attention."}
+
+
+def _listed(cls: Any, config: Any) -> Any:
+    """The class, known to transformers: its constructor lists by class which outputs can be recorded."""
+    PreTrainedModel.__init__(cls.__new__(cls), copy.copy(config))
+    return cls
+
+
+# Loading
+
+
+class AttnzooConfig(PreTrainedConfig):
+    """The entry of AutoConfig for model type "attnzoo"."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that a folder describes, of a class made from that of its base model.
+
+        Raises:
+            ValueError: for an unknown base model, an attention that is described wrongly, or a later version.
+        """
+        kind, layers = config_dict.get("base_model_type"), config_dict.get("attnzoo_layers")
+        if not isinstance(kind, str) or kind == MODEL_TYPE or kind not in CONFIG_MAPPING:
+            raise ValueError(f"base_model_type must be a model type of transformers, got {kind!r:.80}")
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+            raise ValueError(f"attnzoo_layers must map names of layers to descriptions, got {layers!r:.80}")
+        _check_version(config_dict.get("attnzoo_version"))
+        return config_class_of(CONFIG_MAPPING[kind]).from_dict(config_dict, **kwargs)
+
+
+def _check_version(version: Any) -> None:
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    if not major.isdecimal() or int(major) > int(attnzoo.__version__.partition(".")[0]):
+        raise ValueError(
+            f"attnzoo_version must be at most that of the package, {attnzoo.__version__}, got {version!r:.80}: install "
+            "a newer attnzoo"
+        )
+
+
+def _put(model: nn.Module, name: str, description: Mapping[str, Any]) -> None:
+    """Put a described module at the place of an attention module."""
+    try:
+        original = model.get_submodule(name)
+    except AttributeError:
+        original = model
+    if not type(original).__name__.endswith("Attention") and family_of(original) is None:
+        raise ValueError(f"attnzoo_layers must name attention modules of {type(model).__name__}, got {name!r:.80}")
+    try:
+        attn = attnzoo.build(description)
+    except ValueError as error:
+        raise ValueError(f"attnzoo_layers: {name}: {error}") from error
+    install(model, name, attn)
+
+
+AutoConfig.register(MODEL_TYPE, AttnzooConfig)
