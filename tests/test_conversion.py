@@ -1,12 +1,14 @@
 """Conversions: the stated relation, and what has none. Agreement of `from_mha` is in modules/test_parity.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
 from attnzoo import Rotary
-from attnzoo.conversion import InputStatistics, from_mha, to_dcmha, to_gqa, to_kha, to_moh, to_talking_heads
+from attnzoo.conversion import InputStatistics, from_mha, to_dcmha, to_gated, to_gqa, to_kha, to_moh, to_talking_heads
 from tests.zoo import E, H, build
 
 
@@ -157,6 +159,8 @@ STARTS = {
     "dcmha": to_dcmha,
     "dcmha static": lambda attn: to_dcmha(attn, static_base=True, head_groups=2, rank=1),
     "talking heads": to_talking_heads,
+    **{f"gated {gate}": partial(to_gated, gate=gate) for gate in ("output", "value", "key", "query", "dense")},
+    "gated headwise": partial(to_gated, gate="value", gate_type="headwise", gate_bias=True),
 }
 SOURCES = {
     "mha": lambda **options: build("mha", **options),
@@ -183,13 +187,21 @@ def test_exact_starts(start, source, bias):
 def test_a_start_keeps_the_options_of_its_source(options):
     attn, x = build("gqa", **options).eval(), torch.randn(2, 9, E).double()
     torch.testing.assert_close(to_dcmha(attn)(x), attn(x), atol=1e-10, rtol=0)
+    for gate in ("output", "query"):
+        torch.testing.assert_close(to_gated(attn, gate)(x), attn(x), atol=1e-10, rtol=0)
     if "qk_norm" not in options:
         torch.testing.assert_close(to_talking_heads(attn)(x), attn(x), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_of_one_half_rounds_nothing(dtype):
+    attn, x = build("gqa", dtype=dtype, sink="learned", logit_softcap=4.0).eval(), torch.randn(2, 9, E, dtype=dtype)
+    assert torch.equal(to_gated(attn)(x), attn(x))
+
+
 def test_new_parameters_of_a_start_learn_at_once():
     x = torch.randn(2, 9, E).double()
-    for start in (to_dcmha, to_talking_heads):
+    for start in (to_dcmha, to_talking_heads, to_gated):
         begun = start(build("gqa"))
         begun(x).square().sum().backward()
         flat = {name for name, p in begun.named_parameters() if p.grad is None or not p.grad.abs().sum()}
@@ -214,7 +226,7 @@ def test_what_a_start_cannot_express_is_refused(start, options, message):
 def test_a_start_refuses_another_family_and_pruned_heads():
     pruned = build("gqa")
     pruned.prune_heads([1])
-    for start in (to_dcmha, to_talking_heads):
+    for start in (to_dcmha, to_talking_heads, to_gated):
         with pytest.raises(ValueError, match="module must be multi-head or grouped-query attention, got GroupedTied"):
             start(build("gta"))
         with pytest.raises(ValueError, match="module must not have pruned heads"):

@@ -198,29 +198,35 @@ def to_mae(module: GroupedQueryAttention, num_active: int | None = None, **gate:
         num_active: heads of an expert. Default: all but one.
         gate: gate_input, gate_hidden and training_scheme, see `MixtureOfAttentiveExperts`.
     """
-    if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
-        raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
-    if module.pruned_heads:
-        raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    options = options_of(module)
     converted = MixtureOfAttentiveExperts(
         module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, num_active=num_active, **gate,
-        **_grouped_options(module),
+        **options,
     )  # fmt: skip
     converted.load_state_dict(converted.state_dict() | module.state_dict())
     return converted.train(module.training)
 
 
-def options_without(module: GroupedQueryAttention, lacking: tuple[str, ...], result: str) -> dict[str, Any]:
-    """Constructor options of a grouped-query module for a mechanism without those in `lacking`, and without a scale.
+def options_of(module: GroupedQueryAttention) -> dict[str, Any]:
+    """Constructor options of a grouped-query module.
 
     Raises:
-        ValueError: if the module is of another family, has pruned heads, or sets one of them.
+        ValueError: if the module is of another family, or has pruned heads.
     """
     if type(module) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
         raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
-    options = _grouped_options(module)
+    return _grouped_options(module)
+
+
+def options_without(module: GroupedQueryAttention, lacking: tuple[str, ...], result: str) -> dict[str, Any]:
+    """The same for a mechanism without the options in `lacking`, without a scale and with a bias on all or none.
+
+    Raises:
+        ValueError: also if the module sets one of them.
+    """
+    options = options_of(module)
     for name in lacking:
         if options[name]:
             raise ValueError(f"module must not have {name}: {result} does not take it")

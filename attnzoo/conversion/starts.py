@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnzoo.conversion.heads import options_without
+from attnzoo.conversion.heads import options_of, options_without
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
+from attnzoo.modules.gated import GatedAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
 
@@ -67,4 +68,39 @@ def to_talking_heads(module: GroupedQueryAttention, **options: Any) -> TalkingHe
             heads = state[name].unflatten(0, (module.num_kv_heads, -1))
             state[name] = heads.repeat_interleave(module.heads.group_size, 0).flatten(0, 1)
     converted.load_state_dict(converted.state_dict() | state)
+    return converted.train(module.training)
+
+
+DOUBLED = {
+    "output": ("o_proj.weight",),
+    "value": ("v_proj.",),
+    "key": ("k_proj.",),
+    "query": ("q_proj.",),
+    "dense": ("o_proj.",),
+}
+"""What makes up for a gate of 1/2, by its position."""
+
+
+def to_gated(
+    module: GroupedQueryAttention, gate: str = "output", gate_type: str = "elementwise", gate_bias: bool | None = None
+) -> GatedAttention:
+    """The same layer with a sigmoid gate that starts at 1/2 everywhere: equal in output, in every dtype.
+
+    The gate's projection starts at 0, and what is gated is doubled, which rounds nothing.
+
+    Args:
+        module: multi-head, multi-query or grouped-query attention without pruned heads.
+        gate: position, as in `GatedAttention`.
+        gate_type: as there.
+        gate_bias: as there.
+    """
+    converted = GatedAttention(
+        module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, gate=gate, gate_type=gate_type,
+        gate_bias=gate_bias, **options_of(module),
+    )  # fmt: skip
+    state = {
+        name: 2 * value if name.startswith(DOUBLED[gate]) else value for name, value in module.state_dict().items()
+    }
+    gates = {f"g_proj.{name}": torch.zeros_like(value) for name, value in converted.g_proj.state_dict().items()}
+    converted.load_state_dict(state | gates)
     return converted.train(module.training)
