@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -150,6 +151,8 @@ def is_serialized(listing: str) -> bool:
 
 def _type_of(value: Any, specialised: bool) -> tuple[str, bool]:
     """Triton's name of an argument's type, and whether it is a multiple of 16, as its launcher would specialise."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_ELEMENT[value.base.dtype]}{list(value.block_shape)}>", False
     if isinstance(value, torch.Tensor):
         return f"*{_ELEMENT[value.dtype]}", True
     if value is None or isinstance(value, bool) or (value == 1 and specialised):

@@ -9,9 +9,10 @@ from typing import Any, TypeVar, get_type_hints, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnzoo_kernels import tuning
-from attnzoo_kernels.tuning import Config, or_pinned
+from attnzoo_kernels.tuning import Config, architecture, or_pinned, padded
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 """A kernel, its grid and its arguments.
@@ -166,6 +167,22 @@ def dense_rows(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
+
+
+def descriptor(tensor: Tensor, block_s: int) -> TensorDescriptor | None:
+    """A descriptor of keys or values (B, S, G, D) as (B, G, S, D) for tiles of block_s keys, or None.
+
+    None where a kernel gains nothing by it, without 16-bit products on Hopper, and where hardware refuses: the tensor,
+    its keys and its heads have to begin at multiples of 16 bytes, and none may be in the place of another.
+    """
+    if tensor.element_size() != 2 or architecture(tensor.device) != "hopper" or tensor.data_ptr() % 16:
+        return None
+    B, S, G, D = tensor.shape
+    b, s, g, _ = tensor.stride()
+    steps = [step if size > 1 else 8 for step, size in ((b, B), (g, G), (s, S))]
+    if any(step % 8 or step <= 0 for step in steps):
+        return None
+    return TensorDescriptor(tensor, [B, G, S, D], [*steps, 1], [1, 1, block_s, padded(D)])
 
 
 def strides(tensor: Tensor | None, name: str, axes: str) -> dict[str, int]:

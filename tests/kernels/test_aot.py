@@ -36,6 +36,11 @@ def of(rows, case, dtype="bf16", target="sm_90"):
     return found
 
 
+def pairs_cost(row):
+    """Instructions of a thread per pair of query and key in the inner loop."""
+    return row["instructions"] * 32 * row["num_warps"] / (row["BLOCK_T"] * row["BLOCK_S"])
+
+
 def test_the_short_list_compiles_as_the_table_says(short):
     done, rows = short
     assert done.returncode == 0, done.stderr
@@ -57,6 +62,8 @@ def test_every_row_of_the_table_compiles():
 def test_kernels_take_what_was_promised(short):
     _, rows = short
     assert of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]["spills"] == 0
+    for case, most in (("softmax causal 128", 8.2), ("softmax causal 64", 7.4)):
+        assert pairs_cost(of(rows, case)["softmax_attention_fwd_kernel"]) <= most
     for case in ("latent decode 512+64, 16 heads", "latent decode 512+64, 128 heads"):
         assert max(row["shared"] for row in of(rows, case).values()) <= 227 * 1024
 

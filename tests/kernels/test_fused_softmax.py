@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, library
 import attnzoo
 from attnzoo import AttentionMask
 from attnzoo_kernels import tuning
+from attnzoo_kernels.launch import descriptor
 from attnzoo_kernels.softmax_attention import softmax_attention as kernel
 from tests.kernels.tiles import SMALL, tile
 from tests.kernels.tolerance import assert_as_good_as
@@ -205,6 +207,44 @@ def test_several_tiles(name: str) -> None:
 def test_half_precision(name: str) -> None:
     changed, extra, call = LONG[name]
     assert_same_as_eager(*draw(SIZES | changed, extra, torch.float16), call)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal", "cross", "queries beyond the keys", "bidirectional window and sink tokens", "packed and padded",
+        "causal padding with an empty row", "groups of several heads", "shared key", "learned sinks",
+    ],
+)  # fmt: skip
+def test_descriptors(name: str) -> None:
+    """Heads of 16 and 24 features of float16 begin at multiples of 16 bytes, and no tensor is read for every pair."""
+    changed, extra, call = LONG[name]
+    names, tensors = draw(SIZES | changed | {"D": 16, "DV": 24}, extra, torch.float16)
+    assert all(descriptor(tensors[n], 16) is not None for n in (1, 2))
+    assert_same_as_eager(names, tensors, call)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.float(),
+        lambda x: x[..., 1:],
+        lambda x: torch.zeros(*x.shape[:3], 20, dtype=x.dtype, device=x.device)[..., 4:],
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x[:, :, :1].expand(-1, -1, 3, -1),
+        lambda x: x.new_zeros(*x.shape[:3], 12),
+    ],
+    ids=["float32", "an odd address", "odd steps", "one row for all", "one head for all", "odd width"],
+)
+def test_what_descriptors_cannot_read(make: Callable[[Tensor], Tensor]) -> None:
+    """Such keys take the addresses' way, with the same result as their copy."""
+    x = torch.randn(2, 37, 3, 16, dtype=torch.float16, device=DEVICE)
+    k, v = make(x), make(x * 0.5)
+    q = torch.randn(2, 37, k.shape[2], k.shape[3], dtype=k.dtype, device=DEVICE)
+    assert descriptor(k, 16) is None
+    with tuning.pinned(SMALL):
+        out, _ = kernel(q, k, v, scale=0.3)
+    assert_as_good_as(lambda *_: out, lambda *given: attend(*given, scale=0.3, backend="eager"), q, k, v)
 
 
 @pytest.mark.parametrize("sides", [(32, 16), (16, 32), (64, 64)])

@@ -16,9 +16,31 @@ from attnzoo_kernels.softmax_attention.pieces import factor_and_unit, key_ranges
 
 
 @triton.jit
+def row_tile(
+    desc, b, g, ptr, stride_s, start, S, WIDTH: tl.constexpr, MASKED: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys or values start, start + 1, ... of a head, [BLOCK_S, BLOCK], 0 outside.
+
+    With a descriptor of the tensor (B, G, S, WIDTH) hardware computes the addresses, which takes neither instructions
+    nor registers; without, ptr is where batch row b and head g begin. Not MASKED: all are keys below S.
+    """
+    if desc is not None:
+        return desc.load([b.to(tl.int32), g.to(tl.int32), start, 0]).reshape(BLOCK_S, BLOCK)
+    o_s = start + tl.arange(0, BLOCK_S)[:, None]
+    o = tl.arange(0, BLOCK)[None, :]
+    at = ptr + o_s.to(tl.int64) * stride_s + o
+    if MASKED:
+        return tl.load(at, mask=(o_s < S) & (o < WIDTH), other=0.0)
+    if WIDTH == BLOCK:
+        return tl.load(at)
+    return tl.load(at, mask=o < WIDTH, other=0.0)
+
+
+@triton.jit
 def walk_keys(
-    acc, m, l, lo, hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr, positions_ptr,
-    slope,
+    acc, m, l, lo, hi, b_q, b_q_rope, o_t, i, first, last, b, g, k_desc, v_desc, k_ptr, v_ptr, k_rope_ptr, bias_ptr,
+    mask_ptr, positions_ptr, slope,
     stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t, stride_mask_s,
     T, S, scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
@@ -27,43 +49,25 @@ def walk_keys(
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over key tiles lo, lo + BLOCK_S, ... < hi."""
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
     FOLD: tl.constexpr = not (SOFTCAP or ALIBI or (bias_ptr is not None))
     factor, unit = factor_and_unit(scale, FOLD)
     for start in range(lo, hi, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
-        row = o_s.to(tl.int64)
-        inside = o_s < S
-        if MASKED:
-            k_mask = inside[None, :] & (o_d < D)[:, None]
-            v_mask = inside[:, None] & (o_dv < DV)[None, :]
-            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None], mask=k_mask, other=0.0)
-        elif D == BLOCK_D:
-            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None])
-        else:
-            b_k = tl.load(k_ptr + row[None, :] * stride_k_s + o_d[:, None], mask=(o_d < D)[:, None], other=0.0)
-        s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
+        b_k = row_tile(k_desc, b, g, k_ptr, stride_k_s, start, S, D, MASKED, BLOCK_S, BLOCK_D)
+        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_T, BLOCK_S]
         if R > 0:
-            o_r = tl.arange(0, BLOCK_R)
-            k_rope_mask = inside[None, :] & (o_r < R)[:, None]
-            b_k_rope = tl.load(k_rope_ptr + row[None, :] * stride_k_rope_s + o_r[:, None], mask=k_rope_mask, other=0.0)
-            s = tl.dot(b_q_rope, b_k_rope, acc=s, input_precision=PRECISION)
+            b_k_rope = row_tile(None, b, g, k_rope_ptr, stride_k_rope_s, start, S, R, True, BLOCK_S, BLOCK_R)
+            s = tl.dot(b_q_rope, tl.trans(b_k_rope), acc=s, input_precision=PRECISION)
         j = o_s
         if positions_ptr is not None:
-            j = tl.load(positions_ptr + o_s, mask=inside, other=0)
+            j = tl.load(positions_ptr + o_s, mask=o_s < S, other=0)
         s, _ = pair_scores(
             s, o_t[:, None], o_s[None, :], i[:, None], j[None, :], first[:, None], last[:, None], bias_ptr,
             stride_bias_t, stride_bias_s, mask_ptr, stride_mask_t, stride_mask_s, T, S, factor, softcap, slope, window,
             sink_tokens, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, MASKED,
         )  # fmt: skip
         p, shrink, m, l = softmax_step(s, unit, m, l)
-        if MASKED:
-            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :], mask=v_mask, other=0.0)
-        elif DV == BLOCK_DV:
-            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :])
-        else:
-            b_v = tl.load(v_ptr + row[:, None] * stride_v_s + o_dv[None, :], mask=(o_dv < DV)[None, :], other=0.0)
+        b_v = row_tile(v_desc, b, g, v_ptr, stride_v_s, start, S, DV, MASKED, BLOCK_S, BLOCK_DV)
         acc = tl.dot(p.to(b_v.dtype), b_v, acc=acc * shrink[:, None], input_precision=PRECISION)
     return acc, m, l
 
@@ -73,8 +77,8 @@ def walk_keys(
 # group, and a copy of the shared key for every head never exist. Causal tiles start with the longest.
 @triton.jit(do_not_specialize=LENGTHS)
 def softmax_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr, head_scale_ptr, lengths_ptr,
-    first_ptr, last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, q_rope_ptr, k_rope_ptr, bias_ptr, mask_ptr, slopes_ptr, sinks_ptr,
+    head_scale_ptr, lengths_ptr, first_ptr, last_ptr, positions_ptr, o_ptr, lse_ptr, shift_ptr, norm_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
     stride_q_rope_b, stride_q_rope_t, stride_q_rope_h, stride_k_rope_b, stride_k_rope_s, stride_bias_b, stride_bias_h,
     stride_bias_t, stride_bias_s,
@@ -137,30 +141,32 @@ def softmax_attention_fwd_kernel(
     )  # fmt: skip
     if SINK_TOKENS:
         acc, m, l = walk_keys(
-            acc, m, l, sink_lo, sink_hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr,
-            mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s,
-            stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI,
-            WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, sink_lo, sink_hi, b_q, b_q_rope, o_t, i, first, last, b, g, k_desc, v_desc, k_ptr, v_ptr,
+            k_rope_ptr, bias_ptr, mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s,
+            stride_bias_t, stride_bias_s, stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D,
+            DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV,
+            BLOCK_R,
         )  # fmt: skip
     if WINDOW or SEGMENT:
         acc, m, l = walk_keys(
-            acc, m, l, lo, full_lo, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr,
-            positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t,
-            stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW,
-            SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, lo, full_lo, b_q, b_q_rope, o_t, i, first, last, b, g, k_desc, v_desc, k_ptr, v_ptr, k_rope_ptr,
+            bias_ptr, mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t,
+            stride_bias_s, stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL,
+            SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     if DENSE == 0:
         acc, m, l = walk_keys(
-            acc, m, l, full_lo, full_hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr,
-            mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s,
-            stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI,
-            WINDOW, SINK_TOKENS, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+            acc, m, l, full_lo, full_hi, b_q, b_q_rope, o_t, i, first, last, b, g, k_desc, v_desc, k_ptr, v_ptr,
+            k_rope_ptr, bias_ptr, mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s,
+            stride_bias_t, stride_bias_s, stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D,
+            DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV,
+            BLOCK_R,
         )  # fmt: skip
     acc, m, l = walk_keys(
-        acc, m, l, full_hi, hi, b_q, b_q_rope, o_t, i, first, last, k_ptr, v_ptr, k_rope_ptr, bias_ptr, mask_ptr,
-        positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s, stride_mask_t,
-        stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS,
-        SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
+        acc, m, l, full_hi, hi, b_q, b_q_rope, o_t, i, first, last, b, g, k_desc, v_desc, k_ptr, v_ptr, k_rope_ptr,
+        bias_ptr, mask_ptr, positions_ptr, slope, stride_k_s, stride_v_s, stride_k_rope_s, stride_bias_t, stride_bias_s,
+        stride_mask_t, stride_mask_s, T, S, scale, softcap, window, sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI,
+        WINDOW, SINK_TOKENS, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, BLOCK_R,
     )  # fmt: skip
 
     seen = l > 0
