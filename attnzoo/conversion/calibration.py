@@ -64,7 +64,7 @@ class InputStatistics:
 
     @property
     def moment(self) -> Tensor:
-        """Mean of [x, 1] [x, 1]^T, (E + 1, E + 1) in float64: second moments, and the mean as last row and column."""
+        """Mean of `[x, 1]` times itself, (E + 1, E + 1) in float64: second moments, the mean as last row and column."""
         if not self.tokens:
             raise ValueError("calib must have at least one token, got none")
         return self._sums / self.tokens
