@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from hatchling.builders.wheel import WheelBuilder
 
 import attnzoo
@@ -88,7 +89,7 @@ def test_wheel_imports_without_the_repository(wheel, tmp_path):
     code = "import attnzoo; print(attnzoo.__file__); print(attnzoo.__version__)"
     file, version = run(code, tmp_path).split()
     assert Path(file).is_relative_to(tmp_path)
-    assert version == PYPROJECT["project"]["version"]
+    assert version == attnzoo.__version__
 
 
 def run(code: str, *paths: Path) -> str:
@@ -435,7 +436,8 @@ def test_source_roots_are_no_packages():
 
 
 def test_version_is_the_same_everywhere():
-    assert PYPROJECT["project"]["version"] == attnzoo.__version__
+    assert "version" not in PYPROJECT["project"], "the package's own number is the one place"
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "attnzoo/__init__.py"
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r'^version: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == attnzoo.__version__
 
@@ -465,3 +467,20 @@ def test_constraints_are_exact_pins_from_a_registry():
     assert "torch==2.13.0" in pins
     for pin in pins:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+( *;.*)?", pin), pin
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_run_what_is_there(path):
+    workflow = yaml.safe_load(path.read_text())
+    targets = re.findall(
+        r"^([\w./-]+):", (ROOT / "Makefile").read_text().replace("$(READY)", ".venv/.installed"), re.MULTILINE
+    )
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] > 0, name
+        for step in job["steps"]:
+            for target in re.findall(r"\bmake (\S+)", step.get("run", "")):
+                assert target in targets, f"{name}: make {target}"
+            for file in re.findall(r"(?<!\S)(tests/\S+|\.ci/\S+)", step.get("run", "")):
+                assert (ROOT / file).exists(), f"{name}: {file}"
+    if path.stem == "ci":
+        assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
