@@ -14,6 +14,7 @@ from attnzoo.masks import AttentionMask
 from attnzoo.modules.chai import ClusteredHeadAttention
 from attnzoo.modules.complexformer import ComplexAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
+from attnzoo.modules.diff import DifferentialAttention
 from attnzoo.modules.eit import EnhancedMultiheadAttention
 from attnzoo.modules.gated import GatedAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
@@ -68,6 +69,7 @@ __all__ = [
     "RelativeConvAttention",
     "GatedAttention",
     "TensorProductAttention",
+    "DifferentialAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(
         ("sink_tokens", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads", "num_routed_active", "sample_topk",
-         "lepe_kernel", "batch_size"), COUNT,
+         "lepe_kernel", "batch_size", "depth"), COUNT,
     ),
     **dict.fromkeys(("sliding_window", "max_length"), SIZE),
     **dict.fromkeys(
@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("logit_softcap", "mixing_sigma"), POSITIVE),
     **dict.fromkeys(("grid", "block_grid"), SIZES),
     "output_scale": NUMBER,
-    "dropout": (*NUMBER, (lambda value: 0 <= value < 1, "lie in [0, 1)")),
+    **dict.fromkeys(("dropout", "lambda_init"), (*NUMBER, (lambda value: 0 <= value < 1, "lie in [0, 1)"))),
     "scale": ((lambda value: is_number(value) and value != 0, "be a finite number other than 0"),),
     "sink": one_of("zero", "learned", words="be None, 'zero' or 'learned'"),
     "init": one_of("normal", "xavier", words="be 'normal' or 'xavier'"),
@@ -115,7 +115,7 @@ RULES: dict[str, Rule] = {
 MAY_BE_NONE = frozenset(
     ("o_bias", "out_bias", "gate_bias", "k_rope_bias", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads",
      "num_routed_active", "sliding_window", "qk_norm_eps", "logit_softcap", "scale", "sink", "mixing_clip",
-     "grid", "block_grid", "dtype", "device")
+     "grid", "block_grid", "dtype", "device", "lambda_init")
 )  # fmt: skip
 
 

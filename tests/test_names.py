@@ -13,7 +13,7 @@ NAMES = (
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
-    "GatedAttention",
+    "GatedAttention", "DifferentialAttention",
     "TensorProductAttention",
 )  # fmt: skip
 

@@ -93,6 +93,8 @@ MECHANISMS: dict[str, Make] = {
     "tpa-kv": lambda embed_dim=E, bias=False, **options: attnzoo.TensorProductAttention(
         embed_dim, H, 10, q_rank=None, k_rank=3, v_rank=2, v_head_dim=6, head_norm=True, **options
     ),
+    "diff": lambda embed_dim=E, **options: attnzoo.DifferentialAttention(embed_dim, H, G, **{"depth": 2} | options),
+    "diff-v2": lambda embed_dim=E, **options: attnzoo.DifferentialAttention(embed_dim, H, G, version=2, **options),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -155,6 +157,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "mhe-add": ("plain", "window", "window-sinks"),
     **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
     **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
+    **dict.fromkeys(("diff", "diff-v2"), ("plain", "no-rope", "qk-norm", "window", "softcap")),
     # They take everything; what is no different from the output gate is left out.
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
@@ -190,6 +193,7 @@ LACKS: dict[str, tuple[str, ...]] = {
     "mgk": ("head order by rows",),
     "mae": ("head order by rows", "padding as a mask", "token cache"),
     "mae-token": ("head order by rows", "counted flops"),
+    "diff": ("unnormed heads",),
     "gated-value": ("head order by rows", "rounding of its own"),
     **dict.fromkeys(("gated-key", "gated-dense"), ("head order by rows",)),
     "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),

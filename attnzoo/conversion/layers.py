@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from attnzoo.modules.diff import DifferentialAttention
 from attnzoo.modules.gated import GatedAttention
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, one_of
@@ -79,3 +81,30 @@ def rotary_of(config: Any, head_dim: int) -> Rotary:
     dim = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
     scaling = None if parameters["rope_type"] == "default" else parameters
     return Rotary(theta=parameters["rope_theta"], dim=dim, scaling=scaling)
+
+
+def from_diff_llama(layer: nn.Module, **options: Any) -> DifferentialAttention:
+    """The same function as a DiffLlamaAttention of transformers, with its weights copied.
+
+    There head h is paired with head h + N / 2 of N, and key/value heads g and g + G of 2 G are side by side, where
+    parts of a head are neighbours here. Its norm has no gain: the gain here is 1 and frozen.
+
+    Args:
+        layer: with the config and the layer_idx that it was made with.
+        options: further keyword options of `DifferentialAttention`.
+    """
+    config: Any = layer.config
+    weight = layer.get_parameter("q_proj.weight")
+    converted = DifferentialAttention(
+        config.hidden_size, config.num_attention_heads // 2, config.num_key_value_heads // 2, layer.head_dim,  # type: ignore[arg-type]
+        **{
+            "depth": layer.layer_idx, "bias": config.attention_bias, "norm_eps": config.rms_norm_eps,
+            "rope": rotary_of(config, layer.head_dim), "device": weight.device, "dtype": weight.dtype, **options,
+        },
+    )  # fmt: skip
+    state = {key: value for key, value in layer.state_dict().items() if not key.startswith("rotary")}
+    for key in [key for key in state if key[:2] in ("q_", "k_", "v_")]:
+        state[key] = state[key].unflatten(0, (2, -1, converted.head_dim)).transpose(0, 1).flatten(0, 2)
+    converted.load_state_dict(state | {"subln.weight": torch.ones_like(converted.subln.weight)})
+    converted.subln.requires_grad_(False)
+    return converted.train(layer.training)

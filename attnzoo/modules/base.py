@@ -52,6 +52,7 @@ class Mechanism(Recorded, nn.Module):
 
     aux_loss: Tensor | None = None
     has_patterns = True
+    depth: int = 0
     factored_circuits = False
     takes_bias = False
     """Whether the scores take an additive mask."""

@@ -81,6 +81,7 @@ class ClusteredHeadAttention(Recorded, nn.Module):
     factored_circuits = False
     cache_type = ClusteredCache
     input_layer = ""
+    depth = _of_wrapped("depth")
     embed_dim = _of_wrapped("embed_dim")
     kdim = _of_wrapped("kdim")
     num_heads = score_heads = _of_wrapped("num_heads")

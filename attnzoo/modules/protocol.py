@@ -25,6 +25,7 @@ class AttentionMechanism(Protocol):
         heads: the heads whose outputs pass through `head_outputs`.
         head_outputs: the module whose input is the output of every head, (B, T, H Dv), head-major: o_proj in general.
         aux_loss: a scalar tensor after a training forward of a routed mechanism, else None.
+        depth: number of the layer in its model, from 0; the recipe's decoder sets it.
         has_patterns: whether there are attention weights, which an observer is shown (`attnzoo.ops.observation`).
         factored_circuits: whether the circuits multiply several of the module's matrices, so that their factors are
             not matrices of independent entries.
@@ -38,6 +39,7 @@ class AttentionMechanism(Protocol):
     causal: bool
     heads: HeadLayout
     aux_loss: Tensor | None
+    depth: int
     has_patterns: bool
     factored_circuits: bool
 

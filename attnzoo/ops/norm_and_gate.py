@@ -6,21 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.ops.linear_attention import choose_form
+from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.ops.submodules import is_plain, normed
 
 
 def norm_and_gate(
     out: Tensor, norm: nn.Module | None, gate: Tensor | None, *, dtype: torch.dtype, backend: str = "auto"
 ) -> Tensor:
-    """RMS norm of heads out (B, T, H, Dv) and swish of gate (B, T, H Dv), both optional: (B, T, H Dv) in dtype."""
+    """RMS norm of heads out (B, T, H, Dv) and swish of gate (B, T, H Dv), both optional: (B, T, H Dv) in dtype.
+
+    backend "triton" does it in one pass, as "auto" does on GPUs; every other name is the plain form.
+    """
     weight, eps = None, None
     if isinstance(norm, nn.RMSNorm) and is_plain(norm, nn.RMSNorm):
         weight, eps = norm.weight, norm.eps
     else:
         out = normed(norm, out)
-    form = choose_form(backend, out.device, dtype)
-    if form == "triton" and (weight is not None or gate is not None):
+    fused = False
+    if backend == "triton" or (backend == "auto" and out.is_cuda):
+        ways = {"triton": lambda: kernel_obstacle(out.device, dtype), "eager": lambda: None}
+        fused = choose(backend, "norm_and_gate", ways, out.device) == "triton"
+    if fused and (weight is not None or gate is not None):
         from attnzoo_kernels.linear_attention import linear_attention_finish
 
         heads: Tensor = linear_attention_finish(out, weight, gate, eps=eps or 0.0, dtype=dtype)

@@ -169,6 +169,8 @@ class DecoderLM(nn.Module):
             for mlp in mlps
         )
         self.norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        for depth, block in enumerate(self.layers):
+            block.attn.depth = depth
         self._reset_attention()
 
     @property

@@ -56,6 +56,9 @@ def _gates(module, x):
 
 def _of_heads(module, values):
     """What each head makes of its values (B, H, T, Dv) after attention."""
+    if isinstance(module, attnzoo.DifferentialAttention) and module.version == 1:
+        norm = module.subln
+        return (1 - module.lambda_init) * norm(values.to(norm.weight.dtype)).to(values.dtype)
     if not isinstance(module, attnzoo.MultipleHeadEmbeddingAttention):
         return values
     e = module.v_head_embed.detach()[:, None]
@@ -78,7 +81,7 @@ def test_patterns_times_values_are_the_outputs(name, option, backend):
     blocks = list(call.pattern_blocks(4))
     assert [rows.start for rows, _ in blocks] == [0, 4, 8]
     torch.testing.assert_close(torch.cat([block for _, block in blocks], 2), p)
-    if not name.startswith(("dcmha", "talking")):
+    if not name.startswith(("dcmha", "talking", "diff")):
         sums = p.sum(-1)
         if "sink" in option and option != "window-sinks":
             assert (sums < 1).all()

@@ -20,7 +20,8 @@ from tests.zoo import OPTIONS, TAKES, build, gradients
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOFTMAX = (
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "kha-mla", "mla", "mla-pre", "moh", "moa",
-    "dcmha-folded", "mhe", "mhe-add", "mgk", "smha", "mae", "gated", "gated-value",
+    "dcmha-folded", "mhe", "mhe-add", "mgk", "smha", "mae", "gated", "gated-value", "diff",
+    "diff-v2",
 )  # fmt: skip
 B, T = 1, 19
 

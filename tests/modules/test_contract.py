@@ -294,7 +294,7 @@ def permuted(state: dict[str, Tensor], heads: Tensor, groups: Tensor) -> dict[st
     result = {}
     for key, value in state.items():
         layer = key.split(".")[0]
-        if layer in ("q_proj", "g_proj", "sinks", "phase_scale", "phase_bias") or (
+        if layer in ("q_proj", "g_proj", "lambda_proj", "sinks", "phase_scale", "phase_bias") or (
             layer == "mixing_matrix" and value.ndim == 3
         ):
             value = rows(value, heads)

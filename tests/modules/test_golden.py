@@ -20,6 +20,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "gqa_mha": attnzoo.MultiHeadAttention,
     "gta": attnzoo.GroupedTiedAttention,
     "kha": attnzoo.KnockingHeadsAttention,
+    **dict.fromkeys(("diff", "diff_gqa", "diff_v2"), attnzoo.DifferentialAttention),
     **dict.fromkeys(("gated", "gated_headwise", "gated_value"), attnzoo.GatedAttention),
     "tpa": attnzoo.TensorProductAttention,
     "tpa_kvonly": attnzoo.TensorProductAttention,
