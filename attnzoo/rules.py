@@ -64,6 +64,9 @@ SWITCH: Rule = ((lambda value: isinstance(value, bool), "be True or False"),)
 SWITCH_OR_AUTO: Rule = (
     (lambda value: isinstance(value, bool | str) and value in (True, False, "auto"), "be True, False or 'auto'"),
 )
+SWITCH_OR_JOINT: Rule = (
+    (lambda value: isinstance(value, bool | str) and value in (True, False, "joint"), "be True, False or 'joint'"),
+)
 SIZES: Rule = ((lambda value: _is_pair(value, is_integer), "be two integers"),)
 
 RULES: dict[str, Rule] = {

@@ -245,7 +245,7 @@ def _grouped_options(module: Any) -> dict[str, Any]:
         "v_head_dim": module.v_head_dim,
         "vdim": None if module.causal else module.vdim,
         "bias": module.q_proj.bias is not None,
-        "qk_norm": module.q_norm is not None,
+        "qk_norm": module.qk_norm,
         "qk_norm_eps": 1e-6 if module.q_norm is None else module.q_norm.eps or 1e-6,
         "logit_softcap": module.logit_softcap,
         "alibi": module.alibi_slopes is not None,

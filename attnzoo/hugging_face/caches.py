@@ -7,15 +7,22 @@ beams, cropping. A module sees a cache of its own class, whose coordinates start
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from attnzoo.cache import StatefulCache, StaticContextCache, TokenCache
+from attnzoo.cache import (
+    ComposedCache,
+    KeyValueCache,
+    LatentCache,
+    StatefulCache,
+    StaticContextCache,
+    TiedCache,
+    TokenCache,
+    UntiedCache,
+)
 from attnzoo.modules.clustered_cache import ClusteredCache
 
 
@@ -42,7 +49,7 @@ def cache_of(attn: Any, past: Any, index: int, batch: int, tokens: int, *, is_ma
         raise ValueError(f"past_key_values must be a Cache of transformers, got {type(past).__name__}")
     if not issubclass(attn.cache_type, TokenCache) or issubclass(attn.cache_type, StatefulCache | StaticContextCache):
         return state_layer(attn, past, index, batch, tokens, limit).cache
-    return _view_class(attn.cache_type)(attn, past, index, tokens, is_masked)
+    return view_class(attn.cache_type)(attn, past, index, tokens, is_masked)
 
 
 class _View:
@@ -95,9 +102,18 @@ class _View:
         return tuple(buffers)
 
 
-@cache
-def _view_class(cache_type: type[TokenCache]) -> Callable[..., Any]:
+def _view_of(cache_type: type[TokenCache]) -> type[Any]:
     return type(f"{cache_type.__name__}View", (_View, cache_type), {})
+
+
+_VIEWS = {kind: _view_of(kind) for kind in (KeyValueCache, LatentCache, TiedCache, UntiedCache, ComposedCache)}
+
+
+def view_class(cache_type: type[TokenCache]) -> type[Any]:
+    """The view that is a cache of that class; torch.compile can trace calls of those that were made before."""
+    if cache_type not in _VIEWS:
+        _VIEWS[cache_type] = _view_of(cache_type)
+    return _VIEWS[cache_type]
 
 
 def _is_sliding(past: Cache, index: int) -> bool:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.hugging_face.caches import cache_of
-from attnzoo.masks import AttentionMask, CompleteMask
+from attnzoo.masks import CompleteMask
 
 KEPT = (
     "layer_idx", "config", "is_causal", "sliding_window", "layer_type", "attention_type", "is_sliding", "head_dim",
     "is_decoder",
 )  # fmt: skip
 """Attributes of transformers' modules that the blocks around them read."""
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+"""What a module calls around its forward, which stays with the place when the module changes."""
 
 
 class AttentionLayer(nn.Module):
@@ -40,6 +47,9 @@ class AttentionLayer(nn.Module):
         earlier = isinstance(original, AttentionLayer)
         self._skeleton: tuple[nn.Module] = original._skeleton if earlier else (_without_numbers(original),)
         self.resid_dropout = getattr(original, "resid_dropout", None)
+        self.layer_idx = self.config = None
+        for name in HOOKS:
+            setattr(self, name, getattr(original, name))
         for name in KEPT:
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))
@@ -77,10 +87,10 @@ class AttentionLayer(nn.Module):
         positions = self._positions(position_ids)
         mask = None if attention_mask is None else read_mask(attention_mask, hidden_states)
         cache = None
-        if past is not None and self.attn.causal:
+        if past is not None and self.attn.causal and self.layer_idx is not None:
             batch, tokens = hidden_states.shape[:2]
             cache = cache_of(
-                self.attn, past, self.layer_idx or 0, batch, tokens, is_masked=mask is not None,
+                self.attn, past, self.layer_idx, batch, tokens, is_masked=mask is not None,
                 limit=getattr(self.config, "max_position_embeddings", tokens),
             )  # fmt: skip
         y = self.attn(hidden_states, mask=mask, positions=positions, cache=cache)
@@ -99,7 +109,7 @@ class AttentionLayer(nn.Module):
         return position_ids
 
 
-def read_mask(mask: Any, x: Tensor) -> AttentionMask:
+def read_mask(mask: Any, x: Tensor) -> CompleteMask:
     """transformers' mask for a call on x (B, T, E): boolean, or floats of which the lowest numbers hide a key.
 
     Raises:
@@ -133,8 +143,14 @@ def _without_numbers(module: nn.Module) -> nn.Module:
     memo = {id(config): config for config in [getattr(module, "config", None)] if config is not None}
     for tensor in (*module.parameters(), *module.buffers()):
         memo[id(tensor)] = _meta(tensor)
-    copied: nn.Module = copy.deepcopy(module, memo)
-    return copied
+    return without_hooks(copy.deepcopy(module, memo))
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module, which is a copy, with no hooks of its own."""
+    for name in HOOKS:
+        setattr(module, name, OrderedDict())
+    return module
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -2,130 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
 
+from attnzoo.backends import check_name
 from attnzoo.hugging_face.families import FAMILIES, family_of
-from attnzoo.hugging_face.layer import AttentionLayer
+from attnzoo.hugging_face.installation import attention_names, check_weights, install, modules, outside, unguard
+from attnzoo.hugging_face.layer import HOOKS, AttentionLayer
+from attnzoo.hugging_face.verification import verify as check_equal
+from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.mha import MultiHeadAttention
+from attnzoo.modules.mqa import MultiQueryAttention
+
+__all__ = ["attention_names", "install", "modules", "read_layers", "replace", "restore"]
 
 
-def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The attnzoo modules of a model with the names of the layers that hold them, as `install` takes them."""
-    return [(name, module.attn) for name, module in model.named_modules() if isinstance(module, AttentionLayer)]
+def replace(
+    model: Any, *, layers: Sequence[int] | None = None, backend: str = "auto", verify: bool | Mapping[str, Any] = True
+) -> Any:
+    """Replace the attention of a transformers model by attnzoo modules that compute the same, in place.
 
-
-def attention_names(model: nn.Module, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the attention modules of a model that can be or have been replaced, in the order of its layers.
+    Weights are taken over, and copied only where the layout has to change. Cross-attention, layers that share keys and
+    values with others, and what is not attention are left alone. Nothing changes if anything fails.
 
     Args:
-        model: a model of transformers.
-        layers: which of them, by their numbers among these. Default: all.
+        model: a PreTrainedModel with attention of a known class; see `register_family`.
+        layers: which attention layers, by their numbers. Default: all.
+        backend: of the new modules.
+        verify: run the model once, on two short rows of random ids, and compare each new layer with the old one in
+            float32. A mapping holds the model's keyword arguments for that run, where it takes no ids; False skips it.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: if the model has none, if an index is out of range or repeated, or if weights are not plain
-            floating-point tensors of this process.
+        ValueError: if a layer cannot be replaced, with its name and the reason.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AttentionLayer) or (family_of(module) is not None and not _is_left_alone(module))
-    }
-    if not found:
-        _refuse_model(model)
-    names = list(found)
-    if layers is not None:
-        names = [names[index] for index in _checked(layers, len(names))]
+    names = attention_names(model, layers)
+    new = [name for name in names if not isinstance(model.get_submodule(name), AttentionLayer)]
+    for name, attn in read_layers(model, new, backend=backend, verify=verify).items():
+        install(model, name, attn)
+    return model
+
+
+def read_layers(
+    model: Any, names: Sequence[str], *, backend: str = "auto", verify: bool | Mapping[str, Any] = True
+) -> dict[str, nn.Module]:
+    """attnzoo modules that compute what the attention modules of these names do; the model is left as it is.
+
+    A layer that was replaced before gives its module as it is. The others share their parameters with the model, where
+    the layout allows it. Arguments and errors as in `replace`.
+    """
+    check_name(backend)
+    if not isinstance(verify, bool | Mapping):
+        raise ValueError(f"verify must be True, False or a mapping of the model's arguments, got {verify!r}")
+    read: dict[str, nn.Module] = {}
+    new: dict[str, nn.Module] = {}
     for name in names:
-        _check_weights(name, found[name])
-    return names
+        module = model.get_submodule(name)
+        if isinstance(module, AttentionLayer):
+            read[name] = module.attn
+        else:
+            read[name] = new[name] = _read(model, name, backend)
+    if new and verify is not False:
+        projections = {name: outside(model, name) for name in new}
+        check_equal(model, new, None if verify is True else verify, projections)
+    return read
 
 
-def install(model: nn.Module, name: str, attn: nn.Module) -> None:
-    """Put an attnzoo module at the place of the attention module of that name, or of one that was installed there.
+def _read(model: Any, name: str, backend: str) -> nn.Module:
+    """The attnzoo module of one layer, with its weights."""
+    module, family = model.get_submodule(name), family_of(model.get_submodule(name))
+    assert family is not None
+    projection = outside(model, name)
+    if projection is not None:
+        check_weights(name, projection)
+    try:
+        attn, state = family.read(module, model.get_submodule(name.rpartition(".")[0]))
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        _load(attn, state, trains)
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"layer {name!r}: {type(module).__name__} cannot be read: {error}") from error
+    attn.backend = backend  # type: ignore[assignment]
+    return attn.train(module.training)
 
-    Nothing is verified and no weights are copied.
 
-    Args:
-        model: a model of transformers.
-        name: of the attention module, from `attention_names`.
-        attn: the module.
+def restore(model: Any) -> Any:
+    """Put transformers' own attention modules back, with the weights as they are now, in place.
+
+    For models whose attention their own classes can express: after `replace`, after training, and, in families with
+    separate or fused projections of grouped heads, with fewer key/value heads. Nothing changes if anything fails.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the model has no attention of attnzoo, or a layer that its class cannot express.
     """
-    holder_name, _, place = name.rpartition(".")
-    holder = model.get_submodule(holder_name)
-    original = holder.get_submodule(place)
-    layer = AttentionLayer(attn, original)
-    if not isinstance(original, AttentionLayer):
-        family = family_of(original)
-        if family is not None and family.projection is not None:
-            holder.set_submodule(family.projection, nn.Identity())
-        for module in _models_around(model, name):
-            if not hasattr(module, "_attnzoo_guard"):
-                module._attnzoo_guard = module.register_forward_pre_hook(_refuse_attentions, with_kwargs=True)
-    holder.set_submodule(place, layer)
+    attns = dict(modules(model))
+    if not attns:
+        raise ValueError(f"model must have attention of attnzoo to be restored, got {type(model).__name__}")
+    with _groups_in_config(model, attns):
+        built = {name: _written(name, model.get_submodule(name)) for name in attns}
+    for name, (module, projection) in built.items():
+        holder = model.get_submodule(name.rpartition(".")[0])
+        path = FAMILIES[type(module).__name__].projection
+        if path is not None and projection is not None:
+            holder.set_submodule(path, projection)
+        holder.set_submodule(name.rpartition(".")[2], module)
+    unguard(model)
+    return model
 
 
-def _refuse_attentions(module: Any, _: Any, kwargs: dict[str, Any]) -> None:
-    wanted = kwargs.get("output_attentions")
-    if module.config.output_attentions if wanted is None else wanted:
+@contextmanager
+def _groups_in_config(model: Any, attns: Mapping[str, Any]) -> Iterator[None]:
+    """The number of key/value heads as the layers have it now in the model's configurations, unless the block fails."""
+    key = "num_key_value_heads"
+    configs = {id(config): config for config in (model.get_submodule(name).config for name in attns)}
+    before = [(config, getattr(config, key)) for config in configs.values() if getattr(config, key, None) is not None]
+    groups = {attn.num_kv_heads for attn in attns.values()}
+    if any({number} != groups for _, number in before) and (
+        len(groups) > 1 or len(attns) < len(attention_names(model))
+    ):
         raise ValueError(
-            "output_attentions must be False for a model with attnzoo's attention, which returns no weights: use "
-            "attnzoo.diagnostics.capture"
+            f"model must have one number of key/value heads in all layers to be restored, got {sorted(groups)} in "
+            f"{len(attns)} of them"
         )
+    try:
+        for config, _ in before:
+            setattr(config, key, next(iter(groups)))
+        yield
+    except BaseException:
+        for config, number in before:
+            setattr(config, key, number)
+        raise
 
 
-def _models_around(model: nn.Module, name: str) -> list[Any]:
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
-    return [module for module in around if isinstance(module, PreTrainedModel)]
+def _written(name: str, layer: Any) -> tuple[nn.Module, nn.Module | None]:
+    """The module of transformers with the weights of a layer, and its last projection where that is outside."""
+    attn, kind = layer.attn, type(layer.skeleton).__name__
+    family = FAMILIES.get(kind)
+    if family is None or family.write is None:
+        raise ValueError(f"layer {name!r}: {kind} has no way back; register_family(write=...) teaches it")
+    module = copy.deepcopy(layer.skeleton, {} if layer.config is None else {id(layer.config): layer.config})
+    try:
+        state = dict(attn.state_dict(keep_vars=True))
+        trains = any(parameter.requires_grad for parameter in attn.parameters())
+        _fill(module, family.write(state, module), trains)
+        holder: Any = attn.o_proj
+        for part in reversed([] if family.projection is None else family.projection.split(".")):
+            holder = SimpleNamespace(**{part: holder})
+        again, numbers = family.read(module, holder)
+        if _facts(again) != _facts(attn) or {k: t.shape for k, t in numbers.items()} != {
+            k: t.shape for k, t in state.items()
+        }:
+            raise ValueError("its options or weights are others")
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"layer {name!r}: {kind} cannot express this {type(attn).__name__}: {error}") from error
+    for hooks in HOOKS:
+        setattr(module, hooks, getattr(layer, hooks))
+    module.train(attn.training)
+    return module, None if family.projection is None else attn.o_proj
 
 
-def _is_left_alone(module: Any) -> bool:
-    """Cross-attention, and layers that read the keys and values of others."""
-    return bool(getattr(module, "is_cross_attention", False) or getattr(module, "is_kv_shared_layer", False))
+def _fill(module: nn.Module, state: Mapping[str, Tensor], trains: bool) -> None:
+    """Give a module on the meta device these parameters, and the sizes that go with them."""
+    for key, tensor in state.items():
+        path, _, leaf = key.rpartition(".")
+        owner = module.get_submodule(path)
+        if getattr(owner, leaf).shape != tensor.shape:
+            setattr(owner, leaf, nn.Parameter(torch.empty_like(tensor, device="meta")))
+            if isinstance(owner, nn.Linear) and leaf == "weight":
+                owner.out_features, owner.in_features = tensor.shape
+    for name in ("num_key_value_heads", "num_key_value_groups"):
+        if hasattr(module, name):
+            config: Any = module.config
+            groups = config.num_key_value_heads
+            setattr(module, name, groups if name.endswith("heads") else config.num_attention_heads // groups)
+    _load(module, state, trains)
 
 
-def _checked(layers: Sequence[int], count: int) -> list[int]:
-    chosen = list(layers)
-    for index in chosen:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-            raise ValueError(f"layers must hold numbers from 0 to {count - 1}, got {index!r}")
-    if len(set(chosen)) < len(chosen) or not chosen:
-        raise ValueError(f"layers must hold different numbers, at least one, got {chosen}")
-    return sorted(chosen)
-
-
-def _refuse_model(model: nn.Module) -> None:
-    """Say why nothing can be replaced."""
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Attention") and not _is_left_alone(module):
-            kind = type(module).__name__
-            raise ValueError(
-                f"layer {name!r}: {kind} is not known; register_family teaches it, set_attn_implementation('attnzoo') "
-                "needs no mapping"
-            )
-    raise ValueError(
-        f"model must contain attention of a known class ({', '.join(FAMILIES)}; register_family adds others), got "
-        f"{type(model).__name__}"
-    )
-
-
-def _check_weights(name: str, module: nn.Module) -> None:
-    """Refuse weights that cannot be taken over."""
-    for part in module.modules():
-        if hasattr(part, "base_layer") or hasattr(part, "lora_A"):
-            raise ValueError(f"layer {name!r}: merge adapters first, got a {type(part).__name__} inside")
-        if getattr(part, "_hf_hook", None) is not None and getattr(part._hf_hook, "offload", False):
-            raise ValueError(f"layer {name!r}: weights must not be offloaded; replace before dispatching the model")
+def _load(module: nn.Module, state: Mapping[str, Tensor], trains: bool) -> None:
+    """Parameters become those of the module, other tensors parameters of their own."""
+    own = {
+        key: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().contiguous().clone(), trains)
+        for key, tensor in state.items()
+    }
     for key, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"layer {name!r}: {key} must not be sharded; replace before sharding")
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise ValueError(
-                f"layer {name!r}: weights must be floating; load without quantisation, got {parameter.dtype} in {key}"
-            )
-        if parameter.is_meta:
-            raise ValueError(f"layer {name!r}: weights must be loaded, got {key} on the meta device")
+        # load_state_dict gives the parameters that it assigns this flag.
+        parameter.requires_grad_(own[key].requires_grad if key in own else True)
+    module.load_state_dict(own, assign=True)
+
+
+_GROUPED = (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention)
+
+
+def _facts(attn: Any) -> dict[str, Any]:
+    """What a module computes beside its weights."""
+    left_out = ("backend", "dropout", "init", "init_std", "absorb", "made_with", "training", "aux_loss", "routing")
+    facts = {name: value for name, value in vars(attn).items() if not name.startswith("_") and name not in left_out}
+    kind = GroupedQueryAttention if type(attn) in _GROUPED else type(attn)
+    return {**facts, "class": kind, "eps": [m.eps for m in attn.modules() if isinstance(m, nn.RMSNorm)]}

@@ -121,6 +121,8 @@ class ClusteredHeadAttention(Recorded, nn.Module):
         check_options(probe_causal=probe_causal, allow_grad=allow_grad)
         if not attn.causal:
             raise ValueError("attn must be causal, got causal=False")
+        if attn.qk_norm == "joint":
+            raise ValueError("attn must not have qk_norm='joint', which needs the queries and keys of all heads")
         if num_clusters > attn.num_heads:
             raise ValueError(f"num_clusters must be at most num_heads, got {num_clusters} and {attn.num_heads}")
         if attn.num_kv_heads == 1 and attn.num_heads > 1:

@@ -14,7 +14,7 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, k
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
 from attnzoo.rotary import Rotary
-from attnzoo.rules import check_sizes
+from attnzoo.rules import SWITCH_OR_JOINT, check, check_sizes
 
 
 class GroupedQueryAttention(Mechanism):
@@ -41,7 +41,8 @@ class GroupedQueryAttention(Mechanism):
         vdim: width of the context that values are made from. Default: kdim.
         bias: whether the q, k and v projections have one.
         o_bias: whether the output projection has one. Default: bias.
-        qk_norm: RMS-normalise each head's query and key before the rotation.
+        qk_norm: RMS-normalise each head's query and key before the rotation; "joint": those of all heads together,
+            as OLMo 2 does (arXiv:2501.00656).
         qk_norm_eps: added to the mean square; None takes the dtype's machine epsilon.
         rope: rotary position embedding, or None.
         scale: factor of the scores. Default: D ** -0.5.
@@ -76,7 +77,7 @@ class GroupedQueryAttention(Mechanism):
         vdim: int | None = None,
         bias: bool = False,
         o_bias: bool | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         qk_norm_eps: float | None = 1e-6,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         scale: float | None = None,
@@ -93,17 +94,19 @@ class GroupedQueryAttention(Mechanism):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check("qk_norm", qk_norm, SWITCH_OR_JOINT)
         if causal and (kdim is not None or vdim is not None):
             raise ValueError(f"kdim and vdim need causal=False, got kdim={kdim} and vdim={vdim}")
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, rope=rope, scale=scale,
             logit_softcap=logit_softcap, sliding_window=sliding_window, sink_tokens=sink_tokens, sink=sink,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, o_bias=o_bias,
-            qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, alibi=alibi, init=init, device=device, dtype=dtype,
+            qk_norm=bool(qk_norm), qk_norm_eps=qk_norm_eps, alibi=alibi, init=init, device=device, dtype=dtype,
         )  # fmt: skip
         if alibi and self.rope is not None:
             raise ValueError(f"alibi needs rope=None, got both alibi=True and {rope}")
         (self.vdim,) = check_sizes(vdim=self.kdim if vdim is None else vdim)
+        self.qk_norm = qk_norm
         self.logit_softcap = logit_softcap
         self.alibi_slopes = alibi_slopes(num_heads) if alibi else None
         self.sink = sink
@@ -114,8 +117,9 @@ class GroupedQueryAttention(Mechanism):
         self.k_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
         self.v_proj = nn.Linear(self.vdim, G * Dv, bias, **factory_kwargs)
         self.o_proj = nn.Linear(H * Dv, embed_dim, bias if o_bias is None else o_bias, **factory_kwargs)
-        self.q_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
-        self.k_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
+        widths = (H * D, G * D) if qk_norm == "joint" else (D, D)
+        self.q_norm = nn.RMSNorm(widths[0], qk_norm_eps, **factory_kwargs) if qk_norm else None
+        self.k_norm = nn.RMSNorm(widths[1], qk_norm_eps, **factory_kwargs) if qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(H, **factory_kwargs)) if sink == "learned" else None
         self.reset_parameters()
 
@@ -184,7 +188,13 @@ class GroupedQueryAttention(Mechanism):
         return {"projections": projections, "attention": 2 * H * (D + Dv) * pairs}
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
-        """Cut the weights down to these places of query heads and of key/value heads."""
+        """Cut the weights down to these places of query heads and of key/value heads.
+
+        Raises:
+            ValueError: with qk_norm="joint", whose statistics are those of all heads together.
+        """
+        if self.qk_norm == "joint":
+            raise ValueError("prune_heads needs qk_norm other than 'joint': its statistics are those of all heads")
         keep_rows(self.q_proj, heads, self.head_dim)
         keep_rows(self.k_proj, groups, self.head_dim)
         keep_rows(self.v_proj, groups, self.v_head_dim)

@@ -44,7 +44,7 @@ class StaticContextAttention(GroupedQueryAttention):
         separate_static: whether static tokens have projections and norms of their own.
         causal: no dynamic query sees a later dynamic key.
         bias: whether the projections have one.
-        qk_norm: RMS-normalise each head's query and key before the rotation.
+        qk_norm: as in `GroupedQueryAttention`.
         qk_norm_eps: added to the mean square.
         rope: rotary position embedding, or None.
         scale: factor of the scores. Default: D ** -0.5.
@@ -70,7 +70,7 @@ class StaticContextAttention(GroupedQueryAttention):
         separate_static: bool = True,
         causal: bool = False,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         qk_norm_eps: float = 1e-6,
         rope: Rotary | None = None,
         scale: float | None = None,
@@ -111,7 +111,7 @@ class StaticContextAttention(GroupedQueryAttention):
         like, norm = module.q_proj.weight, module.q_norm
         made = cls(
             module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, separate_static=separate_static,
-            causal=module.causal, bias=biases == {False}, qk_norm=norm is not None,
+            causal=module.causal, bias=biases == {False}, qk_norm=module.qk_norm,
             qk_norm_eps=getattr(norm, "eps", None) or 1e-6, rope=module.rope, scale=module.scale,
             dropout=module.dropout, init_std=module.init_std, backend=module.backend, device=like.device,
             dtype=like.dtype,

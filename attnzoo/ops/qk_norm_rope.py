@@ -25,7 +25,7 @@ def qk_norm_rope(
     Args:
         z: projected heads.
         table: rotation; it may be narrower than D. None: no rotation.
-        norm: root-mean-square norm over D, or None.
+        norm: root-mean-square norm over D, or over N D where its gain has that many entries, or None.
         head_map: map of each head's vector, or None.
         backend: "triton" does everything in one pass, as "auto" does on GPUs; every other name is the plain form. A
             map or norm that is not plain (hooks, parametrisations, replacements) is called before the kernel does the
@@ -40,8 +40,11 @@ def qk_norm_rope(
         fused = choose(backend, "qk_norm_rope", ways, z.device) == "triton" and not (table and table.per_head)
     if head_map is not None and not (fused and is_plain(head_map, HeadMap, GatedHeadMap) and _plain_parts(head_map)):
         z, head_map = head_map(z), None
-    if norm is not None and not (fused and is_plain(norm, nn.RMSNorm)):
-        z = normed(norm, z if head_map is None else head_map(z))
+    gain = getattr(norm, "weight", None)
+    joint = gain is not None and gain.shape[-1] != z.shape[-1]
+    if norm is not None and (joint or not (fused and is_plain(norm, nn.RMSNorm))):
+        z = z if head_map is None else head_map(z)
+        z = normed(norm, z.flatten(2)).view_as(z) if joint else normed(norm, z)
         head_map = norm = None
     if not fused:
         return z if table is None else rotate(z, *table)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
+from attnzoo.ops.softmax_attention import softmax_attention
 from tests.zoo import E, G, H, build
 
 
@@ -138,3 +139,41 @@ def test_refused_arguments(sizes, options, message):
 def test_refused_calls(x, call, message):
     with pytest.raises(ValueError, match=message):
         attnzoo.GroupedQueryAttention(E, H, G)(x, **call)
+
+
+def test_joint_norm_is_that_of_all_heads_together():
+    torch.manual_seed(0)
+    attn = attnzoo.GroupedQueryAttention(12, 4, 2, 6, qk_norm="joint", rope=None, dtype=torch.float64)
+    with torch.no_grad():
+        attn.q_norm.weight.uniform_(0.5, 2)
+        attn.k_norm.weight.uniform_(0.5, 2)
+    assert (attn.q_norm.weight.shape, attn.k_norm.weight.shape) == ((24,), (12,))
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    q, k = (x @ linear.weight.T for linear in (attn.q_proj, attn.k_proj))
+    q, k = (
+        z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        for z, norm in ((q, attn.q_norm), (k, attn.k_norm))
+    )
+    q, k, v = (z.unflatten(-1, (-1, 6)) for z in (q, k, attn.v_proj(x)))
+    expected = attn.o_proj(softmax_attention(q, k, v, backend="eager").flatten(2))
+    torch.testing.assert_close(attn(x), expected)
+    same = attnzoo.conversion.to_kha(attn)
+    torch.testing.assert_close(same(x), expected)
+    cache = attn.init_cache(2, 7)
+    with torch.no_grad():
+        steps = [attn(part, cache=cache) for part in x.split([4, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected)
+
+
+def test_joint_norm_needs_all_heads():
+    attn = attnzoo.GroupedQueryAttention(16, 4, qk_norm="joint")
+    with pytest.raises(
+        ValueError, match="prune_heads needs qk_norm other than 'joint': its statistics are those of all"
+    ):
+        attn.prune_heads([1])
+    with pytest.raises(ValueError, match="attn must not have qk_norm='joint'"):
+        attnzoo.ClusteredHeadAttention(attn, 2)
+    with pytest.raises(ValueError, match="qk_norm must be True, False or 'joint', got 'each'"):
+        attnzoo.GroupedQueryAttention(16, 4, qk_norm="each")
+    with pytest.raises(ValueError, match="qk_norm must be True or False, got 'joint'"):
+        attnzoo.LinearAttention(12, 4, qk_norm="joint")
