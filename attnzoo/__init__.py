@@ -34,6 +34,7 @@ from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.rcmha import RelativeConvAttention
+from attnzoo.modules.sigmoid import SigmoidAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
 from attnzoo.modules.tab import TABAttention
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
@@ -70,6 +71,7 @@ __all__ = [
     "GatedAttention",
     "TensorProductAttention",
     "DifferentialAttention",
+    "SigmoidAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

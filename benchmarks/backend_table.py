@@ -40,7 +40,7 @@ ATTENTION = {
     "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
-PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard", "rcmha", "tpa", "tpa-kv")
+PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard", "rcmha", "tpa", "tpa-kv", "sigmoid", "sigmoid-learned")
 """Mechanisms that no kernel of ours covers, of mgk and tpa a decoding step."""
 
 

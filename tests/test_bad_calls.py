@@ -44,6 +44,7 @@ POOLS: dict[str, tuple[Any, ...]] = {
     "int": (-1, -(2**40), 2.5, 3.0, True, False, "4", nan, inf, torch.tensor([2, 3]), np.float32(2), *COMMON),
     "float": (nan, inf, -inf, "0.1", "", True, np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), *COMMON),
     "str": ("nonsense", "", 1, True, 0.5, b"zero", ["zero"], *COMMON),
+    "float | str": (nan, inf, "nonsense", "", True, b"visible", np.array([0.1, 0.2]), *COMMON),
     "bool | str": ("no", 1, 0, 2.5, None, *COMMON),
     "Rotary": (True, "half", 10000.0, 0, 1, "", *COMMON),
     "torch.dtype": (torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn, "float32", float, *COMMON),

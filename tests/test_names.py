@@ -15,6 +15,8 @@ NAMES = (
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
     "GatedAttention", "DifferentialAttention",
     "TensorProductAttention",
+    "GatedAttention",
+    "TensorProductAttention", "SigmoidAttention",
 )  # fmt: skip
 
 

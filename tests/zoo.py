@@ -95,6 +95,10 @@ MECHANISMS: dict[str, Make] = {
     ),
     "diff": lambda embed_dim=E, **options: attnzoo.DifferentialAttention(embed_dim, H, G, **{"depth": 2} | options),
     "diff-v2": lambda embed_dim=E, **options: attnzoo.DifferentialAttention(embed_dim, H, G, version=2, **options),
+    "sigmoid": lambda embed_dim=E, **options: attnzoo.SigmoidAttention(embed_dim, H, G, chunk_size=5, **options),
+    "sigmoid-learned": lambda embed_dim=E, **options: attnzoo.SigmoidAttention(
+        embed_dim, H, G, logit_bias="learned", context_length=20, output_norm=True, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -161,6 +165,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     # They take everything; what is no different from the output gate is left out.
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
+    "sigmoid": tuple(option for option in OPTIONS if "sink" not in option),
+    "sigmoid-learned": ("plain", "window"),
     **dict.fromkeys(("tpa", "tpa-kv"), ("plain", "no-rope", "window")),
     **dict.fromkeys(("linear-lm", "mhla", "mhla-heads"), ("plain", "no-rope")),
 }
@@ -170,7 +176,7 @@ REFUSED = [
     for option in OPTIONS
     if option not in TAKES[name]
     and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
-    and name not in ("gated-key", "gated-dense")
+    and name not in ("gated-key", "gated-dense", "sigmoid-learned")
     and not (name in ("mhe-add", "mgk", "mgk-hard", "mgk-linear") and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
@@ -206,6 +212,8 @@ LACKS: dict[str, tuple[str, ...]] = {
         "sdpa",
         "token cache",
     ),
+    "sigmoid": ("sdpa", "rounding of its own"),
+    "sigmoid-learned": ("head order by rows", "sdpa", "rounding of its own", "unnormed heads", "pruning as a mask"),
     "tpa": ("head order by rows", "circuits"),
     "tpa-kv": ("head order by rows", "circuits", "unnormed heads"),
     "mgk-hard": ("head order by rows", "sdpa"),

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import Visibility
+from attnzoo.ops.chunks import in_chunks
 from attnzoo.ops.observation import Observation, ScoreMap, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
 from attnzoo.ops.softmax_attention import MAX_DECODED, constant, softmax_attention
-from attnzoo.tracing import is_exported
 
 DynamicProjection = tuple[Tensor, Tensor, Tensor]
 """u (B, L, N, R, M), v (B, L, N, R, M) and gate g (B, L, N, M) of every query, or of every key."""
@@ -153,19 +152,11 @@ def composed_attention(
             split_keys=T <= MAX_DECODED < S, **options,
         )  # fmt: skip
         return _chosen(out, wanted)
-    arguments = (q, k, v, pre, post, view, rules, wanted)
-    # A program that is recorded for other lengths must not count chunks.
-    if backend == "eager" or chunk_size is None or is_exported() or chunk_size >= T:
-        return composed_attention_reference(*arguments)
-    chunks = []
-    for first in range(0, T, chunk_size):
-        rows = slice(first, min(T, first + chunk_size))
-        if _recomputes():
-            chunk = checkpoint(composed_attention_reference, *arguments, rows, use_reentrant=False)
-        else:
-            chunk = composed_attention_reference(*arguments, rows)
-        chunks.append(chunk)
-    return torch.cat(chunks, dim=1)
+
+    def form(rows: slice | None) -> Tensor:
+        return composed_attention_reference(q, k, v, pre, post, view, rules, wanted, rows)
+
+    return in_chunks(form, T, None if backend == "eager" else chunk_size)
 
 
 def composed_attention_reference(
@@ -204,11 +195,6 @@ def composed_attention_reference(
 
 
 _MIXED = "heads are mixed between its score and its softmax; only auto, eager and triton can"
-
-
-def _recomputes() -> bool:
-    """Whether a chunk's scores are to be recomputed in the backward pass; torch.func allows no checkpoint."""
-    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 def _heads_after(score_map: ScoreMap | None, heads: int) -> int:

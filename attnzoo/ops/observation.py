@@ -40,8 +40,8 @@ class Observation:
     """The arguments of one attention operation, as it received them.
 
     Attributes:
-        operation: "softmax_attention", "composed_attention", "differential_attention", "latent_attention" or
-            "routed_attention".
+        operation: "softmax_attention", "sigmoid_attention", "composed_attention", "differential_attention",
+            "latent_attention" or "routed_attention".
         q: queries (B, T, Hq, D).
         k: keys (B, S, G, D).
         v: values (B, S, Gv, Dv). Latent attention reads keys and values from one tensor, so k and v are the same.

@@ -29,6 +29,7 @@ class ScoreRules:
         head_scale: factor of the outputs, (H,), (B, H) or (B, T, H), or None.
         output_gate: logits of a gate of the outputs, (B, T, H, Dv) or (B, T, H, 1), or None.
         dropout: probability of dropping a weight.
+        sigmoid_bias: the weights are sigmoids of scores and this bias, as `sigmoid_weights` takes it; None: a softmax.
     """
 
     scale: float
@@ -42,6 +43,7 @@ class ScoreRules:
     dropout: float = 0.0
     decay: Tensor | None = None
     output_gate: Tensor | None = None
+    sigmoid_bias: Tensor | float | str | None = None
 
 
 def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
@@ -99,3 +101,22 @@ def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float
         sink = torch.as_tensor(sinks, dtype=scores.dtype, device=scores.device).expand(*scores.shape[:-1], 1)
         weights = torch.softmax(torch.cat([scores, sink], -1), dim=-1)[..., :-1]
     return weights if seen is None else weights.masked_fill(~seen, 0.0)
+
+
+def sigmoid_weights(scores: Tensor, visible: Tensor | None, bias: Tensor | float | str | None) -> Tensor:
+    """sigmoid(scores + bias) of scores (B, H, T, S) where visible, and 0 elsewhere.
+
+    Args:
+        scores: in the dtype to compute in.
+        visible: boolean, broadcastable to the scores, True = may attend; None: everything.
+        bias: a number, (H,), or "visible": minus the logarithm of the number of keys that a row sees.
+    """
+    if isinstance(bias, Tensor):
+        scores = scores + bias.to(scores.dtype)[:, None, None]
+    elif isinstance(bias, str):
+        seen = torch.ones_like(scores[..., :1, :], dtype=torch.bool) if visible is None else visible
+        seen = seen.expand(torch.broadcast_shapes(seen.shape, scores.shape[-1:]))
+        scores = scores - seen.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype).log()
+    elif bias is not None:
+        scores = scores + bias
+    return torch.sigmoid(scores if visible is None else scores.masked_fill(~visible, -math.inf))

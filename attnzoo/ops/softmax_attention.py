@@ -102,7 +102,7 @@ def softmax_attention(
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
         options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
-        del options["dropout"], options["decay"], options["output_gate"]
+        del options["dropout"], options["decay"], options["output_gate"], options["sigmoid_bias"]
         if per_token:
             options["head_scale"] = None
         if decoding:

@@ -157,7 +157,8 @@ def test_flops_by_part_are_those_that_are_counted(name: str) -> None:
 def rounding(name: str, backend: str = "auto") -> float:
     """How far two runs may differ that must agree: not at all, except where an expert's product has other rows.
 
-    The processor's library may sum a product of more rows in another order.
+    The processor's library may sum a product of more rows in another order, and torch's sigmoid rounds the last few
+    numbers of a tensor in another way.
     """
     return EXACT if "rounding of its own" in LACKS.get(name, ()) and backend != "eager" else 0.0
 
@@ -430,7 +431,7 @@ def test_eager_equals_the_fast_form(name: str, option: str, causal: bool) -> Non
 
 @pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] in NOT_ON_SDPA])
 def test_sdpa_refuses_what_it_cannot_do(name: str, option: str) -> None:
-    with pytest.raises(BackendUnavailable, match="backend 'sdpa' cannot run softmax_attention: "):
+    with pytest.raises(BackendUnavailable, match=r"'sdpa' cannot run softmax_attention: .*|.* has no sdpa backend"):
         make(name, option, backend="sdpa")(sample())
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.zoo import E, build
 
-LINEAR_IN_TOKENS = ("gqa", "tpa", "tpa-kv")
+LINEAR_IN_TOKENS = ("gqa", "tpa", "tpa-kv", "sigmoid", "sigmoid-learned")
 
 
 def saved_bytes(name, tokens, **options):

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.diagnostics.layers import AttentionLayer
 from attnzoo.masks import Visibility
 from attnzoo.ops.observation import ScoreMap
-from attnzoo.ops.score_rules import ScoreRules, decay_of_pairs, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, decay_of_pairs, masked_softmax, sigmoid_weights
 
 _BLOCK = 256
 
@@ -141,6 +141,10 @@ def pattern_of(
         s = s + decay_of_pairs(rules.decay.to(compute_dtype), view, T)[:, :, rows]
     if pre is not None:
         s = pre.at(rows, slice(None))(s)
-    sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
-    p = masked_softmax(s, view.dense((B, s.shape[1], T, S), q.device, rows), sinks)
+    visible = view.dense((B, s.shape[1], T, S), q.device, rows)
+    if rules.sigmoid_bias is not None:
+        p = sigmoid_weights(s, visible, rules.sigmoid_bias)
+    else:
+        sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
+        p = masked_softmax(s, visible, sinks)
     return p if post is None else post.at(rows, slice(None))(p)

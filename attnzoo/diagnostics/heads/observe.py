@@ -260,7 +260,7 @@ def call_of(layer: AttentionLayer, seen: Observation, outputs: Tensor) -> Attent
     q, k, v = (x.detach().transpose(1, 2) for x in (q, k, seen.v))
     rules = ScoreRules(
         rules.scale, rules.softcap, rules.alibi_slopes, _detached(rules.sinks), _detached(rules.bias),
-        decay=_detached(rules.decay),
+        decay=_detached(rules.decay), sigmoid_bias=_detached(rules.sigmoid_bias),
     )  # fmt: skip
     return AttentionCall(layer, q, k, v, outputs, value_of, seen.view, rules, seen.pre, seen.post, heads)
 
@@ -283,7 +283,7 @@ def _obstacle(layer: AttentionLayer) -> str:
     return f"{name} computes its attention inside its own forward, where nothing can be read"
 
 
-def _detached(value: Tensor | float | None) -> Any:
+def _detached(value: Tensor | float | str | None) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 

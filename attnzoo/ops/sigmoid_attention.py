@@ -1,0 +1,98 @@
+"""Attention by sigmoids: every pair has a weight of its own, and nothing is normalised over keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.backends import choose
+from attnzoo.masks import Visibility
+from attnzoo.ops.chunks import in_chunks
+from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.score_rules import ScoreRules, sigmoid_weights
+
+
+def sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: Visibility = Visibility(),  # noqa: B008  (frozen)
+    *,
+    logit_bias: Tensor | float | str = "visible",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sigmoid attention (Ramapuram et al. 2024, arXiv:2409.04431): q (B, T, H, D) gives (B, T, H, Dv).
+
+        s_ij = scale q_i . k_j;  s = softcap tanh(s / softcap);  s = s - alibi_slopes[h] |i - j| + bias
+        a_ij = sigmoid(s_ij + logit_bias) where `view` allows, else 0
+        o_i = sum_j a_ij v_j
+
+    Outputs of two sets of keys add up, since no weight depends on another, unless logit_bias counts keys. A query that
+    sees no key gives zeros. Scores and weights are float32, or float64 for float64.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, S, G, D); query head h reads key/value head h // (H / G).
+        v: values (B, S, G, Dv).
+        view: which key each query may attend to. Default: causality.
+        logit_bias: a number, one of each head (H,), or "visible": minus the logarithm of the number of keys that the
+            query sees, with which weights of zero scores add up to about 1.
+        scale: default D ** -0.5.
+        softcap: positive bound of the scores.
+        alibi_slopes: (H,).
+        bias: floating tensor broadcastable to (B, H, T, S).
+        dropout: probability of dropping a weight.
+        chunk_size: queries that the plain form does at once; the weights of a chunk are recomputed in the backward
+            pass, so the (B, H, T, S) weights never exist. None, and in exported programs: all at once.
+        backend: "auto" (in chunks) or "eager" (the definition). There is no kernel yet.
+
+    Raises:
+        BackendUnavailable: if a named backend cannot serve the call.
+    """
+    scale = float(int(q.shape[-1])) ** -0.5 if scale is None else scale
+    rules = ScoreRules(scale, softcap, alibi_slopes, bias=bias, dropout=dropout, sigmoid_bias=logit_bias)
+    observer = current_observer()
+    if observer is not None:
+        observer(Observation("sigmoid_attention", q, k, v, view, rules))
+    choose(backend, "sigmoid_attention", {"eager": lambda: None}, q.device)
+
+    def form(rows: slice | None) -> Tensor:
+        return sigmoid_attention_reference(q, k, v, view, rules, rows)
+
+    return in_chunks(form, q.shape[1], None if backend == "eager" else chunk_size)
+
+
+def sigmoid_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules, rows: slice | None = None
+) -> Tensor:
+    """The definition, float64 capable: outputs for the queries `rows` (default: all)."""
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    keys = slice(0, S)
+    if rows is not None:
+        keys = view.keys_of(rows, T, S)
+        q, k, v = q[:, rows], k[:, keys], v[:, keys]
+    with without_autocast(q):
+        if H != G:
+            k, v = (x.repeat_interleave(H // max(G, 1), dim=2) for x in (k, v))
+        s = torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype)) * rules.scale
+        if rules.softcap is not None:
+            s = rules.softcap * torch.tanh(s / rules.softcap)
+        if rules.alibi_slopes is not None:
+            i, j = view.indices(T, S, q.device)
+            i = i if rows is None else i[rows]
+            s = s - rules.alibi_slopes.to(dtype)[:, None, None] * (i[:, None] - j[keys]).abs()
+        if rules.bias is not None:
+            bias = rules.bias.expand(torch.broadcast_shapes(rules.bias.shape, (T, S)))
+            s = s + bias[..., slice(None) if rows is None else rows, keys].to(dtype)
+        a = sigmoid_weights(s, view.dense((B, H, T, S), q.device, rows, keys), rules.sigmoid_bias)
+        a = F.dropout(a, rules.dropout)
+        return torch.einsum("bhts,bshd->bthd", a.to(v.dtype), v)
