@@ -15,6 +15,7 @@ from attnzoo.backends import check_name
 from attnzoo.hugging_face.families import FAMILIES, family_of
 from attnzoo.hugging_face.installation import attention_names, check_weights, install, modules, outside, unguard
 from attnzoo.hugging_face.layer import HOOKS, AttentionLayer
+from attnzoo.hugging_face.saving import adopt, described, release
 from attnzoo.hugging_face.verification import verify as check_equal
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.mha import MultiHeadAttention
@@ -46,8 +47,12 @@ def replace(
     """
     names = attention_names(model, layers)
     new = [name for name in names if not isinstance(model.get_submodule(name), AttentionLayer)]
-    for name, attn in read_layers(model, new, backend=backend, verify=verify).items():
+    read = read_layers(model, new, backend=backend, verify=verify)
+    for name, attn in read.items():
+        described(name, attn)
+    for name, attn in read.items():
         install(model, name, attn)
+    adopt(model)
     return model
 
 
@@ -117,6 +122,7 @@ def restore(model: Any) -> Any:
             holder.set_submodule(path, projection)
         holder.set_submodule(name.rpartition(".")[2], module)
     unguard(model)
+    release(model)
     return model
 
 

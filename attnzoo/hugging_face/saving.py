@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 import attnzoo
 from attnzoo.hugging_face.families import family_of
-from attnzoo.hugging_face.replacement import install, modules
+from attnzoo.hugging_face.installation import install, modules
 
 MODEL_TYPE = "attnzoo"
 
@@ -38,7 +38,7 @@ def adopt(model: nn.Module) -> None:
                 config.base_model_type, config.base_architecture = base.model_type, cls.__name__
             each.__class__ = _listed(model_class_of(cls, type(config)), config)
         config.attnzoo_version = attnzoo.__version__
-        config.attnzoo_layers = {name: _described(name, attn) for name, attn in modules(each.base_model)}
+        config.attnzoo_layers = {name: described(name, attn) for name, attn in modules(each.base_model)}
         if getattr(each, "hf_quantizer", None) is not None:
             each.hf_quantizer = None
         if hasattr(config, "quantization_config"):
@@ -70,7 +70,8 @@ def _models(model: nn.Module) -> Iterator[Any]:
                 yield module
 
 
-def _described(name: str, attn: nn.Module) -> dict[str, Any]:
+def described(name: str, attn: nn.Module) -> dict[str, Any]:
+    """What a configuration says of a layer."""
     try:
         description = attnzoo.describe(attn)
     except ValueError as error:
