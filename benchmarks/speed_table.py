@@ -1,7 +1,7 @@
-"""The speed tables of the README, made from committed results.
+"""The speed tables of docs/speed.md, made from committed results.
 
-python benchmarks/readme_table.py           print them
-python benchmarks/readme_table.py --write   put them between the README's markers
+python benchmarks/speed_table.py           print them
+python benchmarks/speed_table.py --write   put them between the page's markers
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
-BEGIN, END = "<!-- made by benchmarks/readme_table.py -->", "<!-- end -->"
+BEGIN, END = "<!-- made by benchmarks/speed_table.py -->", "<!-- end -->"
 MODULES = (
     "floor", "attnzoo MHA", "x-transformers flash", "torch nn.MultiheadAttention", "attnzoo MHA, RoPE",
     "transformers LlamaAttention, RoPE", "floor, G=2", "attnzoo GQA", "attnzoo GQA, RoPE", "attnzoo KHA mlp, RoPE",
@@ -67,21 +67,23 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["suite"], row["phase"], row["case"], row["shape"].get("B"), row["shape"].get("S")
 
 
-def written(readme: str, made: str) -> str:
-    """The README with what stands between the markers replaced."""
-    before, _, rest = readme.partition(BEGIN)
+def written(page: str, made: str) -> str:
+    """The page with what stands between the markers replaced."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
-        raise SystemExit(f"README.md must hold {BEGIN} and {END}")
+        raise SystemExit(f"docs/speed.md must hold {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The speed tables of the README, from benchmarks/results/cpu.jsonl.")
-    parser.add_argument("--write", action="store_true", help="put them into README.md instead of printing them")
+    parser = argparse.ArgumentParser(
+        description="The speed tables of docs/speed.md, from benchmarks/results/cpu.jsonl."
+    )
+    parser.add_argument("--write", action="store_true", help="put them into docs/speed.md instead of printing them")
     arguments = parser.parse_args()
     if arguments.write:
-        path = ROOT / "README.md"
+        path = ROOT / "docs" / "speed.md"
         path.write_text(written(path.read_text(), tables()))
     else:
         print(tables())
