@@ -33,6 +33,7 @@ from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moa import MixtureOfAttentionHeads
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.modules.mta import MultiTokenAttention
 from attnzoo.modules.rcmha import RelativeConvAttention
 from attnzoo.modules.sigmoid import SigmoidAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
@@ -72,6 +73,7 @@ __all__ = [
     "TensorProductAttention",
     "DifferentialAttention",
     "SigmoidAttention",
+    "MultiTokenAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

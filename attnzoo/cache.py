@@ -408,3 +408,70 @@ class FactorCache(TokenCache):
         """Store the factors (B, T, rank, width) of new tokens; return those of all tokens and their positions."""
         kept, positions = self._append(*factors)
         return *kept, positions
+
+
+class RecentQueriesCache(StatefulCache):
+    """Keys and values, and the rotated queries of the last tokens, (B, rows, H, D), the last row of the last token.
+
+    A few more than are read are kept, so that as many tokens can be taken back.
+
+    Attributes:
+        held: how many rows are those of tokens.
+    """
+
+    SPARE = 16
+    held = 0
+    earlier = 0
+
+    @classmethod
+    def rows_for(cls, earlier: int) -> int:
+        """Rows that are kept where `earlier` are read."""
+        return earlier + cls.SPARE if earlier else 0
+
+    def make_rows(self, earlier: int, width: tuple[int, int]) -> None:
+        """Allocate, for so many rows that are read."""
+        self.earlier = earlier
+        self.state = (self.buffers[0].new_zeros(self.batch_size, self.rows_for(earlier), *width),)
+
+    def recent(self) -> Tensor:
+        """The queries before the next token, as many of those that are read as there are: (B, L, H, D)."""
+        (queries,) = self.state
+        return queries[:, queries.shape[1] - min(self.held, self.earlier) :]
+
+    def store_queries(self, q: Tensor) -> None:
+        """Move on to the queries after q (B, T, H, D)."""
+        (queries,) = self.state
+        rows = queries.shape[1]
+        self.store(torch.cat([queries, q], 1)[:, q.shape[1] :])
+        self.held = min(rows, self.held + q.shape[1])
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay allocated."""
+        super().reset()
+        self.held = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on, as long as the queries before them are kept."""
+        check_held(length, self.length)
+        gone = self.length - length
+        if length == 0:
+            self.reset()
+        elif gone:
+            (queries,) = self.state
+            if self.earlier and self.held - gone < min(self.earlier, length):
+                raise ValueError(
+                    f"length must be 0 or at least {self.length - self.held + self.earlier}: queries of earlier tokens "
+                    f"are gone, got {length}"
+                )
+            self.state = (torch.cat([torch.zeros_like(queries[:, :gone]), queries[:, : queries.shape[1] - gone]], 1),)
+            self.held = max(0, self.held - gone)
+            TokenCache.truncate(self, length)
+
+    def snapshot(self, tokens: int) -> Any:
+        """As `TokenCache.snapshot`, with the queries."""
+        return super().snapshot(tokens), self.held
+
+    def restore(self, snapshot: Any) -> None:
+        """Take back what was appended since the snapshot."""
+        before, self.held = snapshot
+        super().restore(before)

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 
 from attnzoo import AttentionMask, rotary  # noqa: E402
 from attnzoo.ops import flash, softmax_attention  # noqa: E402
-from tests.zoo import MECHANISMS, OPTIONS, TAKES  # noqa: E402
+from tests.zoo import LACKS, MECHANISMS, OPTIONS, TAKES  # noqa: E402
 
 PAGE = ROOT / "docs" / "backends.md"
 BEGIN, END = "<!-- made by benchmarks/backend_table.py -->", "<!-- end -->"
@@ -40,7 +40,19 @@ ATTENTION = {
     "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
-PLAIN = ("eit", "eit-efficient", "mgk", "mgk-hard", "rcmha", "tpa", "tpa-kv", "sigmoid", "sigmoid-learned")
+PLAIN = (
+    "eit",
+    "eit-efficient",
+    "mgk",
+    "mgk-hard",
+    "rcmha",
+    "tpa",
+    "tpa-kv",
+    "sigmoid",
+    "sigmoid-learned",
+    "mta",
+    "mta-full",
+)
 """Mechanisms that no kernel of ours covers, of mgk and tpa a decoding step."""
 
 
@@ -175,6 +187,8 @@ def takes(name: str, case: str) -> bool:
     options, _ = CASES[case]
     needed = [option for option, values in OPTIONS.items() if values and values.items() <= options.items()]
     if case == "dense mask" and name.startswith(("linear", "mhla", "mgk-linear")):
+        return False
+    if "causal" in options and "bidirectional" in LACKS.get(name, ()):
         return False
     if "causal" in options and name == "mhla":
         return True

@@ -193,7 +193,7 @@ def bad_caches(name: str) -> Iterator[Any]:
 def forward(draw: random.Random) -> tuple[Callable[[], Any], str, Any, str]:
     """A bad call of a module, which has a cache with tokens in it where it is causal and the draw says so."""
     name = draw.choice(NAMES)
-    causal = name == "chai" or draw.random() < 0.6
+    causal = name == "chai" or "bidirectional" in LACKS.get(name, ()) or draw.random() < 0.6
     module = make(name, draw, causal)
     arguments: dict[str, Any] = {"x": torch.randn(B, draw.choice((1, T)), E)}
     crossing = not causal and "context" not in LACKS.get(name, ()) and draw.random() < 0.5

@@ -16,7 +16,7 @@ NAMES = (
     "GatedAttention", "DifferentialAttention",
     "TensorProductAttention",
     "GatedAttention",
-    "TensorProductAttention", "SigmoidAttention",
+    "TensorProductAttention", "SigmoidAttention", "MultiTokenAttention",
 )  # fmt: skip
 
 

@@ -99,6 +99,22 @@ MECHANISMS: dict[str, Make] = {
     "sigmoid-learned": lambda embed_dim=E, **options: attnzoo.SigmoidAttention(
         embed_dim, H, G, logit_bias="learned", context_length=20, output_norm=True, **options
     ),
+    "mta": lambda embed_dim=E, **options: attnzoo.MultiTokenAttention(
+        embed_dim, H, G, pre_kernel=(3, 3), chunk_size=5, **{"depth": 2} | options
+    ),
+    "mta-full": lambda embed_dim=E, **options: attnzoo.MultiTokenAttention(
+        embed_dim,
+        H,
+        G,
+        pre_kernel=(2, 3),
+        post_kernel=(3, 2),
+        pre_head_group=4,
+        post_head_group=2,
+        key_alignment="left",
+        head_norm=False,
+        gate="headwise",
+        **options,
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -165,6 +181,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     # They take everything; what is no different from the output gate is left out.
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
+    # A window leaves the cache as it is; their own tests have it.
+    **dict.fromkeys(("mta", "mta-full"), ("plain", "no-rope")),
     "sigmoid": tuple(option for option in OPTIONS if "sink" not in option),
     "sigmoid-learned": ("plain", "window"),
     **dict.fromkeys(("tpa", "tpa-kv"), ("plain", "no-rope", "window")),
@@ -177,6 +195,7 @@ REFUSED = [
     if option not in TAKES[name]
     and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
     and name not in ("gated-key", "gated-dense", "sigmoid-learned")
+    and not (name.startswith("mta") and option == "window")
     and not (name in ("mhe-add", "mgk", "mgk-hard", "mgk-linear") and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
@@ -214,6 +233,22 @@ LACKS: dict[str, tuple[str, ...]] = {
     ),
     "sigmoid": ("sdpa", "rounding of its own"),
     "sigmoid-learned": ("head order by rows", "sdpa", "rounding of its own", "unnormed heads", "pruning as a mask"),
+    **dict.fromkeys(
+        ("mta", "mta-full"),
+        (
+            "head order by rows",
+            "bidirectional",
+            "context",
+            "counted flops",
+            "masks of earlier queries",
+            "padded prompt",
+            "pruning as a mask",
+            "rounding of its own",
+            "sdpa",
+            "token cache",
+            "unnormed heads",
+        ),
+    ),
     "tpa": ("head order by rows", "circuits"),
     "tpa-kv": ("head order by rows", "circuits", "unnormed heads"),
     "mgk-hard": ("head order by rows", "sdpa"),
@@ -236,12 +271,12 @@ def cases(*needs: str) -> list[tuple[str, str]]:
 def directed(found: list[tuple[str, str]]) -> list[tuple[str, str, bool]]:
     """Each of these cases causal, and not causal where the mechanism takes that."""
     windowed = [option for option, values in OPTIONS.items() if "sliding_window" in values]
-    both = names("bidirectional window")
+    either, both = names("bidirectional"), names("bidirectional", "bidirectional window")
     return [
         (name, option, causal)
         for name, option in found
         for causal in (True, False)
-        if causal or name in both or option not in windowed
+        if causal or name in both or (name in either and option not in windowed)
     ]
 
 

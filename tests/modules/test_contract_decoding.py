@@ -118,7 +118,7 @@ def test_the_rotation_continues_and_explicit_positions_are_taken(name: str, opti
 # Masks
 
 
-@pytest.mark.parametrize(("name", "option"), cases("dense mask"))
+@pytest.mark.parametrize(("name", "option"), cases("dense mask", "masks of earlier queries"))
 def test_a_mask_covers_cached_and_new_keys(name: str, option: str) -> None:
     module, x = make(name, option), sample()
     keep = torch.rand(B, H, T, T) < 0.7
@@ -336,6 +336,10 @@ def test_a_call_that_a_cache_cannot_serve_is_refused(
         message = "context must be None|context needs num_static=0 and no cache"
     if options and name == "static-context":
         message = "cache must hold static tokens"  # it takes one that does
+    if options and name not in names("bidirectional"):
+        with pytest.raises(ValueError, match=r"causal must be True: .*, got causal=False"):
+            make(name, **options)
+        return
     module = make(name, **options)
     cache = module.init_cache(B, T)
     with pytest.raises(ValueError, match=message):

@@ -92,7 +92,7 @@ def test_a_trace_is_right_for_other_values(name: str, option: str) -> None:
 @pytest.mark.usefixtures("forgotten")
 @deprecated
 @constant_sizes
-@every_mechanism
+@pytest.mark.parametrize("name", names("bidirectional"))
 def test_a_trace_of_bidirectional_attention_is_right_for_other_values(name: str) -> None:
     module, other = make(name, causal=False).eval(), sample()
     traced = torch.jit.trace(module, sample(), check_trace=False)
@@ -153,8 +153,11 @@ def test_an_exported_program_takes_any_batch_and_length_with_every_option(name: 
 
 
 @pytest.mark.slow
-@every_mechanism
-@pytest.mark.parametrize("options", [{"causal": False}, {"backend": "eager"}], ids=["bidirectional", "eager"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {"causal": False}) for name in names("bidirectional")]
+    + [(name, {"backend": "eager"}) for name in MECHANISMS],
+)
 def test_other_ways_to_run_export_too(name: str, options: dict[str, object]) -> None:
     assert_exports(make(name, **options).eval())
 

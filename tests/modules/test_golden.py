@@ -24,12 +24,14 @@ CLASSES: dict[str, type[nn.Module]] = {
     **dict.fromkeys(("gated", "gated_headwise", "gated_value"), attnzoo.GatedAttention),
     "tpa": attnzoo.TensorProductAttention,
     "tpa_kvonly": attnzoo.TensorProductAttention,
+    "mta": attnzoo.MultiTokenAttention,
+    "mta_full": attnzoo.MultiTokenAttention,
     "sigmoid": attnzoo.SigmoidAttention,
     "sigmoid_bidir": attnzoo.SigmoidAttention,
 }
 BACKENDS = ("eager", "sdpa")
 CASES = [
-    (name, "auto" if backend == "sdpa" and name.startswith("sigmoid") else backend)
+    (name, "auto" if backend == "sdpa" and name.startswith(("sigmoid", "mta")) else backend)
     for name in CLASSES
     for backend in BACKENDS
 ]
