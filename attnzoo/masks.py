@@ -104,11 +104,17 @@ class AttentionMask:
         )
 
     def __repr__(self) -> str:
-        return f"AttentionMask({', '.join(f'{k}={tuple(v.shape)}' for k, v in vars(self).items() if v is not None)})"
+        return f"AttentionMask({', '.join(f'{k}={tuple(v.shape)}' for k, v in self._parts().items() if v is not None)})"
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""
-        return AttentionMask(**{name: None if part is None else part.to(device) for name, part in vars(self).items()})
+        return AttentionMask(
+            **{name: None if part is None else part.to(device) for name, part in self._parts().items()}
+        )
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        names = ("lengths", "cu_seqlens", "dense_mask", "real_queries")
+        return {name: getattr(self, name) for name in names}
 
     def positions(self, batch: int, length: int) -> Tensor | None:
         """Positions (B, T) that restart at every packed document; None without packing."""
@@ -132,7 +138,7 @@ class AttentionMask:
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise ValueError where a part does not fit (B, H, T, S) or is on another device."""
-        for part in vars(self).values():
+        for part in self._parts().values():
             if part is not None and part.device != device:
                 raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
         if self.lengths is not None:
@@ -192,17 +198,25 @@ class AttentionMask:
 
 
 class CompleteMask(AttentionMask):
-    """A dense mask that already holds causality and window, as transformers' do: a module adds no rule of its own.
+    """A dense mask that already holds causality, as transformers' do, so that a module adds no rule of its own.
 
     Args:
         dense_mask: boolean tensor broadcastable to (B, H, T, S).
         bias: added to the scores, floating and broadcastable to (B, H, T, S); for modules with `takes_bias`.
         real_queries: as in `AttentionMask`.
+        has_window: whether it holds the module's window too; otherwise the module adds that.
     """
 
-    def __init__(self, dense_mask: Tensor, bias: Tensor | None = None, real_queries: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dense_mask: Tensor,
+        bias: Tensor | None = None,
+        real_queries: Tensor | None = None,
+        has_window: bool = True,
+    ) -> None:
         super().__init__(dense_mask=dense_mask, real_queries=real_queries)
         self.bias = bias
+        self.has_window = has_window
 
 
 def as_mask(mask: Tensor | AttentionMask | None) -> AttentionMask | None:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from attnzoo.cache import (
     ComposedCache,
+    FactorCache,
     KeyValueCache,
     LatentCache,
     StatefulCache,
@@ -35,8 +36,8 @@ def cache_of(attn: Any, past: Any, index: int, batch: int, tokens: int, *, is_ma
         index: number of the layer in it.
         batch: sequences.
         tokens: new tokens.
-        is_masked: whether a mask says which keys are visible, so that the length of a cache of fixed size, which is on
-            the device, need not be read.
+        is_masked: whether a mask alone says which keys are visible, so that the length of a cache of fixed size, which
+            is on the device, need not be read.
         limit: tokens that a module's own cache is made for.
 
     Raises:
@@ -48,14 +49,17 @@ def cache_of(attn: Any, past: Any, index: int, batch: int, tokens: int, *, is_ma
     if not isinstance(past, Cache):
         raise ValueError(f"past_key_values must be a Cache of transformers, got {type(past).__name__}")
     if not issubclass(attn.cache_type, TokenCache) or issubclass(attn.cache_type, StatefulCache | StaticContextCache):
-        return state_layer(attn, past, index, batch, tokens, limit).cache
+        longest = attn.longest() if hasattr(attn, "longest") else None
+        return state_layer(attn, past, index, batch, tokens, limit if longest is None else min(limit, longest)).cache
     return view_class(attn.cache_type)(attn, past, index, tokens, is_masked)
 
 
-class _View:
+class View:
     """One module's cache whose tokens are in transformers' cache; it is made for one call."""
 
     max_length = None
+    is_exact: bool
+    """Whether `length` is the number of tokens held, not only a place where they may end."""
 
     def __init__(self, attn: Any, past: Cache, index: int, tokens: int, is_masked: bool) -> None:
         self.layout = attn.cache_layout()
@@ -66,10 +70,10 @@ class _View:
                 f"sink_tokens must be 0 with a cache that slides and drops the first tokens, got {attn.sink_tokens}"
             )
         start = _query_offset(past, index)
-        if isinstance(start, Tensor) and is_masked and not attn.reads_token_index:
-            self.length = held - tokens
+        if isinstance(start, Tensor) and is_masked and not getattr(attn, "reads_token_index", True):
+            self.length, self.is_exact = held - tokens, False
         else:
-            self.length = int(start) - offset
+            self.length, self.is_exact = int(start) - offset, True
 
     def snapshot(self, tokens: int) -> None:
         """Nothing: transformers' caches do not take back what a failing layer appended."""
@@ -103,10 +107,12 @@ class _View:
 
 
 def _view_of(cache_type: type[TokenCache]) -> type[Any]:
-    return type(f"{cache_type.__name__}View", (_View, cache_type), {})
+    return type(f"{cache_type.__name__}View", (View, cache_type), {})
 
 
-_VIEWS = {kind: _view_of(kind) for kind in (KeyValueCache, LatentCache, TiedCache, UntiedCache, ComposedCache)}
+_VIEWS: dict[type[TokenCache], type[Any]] = {
+    kind: _view_of(kind) for kind in (KeyValueCache, LatentCache, TiedCache, UntiedCache, ComposedCache, FactorCache)
+}
 
 
 def view_class(cache_type: type[TokenCache]) -> type[Any]:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from attnzoo.hugging_face.layer import read_mask
-from attnzoo.masks import Visibility
+from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.softmax_attention import softmax_attention
 
 NAME = "attnzoo"
@@ -55,8 +55,8 @@ def attention(
     if attention_mask is None:
         view, bias = Visibility(causal and q.shape[1] > 1, query_start=0), None
     else:
-        mask = read_mask(attention_mask, q.flatten(2))
-        view, bias = Visibility(False, mask=mask, query_start=0), mask.bias
+        visible, bias = read_mask(attention_mask)
+        view = Visibility(False, mask=AttentionMask.dense(visible), query_start=0)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     sinks = None if s_aux is None else s_aux.to(torch.promote_types(q.dtype, torch.float32))

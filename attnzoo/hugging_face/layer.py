@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.hugging_face.caches import cache_of
-from attnzoo.masks import CompleteMask
+from attnzoo.hugging_face.caches import View, cache_of
+from attnzoo.masks import AttentionMask, CompleteMask
+from attnzoo.tracing import is_readable
 
 KEPT = (
     "layer_idx", "config", "is_causal", "sliding_window", "layer_type", "attention_type", "is_sliding", "head_dim",
@@ -85,16 +86,67 @@ class AttentionLayer(nn.Module):
         """
         past = layer_past if past_key_values is None else past_key_values
         positions = self._positions(position_ids)
-        mask = None if attention_mask is None else read_mask(attention_mask, hidden_states)
+        visible, bias = (None, None) if attention_mask is None else read_mask(attention_mask)
+        has_window = self.attn.sliding_window is None or self.attn.sliding_window == self._window
+        if self.attn.sink_tokens and self._window is not None:
+            raise ValueError(
+                f"sink_tokens must be 0 where transformers' masks have a window, here of {self._window}, which hides "
+                f"them; got {self.attn.sink_tokens}"
+            )
         cache = None
         if past is not None and self.attn.causal and self.layer_idx is not None:
             batch, tokens = hidden_states.shape[:2]
             cache = cache_of(
-                self.attn, past, self.layer_idx, batch, tokens, is_masked=mask is not None,
+                self.attn, past, self.layer_idx, batch, tokens, is_masked=visible is not None and has_window,
                 limit=getattr(self.config, "max_position_embeddings", tokens),
             )  # fmt: skip
+        mask = None if visible is None else self._mask(visible, bias, hidden_states, cache, has_window)
         y = self.attn(hidden_states, mask=mask, positions=positions, cache=cache)
         return (y if self.resid_dropout is None else self.resid_dropout(y)), None
+
+    @property
+    def _window(self) -> int | None:
+        """The window in transformers' masks for this layer."""
+        kept: int | None = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        return kept
+
+    def _mask(
+        self, visible: Tensor, bias: Tensor | None, x: Tensor, cache: Any, has_window: bool
+    ) -> AttentionMask:  # fmt: skip
+        """transformers' mask as the module takes it."""
+        B, T, _ = x.shape
+        start: int | None = 0 if cache is None else cache.length
+        if not getattr(cache, "is_exact", True):
+            start = None
+        if start is not None and not isinstance(cache, View):
+            # A cache of the module's own holds no keys that are not written yet.
+            visible = visible[..., : start + T]
+            bias = None if bias is None else bias[..., : start + T]
+        real = None
+        if start is not None and visible.shape[-2] == T and visible.shape[-1] >= start + T:
+            # The tokens that see themselves are not padding.
+            real = visible[:, 0, :, start : start + T].diagonal(dim1=-2, dim2=-1).expand(B, T)
+        takes_left = getattr(self.attn, "takes_left_padding", False) and not self.attn.sink_tokens
+        if real is not None and not takes_left and start == 0 and not bool(real[:, 0].all()):
+            raise ValueError(
+                f"attention_mask must not begin with padding for this {type(self.attn).__name__}, whose outputs it "
+                "would change: pad on the right"
+            )
+        if self.attn.has_patterns:
+            return CompleteMask(visible, bias, real, has_window)
+        if (
+            start is None
+            or real is None
+            or bias is not None
+            or not _is_padding(visible[..., start:], real, self.attn.causal)
+        ):
+            raise ValueError(
+                f"attention_mask must hold causality and padding alone for {type(self.attn).__name__}, which has no "
+                "scores of single pairs"
+            )
+        if takes_left:
+            return AttentionMask(real_queries=real)
+        return AttentionMask.padding(start + real.sum(1), real)
 
     def _positions(self, position_ids: Tensor | None) -> Tensor | None:
         if self.attn.rope is None:
@@ -109,33 +161,32 @@ class AttentionLayer(nn.Module):
         return position_ids
 
 
-def read_mask(mask: Any, x: Tensor) -> CompleteMask:
-    """transformers' mask for a call on x (B, T, E): boolean, or floats of which the lowest numbers hide a key.
+def read_mask(mask: Any) -> tuple[Tensor, Tensor | None]:
+    """Which keys transformers' mask shows, boolean, and what it adds to the scores, or None.
+
+    Args:
+        mask: (B, H, T, S), boolean with True = may attend, or floats of which the lowest numbers hide a key.
 
     Raises:
-        ValueError: unless it is a tensor (B, H, T, S).
+        ValueError: for anything else.
     """
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"attention_mask must be 4-D: load the model with attn_implementation 'sdpa' or 'eager'; got {got}"
         )
-    bias = None
-    if mask.is_floating_point():
-        visible = mask > torch.finfo(mask.dtype).min / 2
-        bias = mask.masked_fill(~visible, 0)
-        if not bool(bias.any()):
-            bias = None
-        mask = visible
-    return CompleteMask(mask, bias, _real_queries(mask, x))
+    if not mask.is_floating_point():
+        return mask.bool(), None
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    bias = mask.masked_fill(~visible, 0)
+    return visible, None if is_readable(bias) and not bool(bias.any()) else bias
 
 
-def _real_queries(mask: Tensor, x: Tensor) -> Tensor | None:
-    """Which tokens of a whole sequence are not padding: those that see themselves."""
-    B, T, _ = x.shape
-    if mask.shape[-2:] != (T, T):
-        return None
-    return mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(B, T)
+def _is_padding(visible: Tensor, real: Tensor, causal: bool) -> bool:
+    """Whether real queries see the real ones of these keys (B, 1, T, T), and if causal only those up to their own."""
+    expected = real[:, None].expand(-1, real.shape[1], -1)
+    expected = expected.tril() if causal else expected
+    return bool((visible[:, 0, :, : real.shape[1]] == expected)[real].all())
 
 
 def _without_numbers(module: nn.Module) -> nn.Module:

@@ -56,6 +56,8 @@ class Mechanism(Recorded, nn.Module):
     factored_circuits = False
     takes_bias = False
     """Whether the scores take an additive mask."""
+    takes_left_padding = True
+    """Whether tokens that a mask hides before a sequence leave its outputs as they are."""
     cache_type: type[Any] = KeyValueCache
     input_layer = "q_proj"
     """Submodule whose weight has the dtype and the device that inputs must have."""
@@ -168,6 +170,10 @@ class Mechanism(Recorded, nn.Module):
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:
         """What the cache holds for a token: (heads, width) of each buffer."""
         return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.v_head_dim)
+
+    def longest(self) -> int | None:
+        """Tokens that a sequence may have at most, or None."""
+        return None
 
     def cache_layout(self) -> CacheLayout:
         """What a cache must look like to be this module's."""

@@ -129,15 +129,15 @@ def begin(
         check_cache(module, cache, context, mask)
         past, limit = cache.length, cache.max_length
         start = past
-    complete = isinstance(mask, CompleteMask)
-    if mask is not None and not complete:
+    if mask is not None and not isinstance(mask, CompleteMask):
         batch, tokens, keys = *x.shape[:2], past + sources[0].shape[1]
         mask.check(batch, module.score_heads, tokens, keys, x.device)
     if positions is not None:
         check_positions(positions, x, sources[0], cross=context is not None)
-    if complete:
+    if isinstance(mask, CompleteMask):
         # Checked by the operation: a cache of fixed size hands out more keys than there are tokens.
         check_bias(module, mask)
+    if isinstance(mask, CompleteMask) and mask.has_window:
         view = Visibility(False, mask=mask, query_start=start)
     else:
         view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)

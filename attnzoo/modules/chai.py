@@ -315,7 +315,9 @@ class ClusteredHeadAttention(Recorded, nn.Module):
         at = at[:, :, None, None]
         q, k = torch.take_along_dim(q, at, 1), torch.take_along_dim(k, at, 1)
         (k,) = self.heads.spread(k)
-        view = replace(call.view, mask=None, query_start=0) if self.probe_causal else Visibility(causal=False)
+        view = (
+            replace(call.view, causal=True, mask=None, query_start=0) if self.probe_causal else Visibility(causal=False)
+        )
         return attention_weights(q, k, view, self._rules(x.device))
 
 

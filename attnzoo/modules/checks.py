@@ -120,5 +120,5 @@ def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | 
 
 def check_bias(module: Any, mask: Any) -> None:
     """Refuse a mask that adds to the scores of a mechanism that cannot."""
-    if mask.bias is not None and not module.takes_bias:
+    if mask.bias is not None and not getattr(module, "takes_bias", False):
         raise ValueError(f"mask must not add to the scores of {type(module).__name__}, got a bias other than 0")

@@ -120,7 +120,7 @@ class FeatureAttention(Mechanism):
         """q~ (B, T, H, Df), k~ (B, S, G, Df), the rotated q^ and k^, and v (B, S, G, Dv).
 
         Features are in float32 or float64, values in the dtype of their projection. Keys beyond the mask's lengths
-        have no features.
+        and of queries that are not real have no features.
         """
         source = call.source
         (B, T, _), S = x.shape, source.shape[1]
@@ -138,10 +138,14 @@ class FeatureAttention(Mechanism):
             q = (self.feature_map_q(q) + self.feature_eps) * self.scale
             k = self.feature_map_k(k) + self.feature_eps
             q, k = self.normalised_features(q, k)
-        lengths = None if call.view.mask is None else call.view.mask.lengths
+        mask = call.view.mask
+        lengths = None if mask is None else mask.lengths
+        real = None if mask is None or source is not x else mask.real_queries
         if lengths is not None:
             is_real = torch.arange(call.past, call.past + S, device=x.device) < lengths[:, None]
-            k = k * is_real.to(k.dtype)[:, :, None, None]
+            real = is_real if real is None else real & is_real
+        if real is not None:
+            k = k * real.to(k.dtype)[:, :, None, None]
         k, v = self.heads.spread(k, v)
         return q, k, *call.rotate(q, k), v
 

@@ -76,6 +76,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
     """
 
     takes_bias = False
+    takes_left_padding = False  # The prior may go by the index of a token.
+    reads_token_index = True
 
     aux_loss_group: Any = None
     pi: Tensor | None

@@ -83,6 +83,7 @@ class MultiHeadLinearAttention(FeatureAttention):
     """
 
     cache_type = BlockStateCache
+    takes_left_padding = False  # Blocks go by the index of a token.
     norm_name = "g_norm"
     g_norm: nn.RMSNorm | None
     lepe: nn.Conv2d | None
@@ -292,6 +293,10 @@ class MultiHeadLinearAttention(FeatureAttention):
     def cache_layout(self) -> CacheLayout:
         """What a cache must look like to be this module's."""
         return CacheLayout(self.cache_widths(), block_size=self.block_size)
+
+    def longest(self) -> int | None:
+        """Tokens of the trained blocks where nothing is extrapolated."""
+        return self.num_blocks * self.block_size if self.extrapolation == "error" else None
 
     def init_cache(
         self, batch_size: int, max_length: int, device: torch.device | str | None = None,

@@ -55,6 +55,8 @@ class RelativeConvAttention(Mechanism):
     """
 
     cache_type = ConvolutionCache
+    takes_left_padding = False  # The convolution runs over it.
+    reads_token_index = True
     shown = ("kernel_size", "max_distance", "conv_query_memory", "pruned_heads")
 
     def __init__(

@@ -64,6 +64,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
     """
 
     cache_type = ComposedCache
+    reads_token_index = True
     routing: Routing | None = None
     aux_loss_group: Any = None
     router: nn.Linear

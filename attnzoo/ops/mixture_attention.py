@@ -111,6 +111,10 @@ def repeated(view: Visibility, batch: int, queries: int, keys: int, times: int, 
         together = AttentionMask(cu_seqlens=mask.cu_seqlens).visible(batch, 1, queries, keys, device)
         assert together is not None
         mask = AttentionMask(lengths=mask.lengths, dense_mask=mask.dense_mask) & together
+    bare = not view.causal and view.window is None and view.key_positions is None
+    if bare and mask is not None and mask.lengths is None and mask.dense_mask is not None:
+        dense = mask.dense_mask
+        return Visibility(False, mask=AttentionMask.dense(dense.expand(*dense.shape[:-1], keys).tile(times)))
     positions = torch.arange(keys, device=device) if view.key_positions is None else view.key_positions
     return Visibility(
         view.causal, view.window, view.sink_tokens, mask, view.start(queries, keys), positions.repeat(times)

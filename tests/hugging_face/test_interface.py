@@ -110,8 +110,11 @@ def test_masks_of_transformers_say_what_a_dense_mask_says(kind):
     mask = visible if hidden is None else torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~visible, hidden)
     whole = copy.deepcopy(layer.attn)
     whole.sliding_window = None
-    # What transformers allows is allowed, whatever the module's own window says.
-    assert torch.equal(layer(X, attention_mask=mask, position_ids=AT)[0], whole(X, mask=visible, positions=AT))
+    keywords = {"attention_mask": mask, "position_ids": AT}
+    assert torch.equal(layer(X, **keywords)[0], layer.attn(X, mask=visible, positions=AT))
+    # Masks that have the window already are not narrowed a second time.
+    layer.sliding_window = 3
+    assert torch.equal(layer(X, **keywords)[0], whole(X, mask=visible, positions=AT))
 
 
 def test_biases_are_added_or_refused():
