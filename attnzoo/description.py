@@ -31,12 +31,13 @@ def public_mechanisms() -> dict[str, type[nn.Module]]:
 def describe(attn: nn.Module) -> dict[str, Any]:
     """A mechanism's class, arguments and pruned heads in types that JSON has; the inverse of `build`.
 
-    Options that were set on the module later, such as `attn.dropout = 0.1`, are described as they are now. Weights,
-    device and dtype are not described: `build(describe(attn)).load_state_dict(attn.state_dict())` copies a module.
+    Weights, device and dtype are not described: `build(describe(attn)).load_state_dict(attn.state_dict())` copies a
+    module.
 
     Returns:
-        {"class": name, "arguments": {name: value}}, and "pruned_heads" where heads were removed. A `Rotary` is a
-        mapping of its fields, a module among the arguments a description of its own.
+        {"class": name, "arguments": {name: value}}; "pruned_heads" too where heads were removed, and "set" with the
+        arguments that were set on the module later, such as `attn.dropout = 0.1`. A `Rotary` is a mapping of its
+        fields, a module among the arguments a description of its own.
 
     Raises:
         ValueError: for a module of another class than attnzoo's public mechanisms, or whose weights are not those
@@ -45,16 +46,18 @@ def describe(attn: nn.Module) -> dict[str, Any]:
     cls = type(attn)
     if public_mechanisms().get(cls.__name__) is not cls:
         raise ValueError(f"attn must be a mechanism of attnzoo to be described, got {cls.__module__}.{cls.__name__}")
-    arguments = _arguments(attn)
-    description: dict[str, Any] = {"class": cls.__name__, "arguments": arguments}
+    description: dict[str, Any] = {"class": cls.__name__, "arguments": _arguments(attn)}
     if pruned := getattr(attn, "pruned_heads", ()):
         description["pruned_heads"] = list(pruned)
-    like = _outline(description)
-    values = {name: (getattr(attn, name, None), getattr(like, name, None)) for name in _parameters(cls)[0]}
-    later = [name for name, (now, then) in values.items() if not isinstance(now, nn.Module | Tensor) and now != then]
+    with warnings.catch_warnings(action="ignore"):
+        like = build(description, device="meta")
+    later = {
+        name: plain(name, value)
+        for name, value in vars(attn).items()
+        if name in _parameters(cls)[0] and name in vars(like) and value != vars(like)[name]
+    }
     if later:
-        arguments |= {name: plain(name, values[name][0]) for name in later}
-        like = _outline(description)
+        description["set"] = later
     wanted, given = _shapes(like), _shapes(attn)
     if different := sorted(set(wanted.items()) ^ set(given.items())):
         raise ValueError(
@@ -83,10 +86,14 @@ def build(
     Raises:
         ValueError: for another class, an option that the class does not have, or a value that is not of its type.
     """
-    unknown = set(description) - {"class", "arguments", "pruned_heads"}
-    arguments, pruned = description.get("arguments"), description.get("pruned_heads", [])
-    if unknown or not isinstance(arguments, Mapping) or not isinstance(pruned, list):
-        raise ValueError(f"description must hold class, arguments and perhaps pruned_heads, got {description!r:.200}")
+    unknown = set(description) - {"class", "arguments", "pruned_heads", "set"}
+    arguments, later = (description.get(key, {}) for key in ("arguments", "set"))
+    pruned = description.get("pruned_heads", [])
+    mappings = isinstance(arguments, Mapping) and isinstance(later, Mapping)
+    if unknown or not mappings or not isinstance(pruned, list):
+        raise ValueError(
+            f"description must hold class, arguments and perhaps pruned_heads and set, got {description!r:.200}"
+        )
     name = description.get("class")
     cls = public_mechanisms().get(name) if isinstance(name, str) else None
     if cls is None:
@@ -106,6 +113,10 @@ def build(
     if pruned:
         prune: Any = getattr(attn, "prune_heads")  # noqa: B009
         prune(_argument("pruned_heads", tuple[int, ...], pruned))
+    for key, value in arguments_of(cls, later, "description: set").items():
+        if key not in vars(attn):
+            raise ValueError(f"set must hold arguments that can be set on a {name}, got {key}")
+        setattr(attn, key, value)
     return attn
 
 
@@ -165,12 +176,6 @@ def _arguments(attn: Any) -> dict[str, Any]:
         for name, value in arguments.items()
         if name not in _PLACES
     }
-
-
-def _outline(description: Mapping[str, Any]) -> nn.Module:
-    """The described module without memory."""
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        return build(description)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,15 @@ def test_options_that_were_set_later():
     attn.causal = False
     made = again(attn)
     assert (made.dropout, made.backend, made.absorb, made.causal) == (0.1, "eager", True, False)
-    assert "kdim" not in attnzoo.describe(attn)["arguments"]
+    assert attnzoo.describe(attn)["set"] == {"dropout": 0.1, "backend": "eager", "absorb": True, "causal": False}
+
+
+def test_what_a_decoder_sets():
+    for version in (1, 2):
+        attn = attnzoo.DifferentialAttention(32, 4, version=version)
+        attn.depth = 3
+        made = attnzoo.build(attnzoo.describe(attn))
+        assert (made.depth, made.lambda_init) == (3, attn.lambda_init)
 
 
 def test_frequencies_that_were_loaded():
@@ -94,7 +102,7 @@ def test_frequencies_that_were_loaded():
 
     attn, other = module([0.1, 0.7]), module([0.3, 1 / 3])
     attn.load_state_dict(other.state_dict())
-    assert attnzoo.describe(attn)["arguments"]["rope_inv_freq"] == [list(row) for row in other.rope_inv_freq]
+    assert attnzoo.describe(attn)["set"]["rope_inv_freq"] == [list(row) for row in other.rope_inv_freq]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda attn: pickle.loads(pickle.dumps(attn))])
@@ -140,7 +148,7 @@ GQA = {"class": "GroupedQueryAttention", "arguments": {"embed_dim": 32, "num_hea
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({}, "must hold class, arguments"),
+        ({}, "class must be one of"),
         ({**GQA, "code": "import os"}, "must hold class, arguments"),
         ({**GQA, "class": "os.system"}, r"class must be one of MultiHeadAttention, .*, got 'os.system'"),
         ({**GQA, "class": "Rotary"}, "class must be one of"),
@@ -155,6 +163,13 @@ GQA = {"class": "GroupedQueryAttention", "arguments": {"embed_dim": 32, "num_hea
         ({**GQA, "arguments": {**GQA["arguments"], "rope": {"class": "os.system", "arguments": {}}}}, "class must be"),
         ({**GQA, "arguments": {**GQA["arguments"], "rope": {"class_path": "os.system"}}}, "'class_path' is no option"),
         ({**GQA, "arguments": {**GQA["arguments"], "rope": GQA}}, "rope must be"),
+        ({**GQA, "set": {"forward": "os.system"}}, "'forward' is no option of GroupedQueryAttention"),
+        (
+            {**GQA, "set": {"bias": True}},
+            "set must hold arguments that can be set on a GroupedQueryAttention, got bias",
+        ),
+        ({**GQA, "set": {"causal": 1}}, "set causal must be bool, got 1"),
+        ({**GQA, "set": ["causal"]}, "must hold class, arguments"),
         ({**GQA, "pruned_heads": [4]}, "indices must lie between 0 and 3, got 4"),
         ({**GQA, "pruned_heads": ["0"]}, "pruned_heads must be int"),
         ({**GQA, "pruned_heads": 1}, "must hold class, arguments"),

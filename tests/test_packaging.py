@@ -204,7 +204,8 @@ FLOORS = {
     "attnzoo_recipes": [
         {"__init__", "allowlist", "files", "signals", "tables"},
         {"data", "feed_forward", "lm", "model_config", "options"},
-        {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"}, {"commandline", "diagnose", "generate"},
+        {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"},
+        {"commandline", "diagnose", "generate", "export", "convert"},
         {"compare", "pretrain"},
     ],
 }  # fmt: skip
@@ -448,7 +449,7 @@ def test_types_are_shipped():
 
 def test_console_scripts_resolve():
     scripts = PYPROJECT["project"]["scripts"]
-    names = ("pretrain", "generate", "compare", "spectrum", "heads", "prune")
+    names = ("pretrain", "generate", "export", "convert", "compare", "spectrum", "heads", "prune")
     assert set(scripts) == {f"attnzoo-{name}" for name in names}
     for name, target in scripts.items():
         entry = importlib.metadata.EntryPoint(name, target, "console_scripts")

@@ -211,7 +211,9 @@ _GROUPED = (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention)
 
 def _facts(attn: Any) -> dict[str, Any]:
     """What a module computes beside its weights."""
-    left_out = ("backend", "dropout", "init", "init_std", "absorb", "made_with", "training", "aux_loss", "routing")
+    left_out = (
+        "backend", "dropout", "init", "init_std", "absorb", "made_with", "training", "aux_loss", "routing", "depth",
+    )  # fmt: skip
     facts = {name: value for name, value in vars(attn).items() if not name.startswith("_") and name not in left_out}
     kind = GroupedQueryAttention if type(attn) in _GROUPED else type(attn)
     return {**facts, "class": kind, "eps": [m.eps for m in attn.modules() if isinstance(m, nn.RMSNorm)]}

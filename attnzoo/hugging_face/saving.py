@@ -8,6 +8,7 @@ type "attnzoo". A folder holds no code and names only attnzoo's public mechanism
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -77,7 +78,10 @@ def described(name: str, attn: nn.Module) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"layer {name!r} cannot be saved: {error}") from error
     # What can run is a matter of the machine, not of the model.
-    description["arguments"].pop("backend", None)
+    for options in (description["arguments"], later := description.get("set", {})):
+        options.pop("backend", None)
+    if not later:
+        description.pop("set", None)
     return description
 
 
@@ -94,7 +98,7 @@ class _Made:
 
 
 def _unpickled(base: type[Any], config_base: type[Any] | None) -> Any:
-    cls: type[Any] = config_class_of(base if config_base is None else config_base)
+    cls: Any = config_class_of(base if config_base is None else config_base)
     if config_base is not None:
         cls = model_class_of(base, cls)
     return cls.__new__(cls)
@@ -124,11 +128,11 @@ class SavedModel(_Made):
     base_model: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some heads have a base model that an Auto class made, with these layers in it.
         for name, description in ({} if modules(self.base_model) else config.attnzoo_layers).items():
             _put(self.base_model, name, description)
-        for each in _models(self):
+        for each in _models(self):  # type: ignore[arg-type]
             if not isinstance(each, SavedModel):
                 each.__class__ = _listed(model_class_of(type(each), type(config)), config)
 
@@ -147,25 +151,26 @@ class SavedModel(_Made):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but raises where the weights of a layer with attnzoo's attention are not all there.
+        """As transformers', but raises where the weights of the layers are not all there.
 
         Raises:
             ValueError: if the folder's weights and configuration do not belong together.
         """
         wanted = kwargs.pop("output_loading_info", False)
         model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        layers = tuple(f"{name.rpartition('.')[0]}." for name, _ in modules(model))
+        # The list that the layer is in: blocks with attention of transformers' own are checked as well.
+        layers = tuple(re.split(r"(?<=\.)\d+\.", name)[0] for name, _ in modules(model))
         for what, keys in (("missing", found["missing_keys"]), ("unknown", found["unexpected_keys"])):
             if wrong := sorted(key for key in keys if key.startswith(layers)):
                 raise ValueError(
-                    f"the weights do not fit the {cls.__name__} that config.json describes: {len(wrong)} of layers "
-                    f"with attnzoo's attention are {what}, such as {wrong[0]}"
+                    f"the weights do not fit the {cls.__name__} that config.json describes: {len(wrong)} of its layers "
+                    f"are {what}, such as {wrong[0]}"
                 )
         return (model, found) if wanted else model
 
 
 @cache
-def config_class_of(base: type[Any]) -> Any:
+def config_class_of(base: Any) -> Any:
     """The configuration of model type "attnzoo" made from a class; the Auto classes that know that class know it."""
     own: Any = type(f"Attnzoo{base.__name__}", (SavedConfig, base), _names(base) | {"model_type": MODEL_TYPE})
     for auto in vars(modeling_auto).values():
@@ -177,7 +182,7 @@ def config_class_of(base: type[Any]) -> Any:
 
 
 @cache
-def model_class_of(base: type[Any], config_class: type[Any]) -> Any:
+def model_class_of(base: Any, config_class: Any) -> Any:
     """The class of a model with replaced attention, made from the class that transformers has for it."""
     names = _names(base) | {"config_class": config_class, "config_base": config_class.base_class}
     return type(f"Attnzoo{base.__name__}", (SavedModel, base), names)
@@ -196,7 +201,7 @@ def _listed(cls: Any, config: Any) -> Any:
 # Loading
 
 
-class AttnzooConfig(PreTrainedConfig):
+class AttnzooConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """The entry of AutoConfig for model type "attnzoo"."""
 
     model_type = MODEL_TYPE
@@ -211,7 +216,7 @@ class AttnzooConfig(PreTrainedConfig):
         kind, layers = config_dict.get("base_model_type"), config_dict.get("attnzoo_layers")
         if not isinstance(kind, str) or kind == MODEL_TYPE or kind not in CONFIG_MAPPING:
             raise ValueError(f"base_model_type must be a model type of transformers, got {kind!r:.80}")
-        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        if not (isinstance(layers, dict) and layers and all(isinstance(layer, dict) for layer in layers.values())):
             raise ValueError(f"attnzoo_layers must map names of layers to descriptions, got {layers!r:.80}")
         _check_version(config_dict.get("attnzoo_version"))
         return config_class_of(CONFIG_MAPPING[kind]).from_dict(config_dict, **kwargs)

@@ -300,8 +300,12 @@ class Mechanism(Recorded, nn.Module):
     def extra_repr(self) -> str:
         """The sizes and the options that are set."""
         sizes = f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
-        options = [f"{name}={value}" for name in self.shown if (value := getattr(self, name))]
+        options = [f"{name}={value}" for name in self.shown if _is_set(value := getattr(self, name))]
         return ", ".join([sizes, *options, f"causal={self.causal}", f"backend={self.backend}"])
+
+
+def _is_set(value: Any) -> bool:
+    return not isinstance(value, Tensor) and bool(value)
 
 
 def per_head(

@@ -99,8 +99,8 @@ class HeadLayout:
 
 def head_rows(heads: Iterable[int], width: int) -> Tensor:
     """Rows h * width .. h * width + width - 1 of every head, in order."""
-    first = torch.tensor(list(heads), dtype=torch.long)[:, None] * width
-    return (first + torch.arange(width)).flatten()
+    first = torch.tensor(list(heads), dtype=torch.long, device="cpu")[:, None] * width
+    return (first + torch.arange(width, device="cpu")).flatten()
 
 
 def keep_rows(linear: nn.Linear, heads: Iterable[int], width: int = 1) -> None:

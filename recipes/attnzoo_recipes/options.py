@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -89,6 +91,18 @@ def device_named(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"device {name!r} is not available on this machine: {reason}") from None
     return device
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError unless there is nothing at the path, or an empty folder."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"OUT must be a new or empty folder, got {str(path)!r}, which is not empty")
+
+
+def need_transformers() -> None:
+    """Raise ValueError if the package is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("the package transformers is needed: pip install 'attnzoo[hf]'")
 
 
 @contextlib.contextmanager

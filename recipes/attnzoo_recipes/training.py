@@ -171,6 +171,8 @@ class Pretraining(L.LightningModule):
         tokenizer = getattr(self._data(), "tokenizer", None)
         if tokenizer is not None:
             saved["tokenizer"] = tokenizer.to_dict()
+        if (block_size := getattr(self._data(), "block_size", None)) is not None:
+            saved["block_size"] = int(block_size)
         checkpoint[KEY] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -169,19 +169,26 @@ class BpeTokenizer:
         return {"kind": "bpe", "serialized": self._tokenizer.to_str()}
 
 
-def _spellings(tokenizer: Any, size: int) -> list[bytes]:
-    """The bytes of each id: the text of added tokens, and the bytes that the letters of the others stand for."""
-    # The alphabet of GPT-2 (Radford et al. 2019): printable bytes are themselves, the others follow from U+0100 on.
+def letters_of_bytes() -> dict[int, str]:
+    """The letter that stands for each byte in a byte-level vocabulary, that of GPT-2 (Radford et al. 2019).
+
+    Printable bytes are themselves; the others follow from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: byte for byte in printable} | {256 + i: byte for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _spellings(tokenizer: Any, size: int) -> list[bytes]:
+    """The bytes of each id: the text of added tokens, and the bytes that the letters of the others stand for."""
+    letters = {letter: byte for byte, letter in letters_of_bytes().items()}
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     spellings = [b""] * size
     for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
         if index in added:
             spellings[index] = added[index].encode()
-        elif all(ord(letter) in letters for letter in token):
-            spellings[index] = bytes(letters[ord(letter)] for letter in token)
+        elif all(letter in letters for letter in token):
+            spellings[index] = bytes(letters[letter] for letter in token)
         else:
             raise ValueError(f"{_UNCHANGED}, got the token {token!r}, which stands for no bytes")
     return spellings
