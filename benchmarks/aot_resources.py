@@ -67,7 +67,7 @@ def everything(D: int) -> Callable[[torch.dtype], object]:
 
 
 def decode(
-    heads: int, groups: int, D: int, DV: int, R: int = 0, tied: bool = False, options: bool = False
+    heads: int, groups: int, D: int, DV: int, R: int = 0, tied: bool = False, options: bool = False, decay: bool = False
 ) -> Callable[[torch.dtype], object]:
     """One token over a cache of 8,192."""
 
@@ -83,6 +83,8 @@ def decode(
                 "q_rope": tensor(B, 1, heads, R, **factory_kwargs),
                 "k_rope": tensor(B, 8192, 1, R, **factory_kwargs),
             }
+        if decay:
+            given["decay"] = torch.empty(B, heads, 8192)
         if options:
             given |= {
                 "softcap": 30.0, "window": 512, "sink_tokens": 4, "sinks": torch.empty(heads),
@@ -193,10 +195,16 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "softmax bias 128": softmax(128, 128, bias=lambda _: tensor(8, T, T, dtype=torch.float32)),
     "softmax bias 256": softmax(256, 256, bias=lambda _: tensor(8, T, T, dtype=torch.float32)),
     "softmax latent 256+64": softmax(256, 256, 64),
+    "softmax decay 64": softmax(64, 64, decay=lambda _: tensor(B, 8, T, dtype=torch.float32)),
+    "softmax decay 128": softmax(128, 128, decay=lambda _: tensor(B, 8, T, dtype=torch.float32)),
+    "softmax decay 256": softmax(256, 256, decay=lambda _: tensor(B, 8, T, dtype=torch.float32)),
+    "softmax gated 128": softmax(128, 128, output_gate=lambda dtype: tensor(B, T, 8, 128, dtype=dtype)),
+    "softmax gated by head 64": softmax(64, 64, output_gate=lambda dtype: tensor(B, T, 8, 1, dtype=dtype)),
     "softmax everything 64": everything(64),
     "softmax everything 128": everything(128),
     "decode 64": decode(8, 2, 64, 64),
     "decode 128": decode(32, 8, 128, 128),
+    "decode decay 128": decode(32, 8, 128, 128, decay=True),
     "decode 128, 32 heads a group": decode(32, 1, 128, 128),
     "decode 256 everything": decode(16, 1, 256, 256, options=True),
     "decode tied 64+64": decode(16, 1, 64, 128, 64, tied=True),
@@ -232,6 +240,8 @@ SHORT = [
     ("softmax full 128", "bf16", "sm_90"),
     ("softmax latent 128+64", "bf16", "sm_90"),
     ("softmax everything 64", "bf16", "sm_90"),
+    ("softmax decay 128", "bf16", "sm_90"),
+    ("softmax gated 128", "bf16", "sm_90"),
     ("decode 128", "bf16", "sm_90"),
     ("decode tied 64+64", "bf16", "gfx942"),
     ("latent decode 512+64, 16 heads", "bf16", "sm_90"),

@@ -302,6 +302,45 @@ def latent_rows(bench: Bench) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def extended_rows(bench: Bench) -> Iterator[Row]:
+    """Softmax attention with a decay or a gate of its outputs, beside plain attention and a gate in a second pass."""
+    for D in (128, 64):
+        b, t, h, d = bench.size(4, 1), bench.size(4096, 33), bench.size(2048 // D, 2), bench.size(D, 16)
+        qkv = [(b, t, h, d)] * 3
+
+        def decayed(x: Inputs, backend: str = "triton") -> Tensor:
+            decay = F.logsigmoid(x[3].to(torch.promote_types(x[3].dtype, torch.float32)) + 4).cumsum(-1)
+            return softmax_attention(*x[:3], decay=decay, backend=backend)
+
+        def gated(x: Inputs, backend: str = "triton") -> Tensor:
+            return softmax_attention(*x[:3], output_gate=x[3], backend=backend)
+
+        def apart(x: Inputs) -> Tensor:
+            return _attention(x, True) * torch.sigmoid(x[3])
+
+        plain = partial(_attention, causal=True)
+        peers: dict[str, dict[str, Run]] = {"decay": {"plain": plain}, "gated": {"plain": plain, "two passes": apart}}
+        if _has("fla"):
+            peers["decay"]["fla"] = _forgetting
+        for case, ours, more in (("decay", decayed, (b, h, t)), ("gated", gated, (b, t, h, d))):
+            parts = head_parts(b, h, h, more=1)
+            if case == "decay":
+                parts = [Part(p.answer, (*p.inputs[:3], p.answer[::2])) for p in parts]
+            for grad in (False, True):
+                goals = (Goal("plain", 0.88), *(() if case == "decay" else (Goal("two passes", 1.0),)))
+                yield Row(
+                    f"{case} D={D} T=4096", "forward+backward" if grad else "forward", {"B": b, "T": t, "H": h, "D": d},
+                    lambda seed, shapes=(*qkv, more), grad=grad: bench.tensors(seed, *shapes, grad=grad),
+                    ours, partial(ours, backend="eager"), peers[case], parts=parts, goals=goals,
+                    flops=2.0 * b * h * t * t * d * (3.5 if grad else 1.0),
+                )  # fmt: skip
+
+
+def _forgetting(x: Inputs) -> Tensor:
+    run = importlib.import_module("fla.ops.forgetting_attn.parallel").parallel_forgetting_attn
+    return _first(run(*x[:3], F.logsigmoid(x[3].float() + 4).transpose(1, 2)))
+
+
 def decode_rows(bench: Bench) -> Iterator[Row]:
     """One token over a cache, H = 32, D = 128."""
     for G in (8, 32, 1):
@@ -430,7 +469,7 @@ def module_rows(bench: Bench) -> Iterator[Row]:
 
 
 GRIDS: dict[str, tuple[Callable[[Bench], Iterator[Row]], ...]] = {
-    "train": (train_rows, latent_rows),
+    "train": (train_rows, latent_rows, extended_rows),
     "decode": (decode_rows, latent_decode_rows),
     "others": (qk_norm_rope_rows, module_rows),
     "candidates": (candidate_rows,),

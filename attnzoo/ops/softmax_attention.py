@@ -102,19 +102,20 @@ def softmax_attention(
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
         options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
-        del options["dropout"], options["decay"], options["output_gate"], options["sigmoid_bias"]
+        del options["dropout"], options["sigmoid_bias"]
         if per_token:
             options["head_scale"] = None
         if decoding:
             from attnzoo_kernels.decode import decode_attention
 
-            del options["bias"], options["documents"]
+            del options["bias"], options["documents"], options["output_gate"]
+            options["decay"] = None if decay is None else decay.float()
             out: Tensor = decode_attention(q, k, v, **options)
-        else:
-            from attnzoo_kernels.softmax_attention import softmax_attention as kernel
+            return _finished(out, head_scale if per_token else None, output_gate)
+        from attnzoo_kernels.softmax_attention import softmax_attention as kernel
 
-            out = kernel(q, k, v, **options)[0]
-        return _finished(out, head_scale if per_token else None, output_gate)
+        out = kernel(q, k, v, **options)[0]
+        return _finished(out, head_scale, None) if per_token else out
     if scale <= 0 and chosen in ("flash", "sdpa"):
         # These kernels scale after masking, and -inf times such a scale is inf or nan.
         q, rules = q * scale, replace(rules, scale=1.0, q_rope=None if q_rope is None else q_rope * scale)
@@ -258,8 +259,8 @@ def _obstacles(
         return flash_obstacle(q, k, v, view, rules)
 
     def triton() -> str | None:
-        if rules.decay is not None:
-            return "the kernels add no decay"
+        if rules.decay is not None and rules.softcap is not None:
+            return f"the kernels add no decay to soft-capped scores, got softcap {rules.softcap}"
         return softmax_kernel_obstacle(q, v, rules.q_rope, rules.dropout)
 
     def sdpa() -> str | None:

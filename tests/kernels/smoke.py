@@ -77,6 +77,26 @@ def softmax(D: int, H: int = 4, G: int = 2, R: int = 0, B: int = 2, **words: Any
     return by_backend(shapes, "x" * len(shapes), call)
 
 
+def decaying(D: int, queries: int = T, keys: int = T) -> Case:
+    """Softmax attention with a decay, which decodes if there are fewer queries than keys."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, backend: str) -> Tensor:
+        decay = F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32)) + 2).cumsum(-1)
+        return softmax_attention(q, k, v, Visibility(), decay=decay, backend=backend)
+
+    shapes = [(2, queries, 4, D), (2, keys, 2, D), (2, keys, 2, D), (2, 4, keys)]
+    return by_backend(shapes, ("x" if queries == keys else "-") * 4, call)
+
+
+def gated(D: int, width: int) -> Case:
+    """Softmax attention with a gate of that many numbers a head."""
+
+    def call(*x: Tensor, backend: str) -> Tensor:
+        return softmax_attention(*x[:3], output_gate=x[3], backend=backend)
+
+    return by_backend([(2, T, 4, D), (2, T, 2, D), (2, T, 2, D), (2, T, 4, width)], "xxxx", call)
+
+
 def decode(D: int, tokens: int, S: int = 1000) -> Case:
     shapes = [(2, tokens, 8, D), (2, S, 2, D), (2, S, 2, D)]
     return by_backend(shapes, "---", lambda *x, backend: softmax_attention(*x, Visibility(), backend=backend))
@@ -191,6 +211,8 @@ CASES: dict[str, dict[str, Case]] = {
         "128 packed": softmax(128, mask=AttentionMask.packed([0, 100, 300, 333, 600])),
         "64 one group": softmax(64, G=1),
     },
+    "decay": {"64": decaying(64), "128": decaying(128), "128, one token": decaying(128, queries=1, keys=1000)},
+    "gated": {"128": gated(128, 128), "80": gated(80, 80), "64 by head": gated(64, 1)},
     "latent": {"128+64": softmax(128, G=4, R=64), "64+64": softmax(64, R=64)},
     "decode": {
         f"{D}, {n} tokens": decode(D, n) for D, n in ((64, 1), (80, 1), (128, 1), (256, 1), (128, 5), (128, 16))

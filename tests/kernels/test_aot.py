@@ -64,6 +64,11 @@ def test_kernels_take_what_was_promised(short):
     assert of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]["spills"] == 0
     for case, most in (("softmax causal 128", 8.2), ("softmax causal 64", 7.4)):
         assert pairs_cost(of(rows, case)["softmax_attention_fwd_kernel"]) <= most
+    plain = of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]
+    for case in ("softmax decay 128", "softmax gated 128"):
+        row = of(rows, case)["softmax_attention_fwd_kernel"]
+        assert row["spills"] == 0
+        assert pairs_cost(row) <= 1.12 * pairs_cost(plain)
     for case in ("latent decode 512+64, 16 heads", "latent decode 512+64, 128 heads"):
         assert max(row["shared"] for row in of(rows, case).values()) <= 227 * 1024
 

@@ -33,6 +33,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "head scale": {"head_scale": torch.linspace(-1, 2, H)},
     "head scale of each row": {"head_scale": torch.linspace(-1, 2, B * H).view(B, H)},
+    "decay": {"decay": torch.linspace(-20, 0, B * H * S).view(B, H, S).flip(-1).contiguous()},
     "lengths": {"lengths": torch.tensor([S - 40, 0])},
     "dense mask": {"mask": torch.arange(B * H * T * S).view(B, H, T, S) % 7 > 2},
     "mask of rows": {"mask": torch.arange(B * S).view(B, 1, 1, S) % 5 > 1},

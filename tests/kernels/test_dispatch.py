@@ -90,11 +90,15 @@ VIEWS = {
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("case", [*SCORES, *VIEWS, "zero sink", "soft-cap", "nothing"])
+@pytest.mark.parametrize("case", [*SCORES, *VIEWS, "zero sink", "soft-cap", "decay", "gate", "nothing"])
 def test_the_operation_by_itself(case: str, dtype: torch.dtype, trains: bool):
     q, k, v = (torch.empty(1, 5, 2, 16, dtype=dtype, device="meta", requires_grad=trains) for _ in range(3))
     options: dict[str, Any] = dict(SCORES.get(case, {}))
-    options |= {"zero sink": {"sinks": 0.0}, "soft-cap": {"softcap": 3.0}}.get(case, {})
+    options |= {
+        "zero sink": {"sinks": 0.0}, "soft-cap": {"softcap": 3.0},
+        "decay": {"decay": torch.ones(1, 2, 5, device="meta")},
+        "gate": {"output_gate": torch.ones(1, 5, 2, 1, device="meta"), "softcap": 3.0},
+    }.get(case, {})  # fmt: skip
     with MADE["pretend_gpu"]() as gpu:
         softmax_attention(q, k, v, VIEWS.get(case, Visibility()), **options)
         assert gpu.attention() == ("sdpa" if case == "nothing" else "softmax")

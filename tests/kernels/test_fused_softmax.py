@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, G, D, DV = 2, 37, 2, 1, 5, 7
 
 # The tensors of a call, in this order; those that are absent are None.
-NAMES = ("q", "k", "v", "q_rope", "k_rope", "bias", "sinks", "head_scale")
+NAMES = ("q", "k", "v", "q_rope", "k_rope", "bias", "decay", "output_gate", "sinks", "head_scale")
 
 
 def draw(
@@ -41,8 +41,11 @@ def draw(
     generator = torch.Generator().manual_seed(7)
     tensors = []
     for name, shape in shapes.items():
-        kind = torch.float32 if name in ("bias", "sinks", "head_scale") else dtype
-        tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, kind)
+        kind = torch.float32 if name in ("bias", "decay", "sinks", "head_scale") else dtype
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if name == "decay":
+            tensor = torch.nn.functional.logsigmoid(tensor).cumsum(-1)
+        tensor = tensor.to(DEVICE, kind)
         tensors.append(tensor.requires_grad_())
     return list(shapes), tensors
 
@@ -67,7 +70,10 @@ def assert_same_as_eager(
 
 
 def spelled_out_lse(made: dict[str, Tensor], call: dict[str, object]) -> Tensor:
-    """log(exp(sink) + sum_j exp(s_ij)), (B, H, T), -inf where nothing is visible and there is no sink."""
+    """log(exp(sink) + sum_j exp(s_ij)), (B, H, T), -inf where nothing is visible and there is no sink.
+
+    Without a decay's c_i.
+    """
     q, k = made["q"], made["k"]
     high = torch.promote_types(q.dtype, torch.float32)
     (b, t, h, _), s_count = q.shape, k.shape[1]
@@ -83,6 +89,8 @@ def spelled_out_lse(made: dict[str, Tensor], call: dict[str, object]) -> Tensor:
         s = s - call["alibi_slopes"].to(high)[:, None, None] * (i[:, None] - j).abs()
     if "bias" in made:
         s = s + made["bias"].to(high)
+    if "decay" in made:
+        s = s - made["decay"].to(high)[:, :, None]
     seen = view.dense((b, h, t, s_count), q.device)
     if seen is not None:
         s = s.masked_fill(~seen, -math.inf)
@@ -117,7 +125,7 @@ def spread(name: str) -> tuple[dict[str, int], dict[str, object], dict[str, obje
     call = dict(CALLS[name])
     sizes = {"B": 2, "T": 7, "S": call.pop("S", 7), "H": 6, "G": 3, "D": 5, "DV": 4, "R": call.pop("extra", 0)}
     extra = {}
-    for tensor in ("sinks", "head_scale"):
+    for tensor in ("sinks", "head_scale", "decay", "output_gate"):
         if isinstance(call.get(tensor), Tensor):
             extra[tensor] = tuple(call.pop(tensor).shape)
     if "bias" in call:
@@ -181,6 +189,28 @@ LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
     "learned sinks": ({}, {"sinks": (H,)}, {}),
     "head scale": ({}, {"head_scale": (H,)}, {}),
     "head scale of each row": ({}, {"head_scale": (B, H)}, {"causal": False}),
+    "decay": ({}, {"decay": (B, H, T)}, {}),
+    "decay and cached prefix": ({"T": 21, "S": 50}, {"decay": (B, H, 50)}, {}),
+    "decay, window and sink tokens": ({}, {"decay": (B, H, T)}, {"window": 5, "sink_tokens": 3}),
+    "decay, packed and padded": (
+        {}, {"decay": (B, H, T)},
+        {"mask": (AttentionMask.packed([0, 30, 74]) & AttentionMask.padding([35, 0])).to(DEVICE)},
+    ),
+    "decay of heads that share keys": ({"H": 6, "G": 2, "T": 19, "S": 19}, {"decay": (B, 6, 19)}, {}),
+    "decay and dense": ({}, {"decay": (B, H, T)}, {"mask": (torch.arange(T * T) % 7 > 2).view(T, T).to(DEVICE)}),
+    "gate": ({}, {"output_gate": (B, T, H, DV)}, {}),
+    "gate of heads": ({}, {"output_gate": (B, T, H, 1)}, {"causal": False}),
+    "gate, empty rows and sinks": (
+        {}, {"output_gate": (B, T, H, DV), "sinks": (H,)}, {"mask": AttentionMask.padding([0, 33]).to(DEVICE)},
+    ),
+    "decay and gate beside all they take": (
+        {"R": 4}, {
+            "decay": (B, H, T), "output_gate": (B, T, H, DV), "head_scale": (B, H), "bias": (1, H, T, T),
+        }, {
+            "alibi_slopes": SLOPES, "window": 7, "sink_tokens": 2, "scale": 0.4,
+            "mask": (AttentionMask.packed([0, 30, 74]) & AttentionMask.padding([35, 20])).to(DEVICE),
+        },
+    ),
     "shared key": ({"R": 6}, {}, {}),
     "one head": ({"H": 1, "G": 1}, {}, {}),
     "groups of several heads": ({"T": 19, "S": 19, "H": 6, "G": 2}, {}, {}),
@@ -203,7 +233,14 @@ def test_several_tiles(name: str) -> None:
     assert_same_as_eager(*draw(SIZES | changed, extra), call)
 
 
-@pytest.mark.parametrize("name", ["causal", "window and sink tokens", "packed", "softcap", "shared key", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal", "window and sink tokens", "packed", "softcap", "shared key", "everything", "decay",
+        "decay, packed and padded", "decay of heads that share keys", "gate", "gate of heads",
+        "decay and gate beside all they take",
+    ],
+)  # fmt: skip
 def test_half_precision(name: str) -> None:
     changed, extra, call = LONG[name]
     assert_same_as_eager(*draw(SIZES | changed, extra, torch.float16), call)
@@ -213,7 +250,8 @@ def test_half_precision(name: str) -> None:
     "name",
     [
         "causal", "cross", "queries beyond the keys", "bidirectional window and sink tokens", "packed and padded",
-        "causal padding with an empty row", "groups of several heads", "shared key", "learned sinks",
+        "causal padding with an empty row", "groups of several heads", "shared key", "learned sinks", "decay",
+        "decay, window and sink tokens", "decay and cached prefix",
     ],
 )  # fmt: skip
 def test_descriptors(name: str) -> None:
@@ -263,7 +301,7 @@ def test_any_width(d: int, dv: int, r: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
-@pytest.mark.parametrize("name", ["causal", "packed and padded", "softcap"])
+@pytest.mark.parametrize("name", ["causal", "packed and padded", "softcap", "decay"])
 def test_any_scale(name: str, scale: float) -> None:
     """30: scores in the hundreds, whose weights hang on their last digits."""
     changed, extra, call = LONG[name]
@@ -324,6 +362,7 @@ def assert_a_drawn_call(data: st.DataObject) -> None:
         ("bias", [(t, s), (heads, t, s), (rows, heads, t, s)]),
         ("sinks", [(heads,)]),
         ("head_scale", [(heads,), (rows, heads)]),
+        ("output_gate", [(rows, t, heads, 1), (rows, t, heads, sizes["DV"])]),
     ):
         if data.draw(st.booleans()):
             extra[name] = data.draw(st.sampled_from(shapes))
@@ -333,6 +372,8 @@ def assert_a_drawn_call(data: st.DataObject) -> None:
         call["softcap"] = data.draw(st.sampled_from([0.5, 30.0]))
     if data.draw(st.booleans()):
         call["alibi_slopes"] = torch.linspace(0, 1, heads, device=DEVICE)
+    if not {"softcap", "sinks"} & (call.keys() | extra.keys()) and data.draw(st.booleans()):
+        extra["decay"] = (rows, heads, s)
     assert_same_as_eager(*draw(sizes, extra), call)
 
 
@@ -413,15 +454,19 @@ def test_a_second_derivative_is_refused() -> None:
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["causal", "everything"])
+@pytest.mark.parametrize("name", ["causal", "everything", "decay", "gate"])
 def test_registration(name: str) -> None:
     """torch's own checks of the operator: schema, fake tensors, autograd registration."""
     changed, extra, call = LONG[name]
-    names, tensors = draw(SIZES | changed | {"H": 2, "G": 1, "B": 1}, {n: s for n, s in extra.items() if n == "bias"})
+    names, tensors = draw(
+        SIZES | changed | {"H": 2, "G": 1, "B": 1},
+        {n: (1, *s[1:]) for n, s in extra.items() if n in ("bias", "decay", "output_gate")},
+    )
     made = dict(zip(names, tensors, strict=True))
     arguments = (
-        made["q"], made["k"], made["v"], made.get("q_rope"), made.get("k_rope"), None, None, None, None, None, None,
-        None, None, None, 0.3, call.get("softcap", 0.0), call.get("window", 0), call.get("sink_tokens", 0), 0, True,
+        made["q"], made["k"], made["v"], made.get("q_rope"), made.get("k_rope"), made.get("output_gate"),
+        made.get("decay"), None, None, None, None, None, None, None, None, None, 0.3, call.get("softcap", 0.0),
+        call.get("window", 0), call.get("sink_tokens", 0), 0, True,
     )  # fmt: skip
     library.opcheck(torch.ops.attnzoo.softmax_attention.default, arguments)
 
@@ -445,14 +490,16 @@ def test_compiled_whole() -> None:
     [
         ({"dropout": 0.1}, "the kernels have no dropout, got 0.1"),
         ({"dtype": torch.float64}, "the kernels take float16, bfloat16 and float32, got torch.float64"),
+        ({"decay": True}, "the kernels add no decay to soft-capped scores, got softcap 5.0"),
         ({"D": 257}, "the kernels take heads up to 256 wide, got 257"),
     ],
 )
 def test_what_the_kernels_refuse(change: dict[str, object], message: str) -> None:
     dtype, dropout = change.get("dtype", torch.float32), change.get("dropout", 0.0)
     _, (q, k, v) = draw(SIZES | {"D": change.get("D", D), "T": 3, "S": 3}, {}, dtype)
+    options = {"decay": torch.zeros(B, H, 3, device=DEVICE), "softcap": 5.0} if "decay" in change else {}
     with pytest.raises(attnzoo.BackendUnavailable, match=f"backend 'triton' cannot run softmax_attention: {message}"):
-        attend(q, k, v, dropout=dropout, backend="triton")
+        attend(q, k, v, dropout=dropout, **options, backend="triton")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter on a CPU")
@@ -474,9 +521,11 @@ def test_masks_are_checked_before_a_kernel_runs() -> None:
             attend(q, k, v, mask=mask.to(DEVICE), backend="triton")
 
 
-def test_the_kernels_are_what_the_operation_calls() -> None:
+@pytest.mark.parametrize("name", ["causal", "everything", "decay and gate beside all they take"])
+def test_the_kernels_are_what_the_operation_calls(name: str) -> None:
     """A guard of the tests above: backend="triton" and the kernel are one thing."""
-    _, (q, k, v) = draw(SIZES, {})
-    direct = through_the_kernels({"q": q, "k": k, "v": v}, {"scale": 0.3})[0]
-    assert torch.equal(direct, kernel(q, k, v, scale=0.3)[0])
-    assert torch.equal(direct, attend(q, k, v, scale=0.3, backend="triton"))
+    changed, extra, call = LONG[name]
+    made = dict(zip(*draw(SIZES | changed, extra), strict=True))
+    call = {"scale": 0.3, **call}
+    direct = through_the_kernels(made, call)[0]
+    assert torch.equal(direct, attend(**made, **call, backend="triton"))

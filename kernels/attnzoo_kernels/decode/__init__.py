@@ -46,6 +46,7 @@ def decode_attention(
     q_rope: Tensor | None = None,
     k_rope: Tensor | None = None,
     head_scale: Tensor | None = None,
+    decay: Tensor | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     key_positions: Tensor | None = None,
@@ -76,6 +77,7 @@ def decode_attention(
         q_rope: (B, T, H, R); with k_rope a part of the score whose keys all heads share.
         k_rope: (B, S, 1, R).
         head_scale: factor of each head's output, (H,) or (B, H).
+        decay: (B, H, S) cumulated log gates c of the keys, float32: scores are those plus c_i - c_j.
         lengths: (B,) integers; keys j < lengths[b] are visible, and later ones are not read.
         mask: boolean, broadcastable to (B, H, T, S), True = may attend.
         key_positions: (S,) integers, the indices of the keys of a ring buffer.
@@ -86,7 +88,7 @@ def decode_attention(
     """
     check_decode(q, k, v, q_rope, k_rope, num_splits)
     check_options(
-        q, k, alibi_slopes=alibi_slopes, sinks=sinks, head_scale=head_scale, lengths=lengths, mask=mask,
+        q, k, alibi_slopes=alibi_slopes, sinks=sinks, head_scale=head_scale, decay=decay, lengths=lengths, mask=mask,
         key_positions=key_positions,
     )  # fmt: skip
     if sinks is not None and not isinstance(sinks, Tensor):
@@ -95,7 +97,7 @@ def decode_attention(
     # Gradients were refused.
     run = _run if is_unobserved(q, k, v) else _decode
     out: Tensor = run(
-        q, k, v, q_rope, k_rope, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start, scale,
+        q, k, v, q_rope, k_rope, decay, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start, scale,
         softcap or 0.0, window or 0, sink_tokens, first, num_splits or 0, causal,
     )  # fmt: skip
     return out
@@ -150,7 +152,7 @@ def latent_decode(
     start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
     run = _run if is_unobserved(q, latent) else _decode
     u: Tensor = run(
-        q, state, state, q_rope, shared, None, None, None, lengths, mask, None, start, scale, 0.0, 0, 0, first,
+        q, state, state, q_rope, shared, None, None, None, None, lengths, mask, None, start, scale, 0.0, 0, 0, first,
         num_splits or 0, causal,
     )  # fmt: skip
     return u
@@ -164,6 +166,7 @@ class _Inputs(NamedTuple):
     v: Tensor
     q_rope: Tensor | None
     k_rope: Tensor | None
+    decay: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     head_scale: Tensor | None
@@ -185,7 +188,10 @@ class _Inputs(NamedTuple):
         return (
             k.shape[2], k.stride(), v.shape[3], v.stride(), chip(q.device), tied,
             layouts((q, self.q_rope, self.head_scale)), self.k_rope is None or self.k_rope.stride(),
-            *[x is None or (x.dtype, x.stride()) for x in (self.slopes, self.sinks, self.lengths, self.positions)],
+            *[
+                x is None or (x.dtype, x.stride())
+                for x in (self.decay, self.slopes, self.sinks, self.lengths, self.positions)
+            ],
             self.start is None or self.start.dtype, self.mask is None, self.causal, self.softcap != 0.0,
             self.window > 0, self.sink_tokens > 0,
         )  # fmt: skip
@@ -234,7 +240,7 @@ def _plans(inputs: _Inputs, tied: bool) -> _Plans:
 
 
 TENSORS = _Inputs._fields.index("scale")
-STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "head_scale": "bh"}
+STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "q_rope": "bth", "k_rope": "bs", "decay": "bhs", "head_scale": "bh"}
 MERGE = Config({"BLOCK_C": 8}, num_warps=4, num_stages=1)
 """The merging kernel takes so many splits at a time."""
 
@@ -281,10 +287,11 @@ def _run(*given: Any) -> Tensor:
     others: dict[str, Any] = {} if mask is None else strides(mask.expand(B, H, T, S), "mask", "bhts")
     others |= closing if splits == 1 else {}
     first = plan.launch(
-        q_ptr=q, k_ptr=k, v_ptr=v, q_rope_ptr=inputs.q_rope, k_rope_ptr=inputs.k_rope, slopes_ptr=inputs.slopes,
-        lengths_ptr=inputs.lengths, positions_ptr=inputs.positions, mask_ptr=mask, start_ptr=start, o_ptr=part,
-        state_ptr=state, T=T, S=S, query_start=inputs.query_start, begin=begin, end=end, chunk=chunk,
-        scale=inputs.scale, softcap=inputs.softcap, window=inputs.window, sink_tokens=inputs.sink_tokens, **others,
+        q_ptr=q, k_ptr=k, v_ptr=v, q_rope_ptr=inputs.q_rope, k_rope_ptr=inputs.k_rope, decay_ptr=inputs.decay,
+        slopes_ptr=inputs.slopes, lengths_ptr=inputs.lengths, positions_ptr=inputs.positions, mask_ptr=mask,
+        start_ptr=start, o_ptr=part, state_ptr=state, T=T, S=S, query_start=inputs.query_start, begin=begin, end=end,
+        chunk=chunk, scale=inputs.scale, softcap=inputs.softcap, window=inputs.window, sink_tokens=inputs.sink_tokens,
+        **others,
     )  # fmt: skip
     with on_device(out):
         first.keep(first.run[B * G * blocks, splits, 1](*first.values, **first.options))

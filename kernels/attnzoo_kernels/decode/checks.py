@@ -68,25 +68,30 @@ def check_options(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | float | None = None,
     head_scale: Tensor | None = None,
+    decay: Tensor | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> None:
     """Refuse options whose shape does not fit."""
-    if alibi_slopes is sinks is head_scale is lengths is mask is key_positions is None:
+    if alibi_slopes is sinks is head_scale is decay is lengths is mask is key_positions is None:
         return
     B, T, H, _ = q.shape
     S = k.shape[1]
     shapes = {
         "alibi_slopes": (alibi_slopes, (H,)), "sinks": (sinks, (H,)), "lengths": (lengths, (B,)),
-        "key_positions": (key_positions, (S,)),
+        "key_positions": (key_positions, (S,)), "decay": (decay, (B, H, S)),
     }  # fmt: skip
     for name, (given, shape) in shapes.items():
         if isinstance(given, Tensor) and given.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
     if head_scale is not None and head_scale.shape not in ((H,), (B, H)):
         raise ValueError(f"head_scale must have shape {(H,)} or {(B, H)}, got {tuple(head_scale.shape)}")
-    for name, given in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("head_scale", head_scale)):
+    if decay is not None and decay.dtype != torch.float32:
+        raise ValueError(f"decay must be float32, got {decay.dtype}")
+    for name, given in (
+        ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("head_scale", head_scale), ("decay", decay),
+    ):  # fmt: skip
         if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"decoding has no gradient for {name}: call it under torch.no_grad()")
     if mask is not None:

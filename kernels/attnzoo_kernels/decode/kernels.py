@@ -1,6 +1,6 @@
 """Attention of a few new tokens over a long cache.
 
-    s_rj = scale * (q_r . k_j + q_rope_r . k_rope_j), soft-capped, biased and masked as in training
+    s_rj = scale * (q_r . k_j + q_rope_r . k_rope_j) - decay_j, soft-capped, biased and masked as in training
     o_r = head_scale * sum_j exp(s_rj) v_j / (exp(sink) + sum_j exp(s_rj))
 
 The rows r are the new tokens of all query heads that share one key/value head, so each key is read once for them all.
@@ -37,11 +37,12 @@ def closing_factor(m, l, sink):
 # key that is repeated for its heads.
 @triton.jit(do_not_specialize=[name for name in LENGTHS if name != "T"])  # one new token is the usual case
 def decode_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, q_rope_ptr, k_rope_ptr, decay_ptr, slopes_ptr, lengths_ptr, positions_ptr, mask_ptr, start_ptr,
     sinks_ptr, head_scale_ptr, o_ptr, state_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_g, stride_v_b, stride_v_s, stride_v_g,
     stride_q_rope_b, stride_q_rope_t, stride_q_rope_h, stride_k_rope_b, stride_k_rope_s,
-    stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s, stride_head_scale_b, stride_head_scale_h,
+    stride_decay_b, stride_decay_h, stride_decay_s, stride_mask_b, stride_mask_h, stride_mask_t, stride_mask_s,
+    stride_head_scale_b, stride_head_scale_h,
     B, T, S, H, G, query_start, begin, end, chunk, scale, softcap, window, sink_tokens,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, TIED: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINK_TOKENS: tl.constexpr, CLOSE: tl.constexpr,
@@ -84,6 +85,13 @@ def decode_attention_fwd_kernel(
     slope = 0.0
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + h, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+    if decay_ptr is not None:
+        decay_row = decay_ptr + b * stride_decay_b + h * stride_decay_h
+        # A row's gate changes no weight. It keeps differences small where its place among the keys is known.
+        c_i = tl.zeros([BLOCK_T], tl.float32)
+        if positions_ptr is None:
+            newest = tl.maximum(tl.minimum(query_start + T, S) - 1, 0).to(tl.int64)
+            c_i = tl.load(decay_row + newest * stride_decay_s, mask=in_rows, other=0.0)
     lo = begin + split * chunk
     hi = tl.minimum(lo + chunk, end)
     length = S
@@ -114,6 +122,8 @@ def decode_attention_fwd_kernel(
             j = tl.load(positions_ptr + o_s, mask=in_keys, other=0).to(tl.int32)
         s, _ = finish_scores(s, i[:, None], j[None, :], scale, softcap, slope, SOFTCAP, slopes_ptr is not None)
         ok = in_rows[:, None] & in_keys[None, :]
+        if decay_ptr is not None:
+            s += c_i[:, None] - tl.load(decay_row[:, None] + s_at[None, :] * stride_decay_s, mask=ok, other=0.0)
         ok = ok & visible(
             i[:, None], j[None, :], window, sink_tokens, 0, length, CAUSAL, WINDOW, SINK_TOKENS, lengths_ptr is not None
         )

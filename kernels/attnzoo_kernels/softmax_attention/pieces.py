@@ -7,6 +7,9 @@ import triton.language as tl
 
 from attnzoo_kernels.primitives import LOG2E, finish_scores, powers, visible
 
+DECAY_WIDTH = tl.constexpr(16)
+"""Features of a key that carry its cumulated gate: three parts, and zeros up to the depth of a matrix product."""
+
 
 @triton.jit
 def segment_of(b, o, n, S, lengths_ptr, first_ptr, last_ptr):
@@ -144,6 +147,84 @@ def query_ranges(
     full_lo = tl.where(none, lo, full_lo)
     full_hi = tl.where(none, lo, full_hi)
     return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def row_tile(
+    desc, b, g, ptr, stride_s, start, S, WIDTH: tl.constexpr, MASKED: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys or values start, start + 1, ... of a head, [BLOCK_S, BLOCK], 0 outside.
+
+    With a descriptor of the tensor (B, G, S, WIDTH) hardware computes the addresses, which takes neither instructions
+    nor registers; without, ptr is where batch row b and head g begin. Not MASKED: all are keys below S.
+    """
+    if desc is not None:
+        tile = desc.load([b.to(tl.int32), g.to(tl.int32), start, 0]).reshape(BLOCK_S, BLOCK)
+    else:
+        o_s = start + tl.arange(0, BLOCK_S)[:, None]
+        o = tl.arange(0, BLOCK)[None, :]
+        at = ptr + o_s.to(tl.int64) * stride_s + o
+        if MASKED:
+            tile = tl.load(at, mask=(o_s < S) & (o < WIDTH), other=0.0)
+        elif WIDTH == BLOCK:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=o < WIDTH, other=0.0)
+    return tile
+
+
+@triton.jit
+def decay_of_queries(decay_ptr, positions_ptr, i, S):
+    """Cumulated gates c_i of queries with indices i, or others that are the same in every kernel.
+
+    What a row's keys have in common changes no weight: where a query's place among the keys is unknown, c of the last
+    key serves as well.
+    """
+    if positions_ptr is not None:
+        i = i * 0 + S
+    return tl.load(decay_ptr + tl.minimum(tl.maximum(i, 0), S - 1))
+
+
+@triton.jit
+def decay_of_keys(desc, b, h, features_ptr, decay_ptr, start, S, MASKED: tl.constexpr, BLOCK_S: tl.constexpr):
+    """What `with_decay` takes of keys start, start + 1, ...: their features in half precision, or else c_j."""
+    if features_ptr is not None:
+        b_decay = row_tile(desc, b, h, features_ptr, DECAY_WIDTH, start, S, DECAY_WIDTH, MASKED, BLOCK_S, DECAY_WIDTH)
+    else:
+        o_s = start + tl.arange(0, BLOCK_S)
+        b_decay = tl.load(decay_ptr + o_s, mask=o_s < S, other=0.0)
+    return b_decay
+
+
+@triton.jit
+def with_decay(s, b_decay, c_i, decay_factor, FEATURES: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Products s of a tile, [queries, keys] or KEYS_FIRST, plus (c_i - c_j) / scale, up to what a row has in common.
+
+    In half precision the tile b_decay [keys, DECAY_WIDTH] is what `softmax_attention_decay_kernel` wrote: a matrix
+    product adds it with a few instructions, where additions would take several for every pair.
+    """
+    if FEATURES:
+        if KEYS_FIRST:
+            units = tl.full([b_decay.shape[1], s.shape[1]], decay_factor, b_decay.dtype)
+            s = tl.dot(b_decay, units, acc=s)
+        else:
+            units = tl.full([s.shape[0], b_decay.shape[1]], decay_factor, b_decay.dtype)
+            s = tl.dot(units, tl.trans(b_decay), acc=s)
+    elif KEYS_FIRST:
+        s += (c_i[None, :] - b_decay[:, None]) * decay_factor
+    else:
+        s += (c_i[:, None] - b_decay[None, :]) * decay_factor
+    return s
+
+
+@triton.jit
+def gate_tile(ptr, stride_t, o_t, T, GATES: tl.constexpr, BLOCK: tl.constexpr):
+    """Gates of a head's outputs, sigmoids of the logits at ptr: [queries, BLOCK], or [queries, 1] with a single one."""
+    o = tl.arange(0, BLOCK if GATES > 1 else 1)[None, :]
+    at = ptr + o_t.to(tl.int64)[:, None] * stride_t + o
+    x = tl.load(at, mask=(o_t < T)[:, None] & (o < GATES), other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit

@@ -50,6 +50,10 @@ LINES["softmax_attention_bwd_dkdv grouped"] = LINES["softmax_attention_bwd_dkdv"
         64: (64, 128, 8, 2), 192: (32, 128, 8, 2), 256: (64, 64, 8, 1), 320: (32, 64, 8, 1),
     },
 }  # fmt: skip
+# The features that carry a decay take shared memory.
+LINES["softmax_attention_fwd decay"] = LINES["softmax_attention_fwd"] | {
+    ("hopper", 2): LINES["softmax_attention_fwd"]["hopper", 2] | {128: (128, 128, 8, 2)},
+}
 # A tile of a bias or mask takes shared memory for every stage, and its addresses registers.
 LINES["softmax_attention_fwd dense"] = LINES["softmax_attention_fwd"] | {
     ("hopper", 2): {128: (128, 64, 8, 2), 192: (128, 32, 8, 2), 320: (64, 32, 8, 1)},
