@@ -35,6 +35,7 @@ from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.mta import MultiTokenAttention
 from attnzoo.modules.rcmha import RelativeConvAttention
+from attnzoo.modules.selective import SelectiveAttention
 from attnzoo.modules.sigmoid import SigmoidAttention
 from attnzoo.modules.smha import SelectiveMultiHeadAttention
 from attnzoo.modules.tab import TABAttention
@@ -74,6 +75,7 @@ __all__ = [
     "DifferentialAttention",
     "SigmoidAttention",
     "MultiTokenAttention",
+    "SelectiveAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

@@ -475,3 +475,23 @@ class RecentQueriesCache(StatefulCache):
         """Take back what was appended since the snapshot."""
         before, self.held = snapshot
         super().restore(before)
+
+
+class SelectionCache(StatefulCache):
+    """Keys and values, and what the tokens so far have taken from each key, (B, max_length) in float32 or float64."""
+
+    no_way_back = "a sum cannot give single tokens back"
+
+    def make_sums(self) -> None:
+        """Allocate the sums."""
+        buffer = self.buffers[0]
+        dtype = torch.promote_types(buffer.dtype, torch.float32)
+        self.state = (torch.zeros(self.batch_size, self.max_length, device=buffer.device, dtype=dtype),)
+
+    def removed(self) -> Tensor:
+        """What was taken from each key of the cache, (B, S)."""
+        return self.state[0][:, : self.length]
+
+    def store_removed(self, removed: Tensor) -> None:
+        """Move on to what was taken from each key after the tokens that were appended, (B, S)."""
+        self.store(torch.nn.functional.pad(removed, (0, self.max_length - removed.shape[1])))

@@ -52,6 +52,7 @@ PLAIN = (
     "sigmoid-learned",
     "mta",
     "mta-full",
+    "selective",
 )
 """Mechanisms that no kernel of ours covers, of mgk and tpa a decoding step."""
 

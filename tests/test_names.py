@@ -16,7 +16,7 @@ NAMES = (
     "GatedAttention", "DifferentialAttention",
     "TensorProductAttention",
     "GatedAttention",
-    "TensorProductAttention", "SigmoidAttention", "MultiTokenAttention",
+    "TensorProductAttention", "SigmoidAttention", "MultiTokenAttention", "SelectiveAttention",
 )  # fmt: skip
 
 

@@ -115,6 +115,9 @@ MECHANISMS: dict[str, Make] = {
         gate="headwise",
         **options,
     ),
+    "selective": lambda embed_dim=E, **options: attnzoo.SelectiveAttention(
+        embed_dim, H, G, selection_head=1, chunk_size=5, **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -182,6 +185,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
     **dict.fromkeys(("rcmha", "linear"), ("plain",)),
     # A window leaves the cache as it is; their own tests have it.
+    "selective": ("plain", "no-rope", "qk-norm"),
     **dict.fromkeys(("mta", "mta-full"), ("plain", "no-rope")),
     "sigmoid": tuple(option for option in OPTIONS if "sink" not in option),
     "sigmoid-learned": ("plain", "window"),
@@ -195,7 +199,7 @@ REFUSED = [
     if option not in TAKES[name]
     and not (name.startswith(("linear", "mhla")) and option in ("no-rope", "qk-norm"))
     and name not in ("gated-key", "gated-dense", "sigmoid-learned")
-    and not (name.startswith("mta") and option == "window")
+    and not (name in ("mta", "mta-full", "selective") and option == "window")
     and not (name in ("mhe-add", "mgk", "mgk-hard", "mgk-linear") and option in ("no-rope", "alibi"))
 ]
 """Options that a mechanism's constructor refuses."""
@@ -248,6 +252,16 @@ LACKS: dict[str, tuple[str, ...]] = {
             "token cache",
             "unnormed heads",
         ),
+    ),
+    "selective": (
+        "head order by rows",
+        "bidirectional",
+        "context",
+        "counted flops",
+        "padding as a mask",
+        "pruning as a mask",
+        "sdpa",
+        "token cache",
     ),
     "tpa": ("head order by rows", "circuits"),
     "tpa-kv": ("head order by rows", "circuits", "unnormed heads"),

@@ -41,7 +41,7 @@ class Observation:
 
     Attributes:
         operation: "softmax_attention", "sigmoid_attention", "composed_attention", "differential_attention",
-            "latent_attention" or "routed_attention".
+            "latent_attention", "multi_token_attention", "selective_attention" or "routed_attention".
         q: queries (B, T, Hq, D).
         k: keys (B, S, G, D).
         v: values (B, S, Gv, Dv). Latent attention reads keys and values from one tensor, so k and v are the same.

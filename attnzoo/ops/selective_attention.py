@@ -1,0 +1,112 @@
+"""Softmax attention whose queries let later ones forget keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.backends import choose
+from attnzoo.masks import Visibility
+from attnzoo.ops.chunks import chunks_of, recomputed
+from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+
+
+def selective_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: Visibility,
+    *,
+    head: int,
+    scale: float,
+    removed: Tensor | None = None,
+    real: Tensor | None = None,
+    protect_first: bool = True,
+    dropout: float = 0.0,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Selective attention (Leviathan et al. 2024, arXiv:2410.02703, section 3): outputs (B, T, H, Dv) and F (B, S).
+
+        s_hij = scale q_i . k_j
+        S_ij = relu(s_mij) for j < i, 0 for the first token of a document, and where j is not visible to i
+        F_ij = sum_{l < i} S_lj                          m is the selection head; F is subtracted in all heads
+        o_h = softmax_j(s_hij - F_ij where `view` allows) v_j
+
+    A query that sees no key gives zeros. Scores, F and softmax are float32, or float64 for float64.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, S, G, D) in the order of their tokens; query head h reads key/value head h // (H / G).
+        v: values (B, S, G, Dv).
+        view: which key each query may attend to; causal.
+        head: the selection head m.
+        scale: factor of the scores.
+        removed: F of the first query, (B, S). Default: 0.
+        real: which queries are tokens and not padding, (B, T); the others drop nothing. None: all.
+        protect_first: whether the first token stays.
+        dropout: probability of dropping a weight.
+        chunk_size: queries that the plain form does at once; the scores of a chunk are recomputed in the backward
+            pass, which keeps one F (B, S) for each. None, and in exported programs: all at once.
+        backend: "auto" (in chunks) or "eager" (all at once). There is no kernel.
+
+    Returns:
+        The outputs, and F of the query after the last.
+
+    Raises:
+        BackendUnavailable: if a named backend cannot serve the call.
+    """
+    choose(backend, "selective_attention", {"eager": lambda: None}, q.device)
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    start = q.new_zeros(B, S, dtype=dtype) if removed is None else removed
+    # Keys of packed rows are their queries.
+    places = None if view.mask is None else view.mask.positions(B, T)
+
+    def scores(rows: slice, keys: slice) -> Tensor:
+        key = k[:, keys].to(dtype)
+        key = key.repeat_interleave(H // max(G, 1), dim=2) if H != G else key
+        return torch.einsum("bthd,bshd->bhts", q[:, rows].to(dtype), key) * scale
+
+    def choices(s: Tensor, visible: Tensor | None, rows: slice, keys: slice) -> Tensor:
+        """S (B, t, s) of the selection head's scores (B, H, t, s)."""
+        i, j = view.indices(T, S, q.device)
+        may = j[keys] < i[rows, None]
+        if protect_first:
+            may = may & ((j if places is None else places)[..., keys] > 0)[..., None, :]
+        if visible is not None:
+            may = may & visible.expand(torch.broadcast_shapes(visible.shape, s.shape))[:, head]
+        if real is not None:
+            may = may & real[:, rows, None]
+        return torch.relu(s[:, head]) * may
+
+    def before(chosen: Tensor, start: Tensor) -> Tensor:
+        """F (B, t, s) of choices S (B, t, s)."""
+        return start[:, None] + F.pad(chosen.cumsum(1), (0, 0, 1, 0))[:, : chosen.shape[1]]
+
+    def form(rows: slice | None, start: Tensor) -> tuple[Tensor, Tensor]:
+        rows = slice(0, T) if rows is None else rows
+        keys = view.keys_of(rows, T, S)
+        with without_autocast(q):
+            s, visible = scores(rows, keys), view.dense((B, H, T, S), q.device, rows, keys)
+            chosen = choices(s, visible, rows, keys)
+            p = F.dropout(masked_softmax(s - before(chosen, start[:, keys])[:, None], visible), dropout).to(v.dtype)
+            value = v[:, keys].repeat_interleave(H // max(G, 1), dim=2) if H != G else v[:, keys]
+            out = torch.einsum("bhts,bshd->bthd", p, value)
+            return out, start + F.pad(chosen.sum(1), (keys.start, S - keys.stop))
+
+    observer = current_observer()
+    if observer is not None:
+        every, all_keys = slice(0, T), slice(0, S)
+        with without_autocast(q):
+            chosen = choices(scores(every, all_keys), view.dense((B, H, T, S), q.device), every, all_keys)
+            rules = ScoreRules(scale, bias=-before(chosen, start)[:, None], dropout=dropout)
+        observer(Observation("selective_attention", q, k, v, view, rules))
+    outs = []
+    for rows in chunks_of(T, None if backend == "eager" else chunk_size):
+        out, start = recomputed(form, rows, start)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), start
