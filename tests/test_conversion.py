@@ -73,6 +73,7 @@ def test_a_grouped_module_merges_further():
         (lambda: build("mha"), 2, "median", "mode must be 'mean', 'first' or 'activations', got 'median'"),
         (lambda: build("kha"), 1, "mean", "module must be multi-head or grouped-query attention, got "),
         (lambda: build("gta"), 1, "mean", "got GroupedTiedAttention"),
+        (lambda: build("mha", qk_norm="joint"), 2, "mean", "module must not have qk_norm 'joint'"),
         (lambda: build("mha"), 2, "activations", "calib must be given with mode 'activations', got None"),
         (lambda: build("mha", qk_norm=True), 2, "activations", "module must not have qk_norm for mode 'activations'"),
     ],
@@ -183,10 +184,11 @@ def test_exact_starts(start, source, bias):
     torch.testing.assert_close(begun(x), attn(x), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 4}, {"qk_norm": True}, {"rope": None}])
+@pytest.mark.parametrize("options", [{"sliding_window": 4}, {"qk_norm": True}, {"qk_norm": "joint"}, {"rope": None}])
 def test_a_start_keeps_the_options_of_its_source(options):
     attn, x = build("gqa", **options).eval(), torch.randn(2, 9, E).double()
-    torch.testing.assert_close(to_dcmha(attn)(x), attn(x), atol=1e-10, rtol=0)
+    if options != {"qk_norm": "joint"}:
+        torch.testing.assert_close(to_dcmha(attn)(x), attn(x), atol=1e-10, rtol=0)
     for gate in ("output", "query"):
         torch.testing.assert_close(to_gated(attn, gate)(x), attn(x), atol=1e-10, rtol=0)
     if "qk_norm" not in options:
@@ -231,6 +233,8 @@ def test_a_start_refuses_another_family_and_pruned_heads():
             start(build("gta"))
         with pytest.raises(ValueError, match="module must not have pruned heads"):
             start(pruned)
+    with pytest.raises(ValueError, match="module must not have qk_norm 'joint'"):
+        to_dcmha(build("gqa", qk_norm="joint"))
     with pytest.raises(ValueError, match="module must have v_head_dim equal to head_dim"):
         to_dcmha(build("gqa", v_head_dim=4))
 

@@ -96,6 +96,8 @@ def to_gqa(
         raise ValueError(f"mode must be 'mean', 'first' or 'activations', got {mode!r}")
     if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the module's {module.num_kv_heads}, got {num_kv_heads}")
+    if module.qk_norm == "joint":
+        raise ValueError("module must not have qk_norm 'joint': its statistics are those of all key heads together")
     if mode == "activations" and module.q_norm is not None:
         raise ValueError("module must not have qk_norm for mode 'activations': queries would have to change before it")
     if mode == "activations" and calib is None:

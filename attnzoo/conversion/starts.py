@@ -27,6 +27,8 @@ def to_dcmha(module: GroupedQueryAttention, **options: Any) -> DynamicallyCompos
         options: further options of `DynamicallyComposableAttention`.
     """
     own = options_without(module, ("logit_softcap", "alibi", "sink_tokens", "sink"), "dynamically composable attention")
+    if own["qk_norm"] == "joint":
+        raise ValueError("module must not have qk_norm 'joint': dynamically composable attention normalises each head")
     if (own.pop("v_head_dim"), module.vdim) != (module.head_dim, module.kdim):
         raise ValueError("module must have v_head_dim equal to head_dim, and vdim to kdim, for composable attention")
     del own["vdim"]

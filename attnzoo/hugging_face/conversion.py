@@ -23,12 +23,11 @@ from attnzoo.conversion import (
     to_moh,
     to_talking_heads,
 )
-from attnzoo.description import describe
 from attnzoo.hugging_face.calibration import Batch, calibrate, mean_loss
 from attnzoo.hugging_face.layer import AttentionLayer
 from attnzoo.hugging_face.replacement import attention_names, install, read_layers
 from attnzoo.hugging_face.report import LayerReport, ModelReport
-from attnzoo.hugging_face.saving import adopt
+from attnzoo.hugging_face.saving import adopt, described
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.protocol import is_mechanism
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
@@ -122,6 +121,8 @@ def convert(
         for index, (name, attn) in zip(plan.indices, plan.attns.items(), strict=True)
     ]
     for name, (attn, _) in built.items():
+        described(name, attn)
+    for name, (attn, _) in built.items():
         install(model, name, attn)
     adopt(model)
     return ModelReport("custom" if callable(mechanism) else mechanism, tuple(reports), chosen)
@@ -181,7 +182,6 @@ def _module_and_report(result: Any, attn: Any) -> tuple[nn.Module, Any]:
     made, report = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(made, nn.Module) or not is_mechanism(made) or made.embed_dim != attn.embed_dim:
         raise ValueError(f"the function must return an attention module of width {attn.embed_dim}, got {made!r}")
-    describe(made)  # what could not be saved is refused here, by its layer
     return made, report if isinstance(report, LatentReport) else None
 
 

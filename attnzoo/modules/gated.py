@@ -63,7 +63,7 @@ class GatedAttention(GroupedQueryAttention):
         gate_type: str = "elementwise",
         gate_bias: bool | None = None,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         **options: Any,
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias=bias, qk_norm=qk_norm, **options)
@@ -72,7 +72,7 @@ class GatedAttention(GroupedQueryAttention):
         headwise = gate_type == "headwise"
         if headwise and gate == "dense":
             raise ValueError("gate_type must be 'elementwise' with gate 'dense', which has no heads, got 'headwise'")
-        if headwise and qk_norm and gate in ("query", "key"):
+        if headwise and qk_norm is True and gate in ("query", "key"):
             raise ValueError(
                 f"gate_type must be 'elementwise' with gate {gate!r} and qk_norm, which cancels a factor of a head, "
                 "got 'headwise'"

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 import attnzoo
 import attnzoo.hugging_face as hf
 from attnzoo.conversion import mha2mla
-from tests.hugging_face.small import lifted, small
+from tests.hugging_face.small import FAMILIES, lifted, small
 
 EXACT = {
     "kha": {"variant": "mlp_qkv"},
@@ -50,6 +50,30 @@ def test_conversions_with_an_exact_start(mechanism, family):
         assert torch.equal(generated(model), tokens)
     assert [layer.index for layer in report.layers] == [0, 1]
     assert {type(attn).__name__ for _, attn in hf.modules(model)} == {layer.after for layer in report.layers}
+
+
+REFUSED = {
+    **{family: {"dcmha": "module must "} for family in ("gemma2", "gemma3", "gpt-oss", "gpt2", "olmo2")},
+    **{f: dict.fromkeys(("dcmha", "gated"), "got MultiHeadLatent") for f in ("deepseek-v3", "deepseek-v3-half")},
+}
+"""What a family is not converted to, and a part of the reason."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_converted_exactly_or_refused(family):
+    with lifted():
+        for mechanism in ("kha", "dcmha", "gated"):
+            model = small(family)
+            expected, before = model(ids()).logits, dict(model.named_modules())
+            reason = REFUSED.get(family, {}).get(mechanism)
+            if reason is None:
+                hf.convert(model, mechanism, verify=False)
+                assert [name for name, _ in hf.modules(model)]
+            else:
+                with pytest.raises(ValueError, match=f"layer '.*': .*{reason}"):
+                    hf.convert(model, mechanism, verify=False)
+                assert dict(model.named_modules()) == before
+            torch.testing.assert_close(model(ids()).logits, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("weighting", ["weights", "activations", "two-sided"])
@@ -224,7 +248,7 @@ class Own(attnzoo.GroupedQueryAttention):
         ("mla", {**LATENT, "key_weight": [1, -1]}, "key_weight must be positive, got -1"),
         ("gated", {"gate": "input"}, FIRST + "gate must be one of"),
         (lambda *_: None, {}, FIRST + "the function must return an attention module of width 32"),
-        (Own.of, {}, FIRST + "attn must be a mechanism of attnzoo to be described"),
+        (Own.of, {}, "layer 'model.layers.0.self_attn' cannot be saved: attn must be a mechanism"),
         (lambda *_: None, {"rank": 2}, "options must not be given with a function, got rank"),
     ],
 )  # fmt: skip
