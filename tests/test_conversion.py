@@ -70,7 +70,12 @@ def test_a_grouped_module_merges_further():
     [
         (lambda: build("mha"), 3, "mean", "num_kv_heads must divide the module's 4, got 3"),
         (lambda: build("mha"), 0, "mean", "num_kv_heads must divide the module's 4, got 0"),
-        (lambda: build("mha"), 2, "median", "mode must be 'mean', 'first' or 'activations', got 'median'"),
+        (
+            lambda: build("mha"),
+            2,
+            "median",
+            "mode must be one of 'mean', 'first', .*, got 'median'",
+        ),
         (lambda: build("kha"), 1, "mean", "module must be multi-head or grouped-query attention, got "),
         (lambda: build("gta"), 1, "mean", "got GroupedTiedAttention"),
         (lambda: build("mha", qk_norm="joint"), 2, "mean", "module must not have qk_norm 'joint'"),
@@ -134,13 +139,11 @@ def related_heads(rope, bias):
 
 @pytest.mark.parametrize("rope", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_heads_in_other_coordinates_merge_exactly_by_activations(rope, bias):
+@pytest.mark.parametrize("mode", ["activations", "two-sided"])
+def test_heads_in_other_coordinates_merge_exactly(rope, bias, mode):
     attn, x = related_heads(rope, bias), torch.randn(3, 11, E).double()
-    merged = to_gqa(attn, 2, "activations", calib=x)
-    torch.testing.assert_close(merged(x), attn(x), atol=1e-10, rtol=0)
-    torch.testing.assert_close(
-        to_gqa(attn, 2, "activations", calib=InputStatistics.of(7 * x))(x), attn(x), atol=1e-10, rtol=0
-    )
+    for calib in (x, InputStatistics.of(7 * x)):
+        torch.testing.assert_close(to_gqa(attn, 2, mode, calib=calib)(x), attn(x), atol=1e-8, rtol=0)
     mean = to_gqa(attn, 2, "mean")
     assert (mean(x) - attn(x)).abs().max() > 1e-3
 
@@ -149,8 +152,9 @@ def test_merging_by_activations_loses_less_than_the_mean():
     attn, x = build("mha").eval(), torch.randn(4, 16, E).double() @ torch.randn(E, E).double()
     error = {
         mode: (to_gqa(attn, 2, mode, **more)(x) - attn(x)).detach().norm()
-        for mode, more in {"mean": {}, "first": {}, "activations": {"calib": x}}.items()
+        for mode, more in {"mean": {}, "first": {}, "activations": {"calib": x}, "two-sided": {"calib": x}}.items()
     }
+    assert error["two-sided"] < 0.97 * error["activations"]
     assert error["activations"] < 0.9 * min(error["mean"], error["first"])
 
 

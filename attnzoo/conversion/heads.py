@@ -19,6 +19,10 @@ from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
+from attnzoo.rules import check, one_of
+
+CALIBRATED = ("activations", "two-sided")
+"""Modes of `to_gqa` that choose coordinates by the layer's inputs."""
 
 
 def from_mha(module: nn.MultiheadAttention, *, causal: bool = False, **options: Any) -> MultiHeadAttention:
@@ -73,41 +77,42 @@ def to_gqa(
 ) -> GroupedQueryAttention:
     """Fewer key/value heads, the start of "uptraining" (Ainslie et al. 2023, section 2.1).
 
-    The keys and values of each group become one head: their mean, the first of them, or the one that tells most of
-    all on the calibration inputs ("activations"). The mean takes for granted that heads share coordinates, which
-    trained heads do not. "activations" gives every head coordinates of its own, taken over by its queries and
-    the output projection: one complex factor for each pair of features that rotates, so that it commutes with the
-    rotation, and an orthogonal map of the features that do not, and of the values.
+    The keys and values of each group become one head: their mean, the first of them, or the one that tells most of all
+    on the calibration inputs. The mean takes for granted that heads share coordinates, which trained heads do not.
+    "activations" and "two-sided" give every head coordinates of its own, taken over by its queries and the output
+    projection: one complex factor for each pair of features that rotates, so that it commutes with the rotation, and a
+    map of the features that do not, and of the values. "two-sided" also weighs heads by their queries and by the
+    output projection.
 
-    "mean" and "first" are exact where the heads of every group are equal; "activations" also where they are equal up
-    to such factors and invertible maps.
+    "mean" and "first" are exact where the heads of every group are equal; the others also where they are equal up to
+    such factors and invertible maps.
 
     Args:
-        module: a multi-head or grouped-query module without pruned heads; for "activations" without QK-norm.
+        module: a multi-head or grouped-query module without pruned heads; for calibrated modes without QK-norm.
         num_kv_heads: key/value heads of the result; must divide the module's.
-        mode: "mean", "first" or "activations".
-        calib: for "activations": (N, T, E) inputs of the layer, or their `InputStatistics`.
+        mode: "mean", "first", "activations" or "two-sided".
+        calib: for "activations" and "two-sided": (N, T, E) inputs of the layer, or their `InputStatistics`.
     """
     if type(module) not in (GroupedQueryAttention, MultiHeadAttention):
         raise ValueError(f"module must be multi-head or grouped-query attention, got {type(module).__name__}")
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
-    if mode not in ("mean", "first", "activations"):
-        raise ValueError(f"mode must be 'mean', 'first' or 'activations', got {mode!r}")
+    check("mode", mode, one_of("mean", "first", *CALIBRATED))
     if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the module's {module.num_kv_heads}, got {num_kv_heads}")
     if module.qk_norm == "joint":
         raise ValueError("module must not have qk_norm 'joint': its statistics are those of all key heads together")
-    if mode == "activations" and module.q_norm is not None:
-        raise ValueError("module must not have qk_norm for mode 'activations': queries would have to change before it")
-    if mode == "activations" and calib is None:
-        raise ValueError("calib must be given with mode 'activations', got None")
+    if mode in CALIBRATED and module.q_norm is not None:
+        raise ValueError(f"module must not have qk_norm for mode {mode!r}: queries would have to change before it")
+    if mode in CALIBRATED and calib is None:
+        raise ValueError(f"calib must be given with mode {mode!r}, got None")
     converted = GroupedQueryAttention(
         module.embed_dim, module.num_heads, num_kv_heads, module.head_dim, **_grouped_options(module)
     )
     state = module.state_dict()
-    if mode == "activations" and calib is not None:
-        state |= merged_heads(module, num_kv_heads, statistics_of(calib, module).moment)
+    if mode in CALIBRATED and calib is not None:
+        moment = statistics_of(calib, module).moment
+        state |= merged_heads(module, num_kv_heads, moment, two_sided=mode == "two-sided")
     else:
         size = module.num_kv_heads // num_kv_heads
         for name in list(state):

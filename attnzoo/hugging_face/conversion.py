@@ -23,6 +23,7 @@ from attnzoo.conversion import (
     to_moh,
     to_talking_heads,
 )
+from attnzoo.conversion.heads import CALIBRATED
 from attnzoo.hugging_face.calibration import Batch, calibrate, mean_loss
 from attnzoo.hugging_face.layer import AttentionLayer
 from attnzoo.hugging_face.replacement import attention_names, install, read_layers
@@ -143,7 +144,7 @@ def _check_options(mechanism: str | LayerConversion, options: Mapping[str, Any],
     for name, parameter in list(signature.parameters.items())[1:]:
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in options:
             raise ValueError(f"{mechanism!r} needs the option {name!r}, got {', '.join(options) or 'none'}")
-    if not calibrated and (options.get("mode") == "activations" or options.get("weighting", "weights") != "weights"):
+    if not calibrated and (options.get("mode") in CALIBRATED or options.get("weighting", "weights") != "weights"):
         raise ValueError("calib must be given to weigh by activations, got None")
 
 
