@@ -249,7 +249,7 @@ def read_deepseek(module: Any, layer: Any) -> tuple[nn.Module, State]:  # noqa: 
     """DeepSeek-V3: latent attention under the same names."""
     config = module.config
     attn = MultiHeadLatentAttention(
-        module.hidden_size, module.num_heads, module.kv_lora_rank, module.q_lora_rank,
+        module.o_proj.out_features, module.num_heads, module.kv_lora_rank, module.q_lora_rank,
         qk_nope_head_dim=module.qk_nope_head_dim, qk_rope_head_dim=module.qk_rope_head_dim,
         v_head_dim=module.v_head_dim, rope=rotary_of(config, style="interleaved" if config.rope_interleave else "half"),
         norm_eps=_eps(module.kv_a_layernorm), bias=module.o_proj.bias is not None, scale=module.scaling,

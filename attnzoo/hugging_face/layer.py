@@ -132,7 +132,7 @@ class AttentionLayer(nn.Module):
                 f"attention_mask must not begin with padding for this {type(self.attn).__name__}, whose outputs it "
                 "would change: pad on the right"
             )
-        if self.attn.has_patterns:
+        if self.attn.has_patterns and getattr(self.attn, "takes_pair_masks", True):
             return CompleteMask(visible, bias, real, has_window)
         if (
             start is None
@@ -141,8 +141,8 @@ class AttentionLayer(nn.Module):
             or not _is_padding(visible[..., start:], real, self.attn.causal)
         ):
             raise ValueError(
-                f"attention_mask must hold causality and padding alone for {type(self.attn).__name__}, which has no "
-                "scores of single pairs"
+                f"attention_mask must hold causality and padding alone for {type(self.attn).__name__}, which mixes "
+                "the scores of pairs or has none"
             )
         if takes_left:
             return AttentionMask(real_queries=real)

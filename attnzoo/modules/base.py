@@ -56,6 +56,8 @@ class Mechanism(Recorded, nn.Module):
     factored_circuits = False
     takes_bias = False
     """Whether the scores take an additive mask."""
+    takes_pair_masks = True
+    """Whether a mask may hide any single pair of a query and a key, with a cache too."""
     takes_left_padding = True
     """Whether tokens that a mask hides before a sequence leave its outputs as they are."""
     cache_type: type[Any] = KeyValueCache

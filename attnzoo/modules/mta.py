@@ -73,6 +73,8 @@ class MultiTokenAttention(Mechanism):
     pre_heads: nn.Parameter | None
     post_heads: nn.Parameter | None
     cache_type = RecentQueriesCache
+    takes_pair_masks = False  # Convolutions read the scores of earlier queries too.
+    takes_left_padding = False
     shown = ("pre_kernel_size", "post_kernel_size", "gate_type", "rope", "sliding_window", "pruned_heads")
 
     def __init__(

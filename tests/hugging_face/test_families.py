@@ -85,6 +85,8 @@ def test_a_replaced_model_gives_the_same_logits(name):
 def test_a_replaced_model_generates_the_same_tokens(name, decoding):
     if (name, decoding) == ("phi3", "lookup"):
         pytest.skip("transformers' own Phi-3 cannot take tokens back from its sliding cache")
+    if decoding == "lookup" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
+        pytest.skip("transformers' prompt lookup needs an end token before 5.15")
     if (name, decoding) == ("llama-dynamic", "lookup"):
         pytest.skip("transformers remembers the length with tokens that were taken back")
     ids, left = ids_and_padding(1 if decoding == "lookup" else 2)
