@@ -27,7 +27,8 @@ from attnzoo_recipes.callbacks.progress import LossCurve, StepProgress, Throughp
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data.module import TextDataModule
-from attnzoo_recipes.training import Pretraining, warmup_cosine
+from attnzoo_recipes.optimisers import warmup_cosine
+from attnzoo_recipes.training import Pretraining
 
 E, H, LAYERS, B, T = 192, 8, 4, 8, 256
 STEPS, WARM = 24, 4

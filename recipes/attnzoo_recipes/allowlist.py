@@ -26,6 +26,7 @@ ALLOWED = (
     "attnzoo_recipes.callbacks",
     "attnzoo_recipes.data.module",
     "attnzoo_recipes.feed_forward",
+    "attnzoo_recipes.optimisers",
     "attnzoo_recipes.training",
     "lightning.fabric.plugins",
     "lightning.pytorch.callbacks",

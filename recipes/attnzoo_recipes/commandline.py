@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
 
 import torch
 from jsonargparse import ArgumentError
@@ -22,12 +22,20 @@ from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
 from attnzoo_recipes.callbacks.memory import OUT_OF_MEMORY, MemoryEstimate, is_out_of_memory, out_of_memory
 from attnzoo_recipes.callbacks.metrics import Metrics, outlive_failing_disks
-from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Samples, StepProgress, Throughput
+from attnzoo_recipes.callbacks.progress import (
+    Checkpoints,
+    LossCurve,
+    ProgressLines,
+    Samples,
+    StepProgress,
+    Throughput,
+)
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.callbacks.summary import Report
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.files import Unbreakable, is_failing_disk
+from attnzoo_recipes.optimisers import OptimiserMaker, ScheduleMaker
 from attnzoo_recipes.options import one_sentence, take_allowed_imports
 from attnzoo_recipes.signals import Stop
 from attnzoo_recipes.trainer import check_strategy
@@ -85,7 +93,17 @@ class PretrainCLI(LightningCLI):
             trainer["precision"] = default_precision(trainer["accelerator"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add options of the callbacks that every run has."""
+        """Add options of the callbacks that every run has, the optimiser and its schedule."""
+        parser.add_argument(
+            "--progress",
+            type=Literal["auto", "bar", "lines", "none"],
+            default="auto",
+            help="a bar, a line for every entry of the log, or nothing; auto is a bar on a terminal, otherwise lines",
+        )
+        for name, kind in (("optimizer", OptimiserMaker), ("lr_scheduler", ScheduleMaker)):
+            text = f"class path and init_args of the {name}, see model.{name}"
+            parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
+            parser.link_arguments(name, f"model.{name}")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(Samples, "samples")
@@ -96,12 +114,22 @@ class PretrainCLI(LightningCLI):
         loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
         report = Report(allowed=self.allowed)
         always = [RandomStates(), Throughput(), LossCurve(), report, MemoryEstimate(), GracefulStop(self.stop)]
-        if trainer["enable_progress_bar"] is not False:
-            always.append(StepProgress(refresh_rate=10))
+        progress = self._get(self.config_init, "progress")
+        if trainer["enable_progress_bar"] is False:
+            progress = "none"
+        elif progress == "auto":
+            progress = "bar" if sys.stderr.isatty() else "lines"
+        if progress != "none":
+            always.append(StepProgress(refresh_rate=10) if progress == "bar" else ProgressLines())
+        batches = trainer["accumulate_grad_batches"]
+        if isinstance(trainer["val_check_interval"], int):
+            # Lightning counts batches; this recipe counts optimiser steps.
+            kwargs["val_check_interval"] = trainer["val_check_interval"] * batches
         made = super().instantiate_trainer(
             logger=[outlive_failing_disks(logger) for logger in loggers],
             plugins=[AtomicCheckpointIO(), *_listed(trainer["plugins"])],
             callbacks=[*always, *_listed(trainer["callbacks"])],
+            enable_progress_bar=progress == "bar",
             **kwargs,
         )
         check_strategy(made)

@@ -218,6 +218,25 @@ class DecoderLM(nn.Module):
     ) -> Tensor:
         """tokens (B, T) integers -> logits (B, T, V).
 
+        Arguments and errors are those of `hidden`.
+        """
+        return F.linear(self.hidden(tokens, mask=mask, positions=positions, caches=caches), self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, E), which makes logits of `hidden`."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        mask: AttentionMask | Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: list[Any] | None = None,
+    ) -> Tensor:
+        """tokens (B, T) integers -> what the last norm returns, (B, T, E).
+
         Args:
             tokens: with caches, only the new tokens. Ids of CPU tensors are checked.
             mask: one for all layers; True = may attend. See the attention modules.
@@ -240,9 +259,8 @@ class DecoderLM(nn.Module):
                 x = checkpoint(block, x, mask, positions, None, use_reentrant=False)
             else:
                 x = block(x, mask, positions, cache)
-        x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
-        return logits
+        out: Tensor = self.norm(x)
+        return out
 
     def _check(self, tokens: Tensor, caches: list[Any] | None) -> None:
         if tokens.ndim != 2:

@@ -212,22 +212,37 @@ def check_same_model(saved: Mapping[str, Any], configured: Mapping[str, Any]) ->
 
     Options that change neither the weights nor their meaning (backend, dropout, initialisation, ...) may differ.
     """
-    layers = ("attention", *_FEED_FORWARD_DEFAULTS)
-    saved, configured = ({**_FEED_FORWARD_DEFAULTS, **config} for config in (saved, configured))
-    differences: list[str] = []
-    for name in layers:
-        theirs, ours = saved.pop(name), configured.pop(name)
-        paths = [f"no {name}" if layer is None else layer["class_path"] for layer in (theirs, ours)]
-        if paths[0] != paths[1]:
+    for name, theirs, ours in _layers(saved, configured):
+        if theirs != ours:
             raise ValueError(
-                f"the checkpoint holds a model with {paths[0]}, but the configuration asks for {paths[1]}: "
-                "give the checkpoint's own --config, or start without it"
+                f"the checkpoint holds a model with {theirs or f'no {name}'}, but the configuration asks for "
+                f"{ours or f'no {name}'}: give the checkpoint's own --config, or start without it"
             )
-        if theirs is not None and ours is not None:
-            differences += _differences(theirs["init_args"], ours["init_args"])
-    differences += _differences(saved, configured)
+    differences = differences_of_models(saved, configured)
     if differences:
         raise ValueError(f"the checkpoint's model differs from the configured one in {', '.join(differences)}")
+
+
+def differences_of_models(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
+    """What differs between the model of a checkpoint and the configured one, apart from the options that may."""
+    found = [f"{name} ({theirs} in the checkpoint, {ours} now)" for name, theirs, ours in _layers(saved, configured)
+             if theirs != ours]  # fmt: skip
+    saved, configured = ({**_FEED_FORWARD_DEFAULTS, **config} for config in (saved, configured))
+    for name in ("attention", *_FEED_FORWARD_DEFAULTS):
+        theirs, ours = saved.pop(name), configured.pop(name)
+        if theirs is not None and ours is not None and theirs["class_path"] == ours["class_path"]:
+            found += _differences(theirs["init_args"], ours["init_args"])
+    return found + _differences(saved, configured)
+
+
+def _layers(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[tuple[str, str | None, str | None]]:
+    """Name and both class paths of the attention and the feed-forward layers."""
+    saved, configured = ({**_FEED_FORWARD_DEFAULTS, **config} for config in (saved, configured))
+    found = []
+    for name in ("attention", *_FEED_FORWARD_DEFAULTS):
+        theirs, ours = (None if config[name] is None else config[name]["class_path"] for config in (saved, configured))
+        found.append((name, theirs, ours))
+    return found
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], where: str = "the checkpoint") -> None:

@@ -43,9 +43,19 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def log_interval(trainer: L.Trainer) -> int:
-    """Steps between two entries of the log."""
+    """Optimiser steps between two entries of the log."""
     untyped: Any = trainer
     return int(untyped.log_every_n_steps)
+
+
+def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is the last one of an optimiser step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or bool(trainer.is_last_batch)
+
+
+def log_is_due(trainer: L.Trainer, batch_idx: int, step: int) -> bool:
+    """Whether a training batch is the last one of optimiser step `step`, counted from 1, and is logged."""
+    return ends_step(trainer, batch_idx) and step % log_interval(trainer) == 0
 
 
 def is_dry_run(trainer: L.Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo_recipes.data.module import IGNORED
 from attnzoo_recipes.feed_forward import SwiGLU
+from attnzoo_recipes.initial_weights import start_from
 from attnzoo_recipes.lm import DecoderLM
+from attnzoo_recipes.losses import IGNORED, cross_entropy_and_z, linear_cross_entropy
 from attnzoo_recipes.model_config import (
     KEY,
     check_same_model,
@@ -27,16 +29,23 @@ from attnzoo_recipes.model_config import (
     describe_feed_forward,
     saved_settings,
 )
-from attnzoo_recipes.trainer import check_strategy, log_interval
+from attnzoo_recipes.optimisers import (
+    OptimiserMaker,
+    ScheduleMaker,
+    WarmupCosine,
+    check_optimiser,
+    made_schedule,
+)
+from attnzoo_recipes.trainer import check_strategy, ends_step, log_is_due
 
 
 class Pretraining(L.LightningModule):
     """Next-token prediction with a decoder whose attention mechanism is an argument.
 
     A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, if documents are
-    packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token of all processes), lr,
-    val_loss and val_bits_per_byte (total nats / total UTF-8 bytes / ln 2, which makes tokenisers comparable), test_loss
-    and test_bits_per_byte.
+    packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token, the mean over all batches
+    of an optimiser step and all processes), lr, val_loss and val_bits_per_byte (total nats / total UTF-8 bytes / ln 2,
+    which makes tokenisers comparable) of each validation set, test_loss and test_bits_per_byte.
 
     Args:
         attention: the mechanism; makes an attention module from embed_dim.
@@ -61,7 +70,17 @@ class Pretraining(L.LightningModule):
         knock_weight_decay: of knocking-heads maps; decay pulls them to 0, not to the identity that they start from.
             Default: weight_decay.
         warmup_steps: optimiser steps of linear warm-up.
-        min_lr_ratio: the cosine ends at this fraction of lr, at the trainer's last step.
+        min_lr_ratio: the cosine ends at this fraction of lr.
+        schedule_steps: optimiser steps of the schedule. Default: the trainer's last step.
+        optimizer: makes the optimiser from the parameter groups, which carry lr and weight_decay. Default: AdamW with
+            betas and adam_eps.
+        lr_scheduler: makes the schedule from the optimiser, with one step per optimiser step; an argument `steps` of
+            its class is schedule_steps by default. Default: `WarmupCosine` with warmup_steps and min_lr_ratio.
+        z_loss: coefficient of the squared logarithm of the softmax's denominator in the training loss (see `losses`);
+            train_loss is logged without it.
+        init_from: weights to start from, instead of random ones: a run, a checkpoint, or a safetensors file or folder
+            of a decoder (`initial_weights.start_from`). Unlike with a trainer's ckpt_path, the run starts at step 0,
+            with its own data, length and schedule.
         aux_loss_weight: factor of the mechanism's auxiliary losses, which already include their own coefficients.
         compile: torch.compile the decoder for batches; samples are drawn without.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
@@ -96,6 +115,11 @@ class Pretraining(L.LightningModule):
         knock_weight_decay: float | None = None,
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.1,
+        schedule_steps: int | None = None,
+        optimizer: OptimiserMaker | None = None,
+        lr_scheduler: ScheduleMaker | None = None,
+        z_loss: float = 0.0,
+        init_from: str | None = None,
         aux_loss_weight: float = 1.0,
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -104,7 +128,7 @@ class Pretraining(L.LightningModule):
         numbers = {
             "norm_eps": norm_eps, "dropout": dropout, "init_std": init_std, "lr": lr, "betas": betas,
             "adam_eps": adam_eps, "weight_decay": weight_decay, "knock_weight_decay": knock_weight_decay,
-            "min_lr_ratio": min_lr_ratio, "aux_loss_weight": aux_loss_weight,
+            "min_lr_ratio": min_lr_ratio, "aux_loss_weight": aux_loss_weight, "z_loss": z_loss,
         }  # fmt: skip
         check_finite(numbers)
         if lr <= 0:
@@ -114,11 +138,16 @@ class Pretraining(L.LightningModule):
             ("knock_weight_decay", knock_weight_decay or 0.0),
             ("warmup_steps", warmup_steps),
             ("aux_loss_weight", aux_loss_weight),
+            ("z_loss", z_loss),
         ):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio must lie in [0, 1], got {min_lr_ratio}")
+        if schedule_steps is not None and schedule_steps < 1:
+            raise ValueError(f"schedule_steps must be at least 1, got {schedule_steps}")
+        if optimizer is not None:
+            check_optimiser(optimizer, lr, weight_decay)
         self.attention = attention
         self.feed_forwards: dict[str, Any] = {"feed_forward": feed_forward, "sparse_feed_forward": sparse_feed_forward}
         self.vocab_size = vocab_size
@@ -135,10 +164,20 @@ class Pretraining(L.LightningModule):
         self.knock_weight_decay = weight_decay if knock_weight_decay is None else knock_weight_decay
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
+        self.schedule_steps = schedule_steps
+        self.optimiser = optimizer
+        self.schedule = lr_scheduler or functools.partial(
+            WarmupCosine, warmup_steps=warmup_steps, min_ratio=min_lr_ratio
+        )
+        self.z_loss = z_loss
+        self.init_from = init_from
         self.aux_loss_weight = aux_loss_weight
         self.compile_model = compile
-        self._totals = torch.zeros(3)
+        self._totals = torch.zeros(0, 3)
+        self._evaluated: list[str] = []
         self._token_bytes = torch.zeros(0)
+        self._has_weights = False
+        self._of_step: dict[str, Any] = {}
 
     # model
 
@@ -156,7 +195,7 @@ class Pretraining(L.LightningModule):
         if self.compile_model:
             # For batches alone: samples, of every length, would make it compile again, and then round in another way.
             # Drawn by torch's own generator, dropout is that of an uncompiled run, and continues in a resumed one.
-            compiled = torch.compile(self.model, options={"fallback_random": True})
+            compiled = torch.compile(self.model.hidden, options={"fallback_random": True})
             object.__setattr__(self, "_on_batches", compiled)  # no submodule: its weights are those of the model
 
     def model_config(self) -> dict[str, Any]:
@@ -178,6 +217,7 @@ class Pretraining(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise, in one sentence, for a checkpoint of another mechanism, of other sizes or of another tokenizer."""
         saved = saved_settings(checkpoint)
+        self._has_weights = True
         self.configure_model()
         check_same_model(saved["model"], self.model_config())
         tokenizer = getattr(self._data(), "tokenizer", None)
@@ -190,9 +230,27 @@ class Pretraining(L.LightningModule):
         return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
 
     def on_fit_start(self) -> None:
-        """Balance routers over the batch of all processes."""
+        """Read the weights to start from, and balance routers over the batch of all processes."""
+        self._start()
         if self.trainer.world_size > 1:
             attnzoo.sync_aux_loss(self.model)
+
+    def on_validation_start(self) -> None:
+        """Read the weights to start from, if no training has."""
+        self._start()
+
+    def on_test_start(self) -> None:
+        """Read the weights to start from, if no training has."""
+        self._start()
+
+    def _start(self) -> None:
+        """Once, read the weights of init_from, unless those of a checkpoint have been restored."""
+        if self._has_weights or self.init_from is None:
+            return
+        self._has_weights = True
+        tokenizer = getattr(self._data(), "tokenizer", None)
+        for sentence in start_from(self.model, self.model_config(), tokenizer, self.init_from):
+            rank_zero_warn(sentence)
 
     # loss
 
@@ -209,19 +267,33 @@ class Pretraining(L.LightningModule):
                 project()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the predicted tokens, plus auxiliary losses."""
-        loss = self._mean_loss(batch)
-        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        """Mean cross-entropy of the predicted tokens, plus auxiliary losses and the z-loss."""
+        loss, z = self._mean_losses(batch)
+        self._log_of_step("train_loss", loss, batch_idx, prog_bar=True)
+        if z is not None:
+            self._log_of_step("train_z_loss", z, batch_idx)
+            loss = loss + self.z_loss * z
         aux = attnzoo.aux_loss(self.model)
         if aux is not None:
-            self.log("train_aux_loss", aux.detach(), sync_dist=True)
+            self._log_of_step("train_aux_loss", aux, batch_idx)
             loss = loss + self.aux_loss_weight * aux
-        if self.global_step % log_interval(self.trainer) == 0:
+        if log_is_due(self.trainer, batch_idx, self.global_step + 1):
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self.log("lr", optimizer.param_groups[0]["lr"])
         return loss
 
-    def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
+    def _log_of_step(self, name: str, value: Tensor, batch_idx: int, prog_bar: bool = False) -> None:
+        """Log the mean over the batches of an optimiser step and over all processes, at its last batch."""
+        batches = self.trainer.accumulate_grad_batches
+        value = value.detach()
+        if batches > 1:
+            value = self._of_step[name] = self._of_step.get(name, 0.0) + value / batches
+        if ends_step(self.trainer, batch_idx):
+            self._of_step.pop(name, None)
+            self.log(name, value, prog_bar=prog_bar, sync_dist=True)
+
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the decoder's last norm returns for a batch, (B T, E)."""
         boundaries = batch.get("cu_seqlens")
         if boundaries is not None and self.compile_model:
             # One length for all batches, by empty documents at the end: what is compiled, and with it rounding, would
@@ -229,82 +301,102 @@ class Pretraining(L.LightningModule):
             tokens = batch["tokens"].numel()
             boundaries = F.pad(boundaries, (0, tokens + 1 - boundaries.numel()), value=tokens)
         mask = None if boundaries is None else attnzoo.AttentionMask.packed(boundaries)
-        decoder: Callable[..., Tensor] = self._on_batches if self.compile_model else self.model
-        logits = decoder(batch["tokens"], mask=mask)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED, reduction=reduction
+        decoder: Callable[..., Tensor] = self._on_batches if self.compile_model else self.model.hidden
+        return decoder(batch["tokens"], mask=mask).flatten(0, 1)
+
+    def _cross_entropy(self, batch: dict[str, Tensor], reduction: str) -> Tensor:
+        return linear_cross_entropy(
+            self._hidden(batch), self.model.output_weight, batch["targets"].flatten(), reduction
         )
 
-    def _mean_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over the predicted tokens of all processes, so that the average of the gradients is its gradient.
+    def _mean_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy over the predicted tokens of all processes, and that of the z-loss if there is one.
 
-        Where targets are ignored, processes have different numbers of them, and a mean of means would be wrong.
+        Where targets are ignored, processes have different numbers of them, and a mean of means would be wrong: so
+        the average of the gradients is the gradient of these.
         """
-        if self.trainer.world_size == 1:
-            return self._cross_entropy(batch, "mean")
-        predicted = (batch["targets"] != IGNORED).sum()
-        dist.all_reduce(predicted)
-        return self._cross_entropy(batch, "sum") * (self.trainer.world_size / predicted)
+        alone = self.trainer.world_size == 1
+        reduction = "mean" if alone else "sum"
+        factor: Tensor | float = 1.0
+        if not alone:
+            predicted = (batch["targets"] != IGNORED).sum()
+            dist.all_reduce(predicted)
+            factor = self.trainer.world_size / predicted
+        if not self.z_loss:
+            return self._cross_entropy(batch, reduction) * factor, None
+        nats, z = cross_entropy_and_z(
+            self._hidden(batch), self.model.output_weight, batch["targets"].flatten(), reduction
+        )
+        return nats * factor, z * factor
 
     # evaluation
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
-        self._start_totals()
+        self._start_totals("val")
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count nats, predicted tokens and bytes."""
-        self._count(batch)
+        self._count(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_loss and val_bits_per_byte."""
-        self._log_totals("val")
+        """Log val_loss and val_bits_per_byte, and those of other sets with their names."""
+        self._log_totals()
 
     def on_test_epoch_start(self) -> None:
         """Start counting."""
-        self._start_totals()
+        self._start_totals("test")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count nats, predicted tokens and bytes."""
-        self._count(batch)
+        self._count(batch, 0)
 
     def on_test_epoch_end(self) -> None:
         """Log test_loss and test_bits_per_byte."""
-        self._log_totals("test")
+        self._log_totals()
 
-    def _start_totals(self) -> None:
+    def _start_totals(self, stage: str) -> None:
+        data = self._data()
+        sets = list(getattr(data, "validation", [""])) if stage == "val" else [""]
+        self._evaluated = [f"{stage}_{name}" if name else stage for name in sets]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._totals = torch.zeros(3, dtype=dtype, device=self.device)
-        self._token_bytes = self._data().token_bytes.to(self.device)
+        self._totals = torch.zeros(len(sets), 3, dtype=dtype, device=self.device)
+        self._token_bytes = data.token_bytes.to(self.device)
 
-    def _count(self, batch: dict[str, Tensor]) -> None:
+    def _count(self, batch: dict[str, Tensor], index: int) -> None:
         nats = self._cross_entropy(batch, "sum")
         predicted = batch["targets"][batch["targets"] != IGNORED]
         counts = (nats, predicted.new_tensor(predicted.numel()), self._token_bytes[predicted].sum())
-        self._totals += torch.stack([count.to(self._totals) for count in counts])
+        self._totals[index] += torch.stack([count.to(self._totals) for count in counts])
 
-    def _log_totals(self, split: str) -> None:
+    def _log_totals(self) -> None:
         totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
-        nats, predicted, text_bytes = totals.tolist()
-        if text_bytes:
-            self.log(f"{split}_loss", nats / predicted)
-            self.log(f"{split}_bits_per_byte", nats / text_bytes / math.log(2), prog_bar=True)
+        for name, (nats, predicted, text_bytes) in zip(self._evaluated, totals.tolist(), strict=True):
+            if text_bytes:
+                self.log(f"{name}_loss", nats / predicted)
+                self.log(f"{name}_bits_per_byte", nats / text_bytes / math.log(2), prog_bar=True)
 
     # optimiser
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over the parameter groups; linear warm-up and cosine, with one scheduler step per optimiser step."""
-        # The fused step unscales gradients itself, so that with float16's gradient scaler they could not be clipped.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.lr, betas=self.betas, eps=self.adam_eps, fused=fused
-        )
-        factor = warmup_cosine(self.warmup_steps, self._last_step(), self.min_lr_ratio)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        """The optimiser over the parameter groups, and the schedule, with one step per optimiser step."""
+        if self.optimiser is None:
+            # The fused step unscales gradients itself, so that with float16's scaler they could not be clipped.
+            fused = self.trainer.precision != "16-mixed"
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.parameter_groups(), lr=self.lr, betas=self.betas, eps=self.adam_eps, fused=fused
+            )
+        else:
+            optimizer = self.optimiser([{**group, "lr": self.lr} for group in self.parameter_groups(embeddings=True)])
+        scheduler = made_schedule(self.schedule, optimizer, self._last_step())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Named groups "decay", "no_decay" and "knock", without those that are empty."""
+    def parameter_groups(self, embeddings: bool = False) -> list[dict[str, Any]]:
+        """Named groups "decay", "no_decay" and "knock", without those that are empty.
+
+        With `embeddings`, embeddings and output weights are a group "embeddings" of their own, decayed like "decay".
+        """
+        apart = {id(self.model.embedding.weight), id(self.model.output_weight)} if embeddings else set()
         knock: set[int] = set()
         undecayed: set[int] = set()
         for module in self.model.modules():
@@ -314,16 +406,18 @@ class Pretraining(L.LightningModule):
             named: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
             if named is not None:
                 undecayed |= {id(module.get_parameter(name)) for name in named()}
-        groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "knock": []}
+        groups: dict[str, list[nn.Parameter]] = {"decay": [], "embeddings": [], "no_decay": [], "knock": []}
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
             if id(parameter) in knock:
                 groups["knock"].append(parameter)
+            elif id(parameter) in apart:
+                groups["embeddings"].append(parameter)
             else:
                 decayed = parameter.ndim > 1 and id(parameter) not in undecayed
                 groups["decay" if decayed else "no_decay"].append(parameter)
-        decay = {"decay": self.weight_decay, "no_decay": 0.0, "knock": self.knock_weight_decay}
+        decay = dict.fromkeys(groups, self.weight_decay) | {"no_decay": 0.0, "knock": self.knock_weight_decay}
         return [
             {"name": name, "params": parameters, "weight_decay": decay[name]}
             for name, parameters in groups.items()
@@ -345,6 +439,9 @@ class Pretraining(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _last_step(self) -> int:
+        """Steps of the schedule."""
+        if self.schedule_steps is not None:
+            return self.schedule_steps
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
         steps = self.trainer.estimated_stepping_batches
@@ -363,15 +460,3 @@ def check_finite(settings: Any, name: str = "") -> None:
             check_finite(value, name)
     elif isinstance(settings, float) and not math.isfinite(settings):
         raise ValueError(f"{name} must be a finite number, got {settings}")
-
-
-def warmup_cosine(warmup_steps: int, last_step: int, min_ratio: float) -> Callable[[int], float]:
-    """Factor of the learning rate at each step: (step + 1) / warmup_steps, then half a cosine from 1 to min_ratio."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, last_step - warmup_steps))
-        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor

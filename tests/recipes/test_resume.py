@@ -82,6 +82,19 @@ def assert_equal_runs(whole, resumed):
     ("mechanism", "more"),
     [
         ("kha", ()),
+        (
+            "kha",
+            (
+                "--data.windows=random",
+                "--trainer.accumulate_grad_batches=2",
+                "--data.num_workers=2",
+                "--config=configs/training/muon.yaml",
+                "--config=configs/training/wsd.yaml",
+                "--lr_scheduler.init_args.warmup_steps=2",
+                "--lr_scheduler.init_args.decay_steps=6",
+                "--model.z_loss=1e-3",
+            ),
+        ),
         pytest.param("gta", (), marks=pytest.mark.slow),
         pytest.param("mha", ("--model.compile=true",), marks=pytest.mark.slow),
     ],

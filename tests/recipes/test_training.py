@@ -15,7 +15,8 @@ import attnzoo
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.data.packing import PackedCorpus
 from attnzoo_recipes.model_config import build_model, describe_attention, model_from_checkpoint
-from attnzoo_recipes.training import Pretraining, warmup_cosine
+from attnzoo_recipes.optimisers import warmup_cosine
+from attnzoo_recipes.training import Pretraining
 
 
 def test_the_schedule_warms_up_and_ends_at_its_floor():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from attnzoo.costs import DEVICES
 from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
 from attnzoo_recipes.sampling import check_sampling, continue_text
-from attnzoo_recipes.trainer import log_interval, run_folder, text_data
+from attnzoo_recipes.trainer import log_is_due, run_folder, text_data
 
 _KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
 
@@ -37,6 +40,45 @@ class StepProgress(TQDMProgressBar):
         """Start the bar."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("training")
+
+
+class ProgressLines(L.Callback):
+    """A line on stderr for every entry of the log, for files and schedulers in which a bar would be noise."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._began, self._first = time.perf_counter(), trainer.global_step
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print step, loss, learning rate, speed and the time left."""
+        step, last = trainer.global_step, trainer.max_steps
+        if not log_is_due(trainer, batch_idx, step) and step != last:
+            return
+        seconds = (time.perf_counter() - self._began) / max(1, step - self._first)
+        words = [f"step {step}/{last}" if last > 0 else f"step {step}"]
+        for name, form in (("train_loss", ".4f"), ("lr", ".3g"), ("tokens_per_second", ",.0f"), ("mfu", ".1%")):
+            if name in trainer.callback_metrics:
+                words.append(f"{name} {float(trainer.callback_metrics[name]):{form}}")
+        if last > 0:
+            words.append(f"left {datetime.timedelta(seconds=round(seconds * (last - step)))}")
+        sys.stderr.write("  ".join(words) + "\n")
+        sys.stderr.flush()
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the bits per byte of every validation set."""
+        named = {name: value for name, value in trainer.callback_metrics.items() if name.endswith("_bits_per_byte")}
+        if named and trainer.state.fn == "fit":
+            words = [f"{name} {float(value):.4f}" for name, value in named.items()]
+            sys.stderr.write("  ".join([f"validation after step {trainer.global_step}", *words]) + "\n")
+            sys.stderr.flush()
 
 
 class Checkpoints(ModelCheckpoint):
@@ -107,7 +149,10 @@ class Checkpoints(ModelCheckpoint):
 
 
 class Throughput(L.Callback):
-    """Log tokens_per_second over all devices, including the time for data and checkpoints but not for validation."""
+    """Log tokens_per_second over all devices, including the time for data and checkpoints but not for validation.
+
+    On a GPU that `attnzoo.costs.DEVICES` knows, also mfu: training FLOPs per second over the peak of all devices.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -115,14 +160,19 @@ class Throughput(L.Callback):
         self._mark = 0.0
         self._validation_began = 0.0
         self._pending = 0
+        self._flops_per_token = 0.0
+        self._peak: float | None = None
 
     @property
     def average(self) -> float:
         """Tokens per second so far, in this process."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
+        self._peak = peak_flops(pl_module.device, str(trainer.precision))
+        tokens = text_data(trainer).block_size if self._peak else 1
+        self._flops_per_token = 3 * pl_module.model.flops(tokens) / tokens if self._peak else 0.0
         self._mark = time.perf_counter()
 
     def on_train_batch_end(
@@ -130,12 +180,15 @@ class Throughput(L.Callback):
     ) -> None:
         """Every log_every_n_steps, log the rate since the previous entry."""
         self._pending += batch["tokens"].numel() * trainer.world_size
-        if (batch_idx + 1) % log_interval(trainer):
+        if not log_is_due(trainer, batch_idx, trainer.global_step):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        pl_module.log("tokens_per_second", self._pending / (now - self._mark), prog_bar=True)
+        rate = self._pending / (now - self._mark)
+        pl_module.log("tokens_per_second", rate, prog_bar=True)
+        if self._peak is not None:
+            pl_module.log("mfu", rate * self._flops_per_token / (self._peak * trainer.world_size), prog_bar=True)
         self.seconds += now - self._mark
         self.tokens += self._pending
         self._mark, self._pending = now, 0
@@ -147,6 +200,19 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue the clock."""
         self._mark += time.perf_counter() - self._validation_began
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device in that precision of a trainer; None if the cost model does not know it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    dtype = torch.bfloat16 if "16" in precision else torch.float32
+    # Other forms of the same chips are slower.
+    known = [
+        known for chip, known in DEVICES.items() if chip in name.split() and not {"PCIe", "NVL"} & set(name.split())
+    ]
+    return known[0].flops.get(dtype) if known else None
 
 
 class LossCurve(L.Callback):
@@ -171,9 +237,8 @@ class LossCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the training loss every log_every_n_steps."""
-        if (batch_idx + 1) % log_interval(trainer) == 0 and isinstance(outputs, dict | Tensor):
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.train.append([trainer.global_step, float(loss)])
+        if log_is_due(trainer, batch_idx, trainer.global_step) and "train_loss" in trainer.callback_metrics:
+            self.train.append([trainer.global_step, float(trainer.callback_metrics["train_loss"])])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the validation loss, and draw."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.callbacks.progress import Checkpoints, Throughput
 from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.data.module import MAIN
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.sampling import continue_text
 from attnzoo_recipes.trainer import callbacks_of, is_dry_run, run_folder, text_data
@@ -44,15 +45,29 @@ class Report(L.Callback):
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the figures of a command that only validates; Lightning's table cuts them off."""
+        if trainer.state.fn == "validate":
+            _print_metrics(trainer)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the figures of a command that tests."""
+        _print_metrics(trainer)
+
     def figures(self, trainer: L.Trainer, pl_module: Any) -> list[str]:
         """Quality, speed and size, one line each."""
-        corpus = text_data(trainer).packed.meta["splits"]["val"]
+        packed, split = text_data(trainer).validation[MAIN]
+        corpus = packed.meta["splits"][split]
         lines = []
         if "val_bits_per_byte" in trainer.callback_metrics:
             bits = float(trainer.callback_metrics["val_bits_per_byte"])
             lines.append(_line("validation", f"{bits:.4f} bits per byte"))
             for order in ("unigram", "bigram"):
-                entropy = corpus[f"{order}_bits_per_byte"]
+                entropy = corpus.get(f"{order}_bits_per_byte")
+                if entropy is None:  # of token files that were given as they are
+                    continue
                 verdict = "the model is below" if bits < entropy else "the model is NOT below"
                 lines.append(_line(f"{order} entropy", f"{entropy:.4f} bits per byte of the same text ({verdict})"))
         else:
@@ -97,6 +112,11 @@ def _checkpoint(trainer: L.Trainer) -> Path | None:
         if isinstance(callback, Checkpoints):
             return Path(callback.best_model_path) if callback.best_model_path else None
     return None
+
+
+def _print_metrics(trainer: L.Trainer) -> None:
+    sys.stdout.write("".join(f"{name} {float(value):.6f}\n" for name, value in trainer.callback_metrics.items()))
+    sys.stdout.flush()
 
 
 def _line(name: str, value: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from attnzoo_recipes.data.readers import field_of, read_json, read_parquet, read_text
 
-SOURCES = ("stdlib", "text", "json", "parquet", "hub")
+SOURCES = ("stdlib", "text", "json", "parquet", "hub", "tokens")
 DOCUMENT_UNITS = ("document", "paragraph", "line")
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -24,7 +25,8 @@ class Corpus:
 
     Args:
         source: "stdlib" (the source text of the running Python's standard library, without its tests), "text",
-            "json" (one object a line, or a list), "parquet", or "hub" (a dataset of the Hugging Face hub, streamed).
+            "json" (one object a line, or a list), "parquet", "hub" (a dataset of the Hugging Face hub, streamed), or
+            "tokens" (ready token files, which `packing.open_tokens` reads: there are no documents to read here).
         files: paths or glob patterns, for text, json and parquet, which may be compressed (.gz, .bz2, .xz). A path that
             exists is taken as it is written, with any brackets.
         name: the dataset, for hub.
@@ -33,6 +35,9 @@ class Corpus:
         text_field: the field with the text, for json, parquet and hub.
         unit: what counts as a document in a text file: the whole "document", a "paragraph" or a "line".
         max_documents: largest number of documents to read.
+        revision: commit, tag or branch of the dataset, for hub. Default: the newest commit, which is then part of
+            what identifies the corpus.
+        label: what stands before the names of settings in messages.
 
     Raises:
         ValueError: for arguments that do not fit the source, or a pattern that no file matches.
@@ -46,19 +51,30 @@ class Corpus:
     text_field: str = "text"
     unit: str = "document"
     max_documents: int | None = None
+    revision: str | None = None
+    label: str = "data."
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+            raise ValueError(f"{self.label}source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         if self.unit not in DOCUMENT_UNITS:
-            raise ValueError(f"data.unit must be one of {', '.join(DOCUMENT_UNITS)}, got {self.unit!r}")
-        if bool(self.files) != (self.source in ("text", "json", "parquet")):
+            raise ValueError(f"{self.label}unit must be one of {', '.join(DOCUMENT_UNITS)}, got {self.unit!r}")
+        if self.source == "tokens" and len(self.files) > 1:
+            raise ValueError(f"{self.label}files must name one folder or .bin file of tokens, got {list(self.files)}")
+        if bool(self.files) != (self.source in ("text", "json", "parquet", "tokens")):
             rule = "must be empty" if self.files else "must name at least one file"
-            raise ValueError(f"data.files {rule} for data.source {self.source}, got {list(self.files)}")
+            raise ValueError(f"{self.label}files {rule} for {self.label}source {self.source}, got {list(self.files)}")
         if (self.name is not None) != (self.source == "hub"):
-            raise ValueError(f"data.name must be given for data.source hub alone, got {self.name!r} for {self.source}")
+            raise ValueError(
+                f"{self.label}name must be given for {self.label}source hub alone, got {self.name!r} for {self.source}"
+            )
+        if self.revision is not None and self.source != "hub":
+            raise ValueError(
+                f"{self.label}revision must be given for {self.label}source hub alone, got {self.revision!r} for "
+                f"{self.source}"
+            )
         if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"data.max_documents must be at least 1, got {self.max_documents}")
+            raise ValueError(f"{self.label}max_documents must be at least 1, got {self.max_documents}")
 
     def paths(self) -> list[Path]:
         """The files, sorted, with patterns expanded; empty for hub."""
@@ -72,7 +88,7 @@ class Corpus:
         for pattern in self.files:
             matches = sorted(path for match in _matches(pattern) if (path := Path(match)).is_file())
             if not matches:
-                raise ValueError(f"data.files: there is no file {pattern!r}")
+                raise ValueError(f"{self.label}files: there is no file {pattern!r}")
             paths += matches
         return list(dict.fromkeys(paths))
 
@@ -86,9 +102,21 @@ class Corpus:
         settings = {"source": self.source, "unit": self.unit, "max_documents": self.max_documents}
         if self.source == "hub":
             settings |= {"name": self.name, "subset": self.subset, "hub_split": self.hub_split}
+            settings |= {"revision": self.commit}
         if self.source != "stdlib":
             settings["text_field"] = self.text_field
         return {**settings, "content": content.hexdigest()}
+
+    @functools.cached_property
+    def commit(self) -> str | None:
+        """The revision of a hub dataset, as a commit if the hub answers."""
+        from huggingface_hub import HfApi
+
+        try:
+            newest: str | None = HfApi().dataset_info(str(self.name), revision=self.revision).sha
+        except Exception:  # what the client raises offline differs between its versions; loading says what is wrong
+            return self.revision
+        return newest
 
     def documents(self) -> Iterator[str]:
         """The texts that are not blank, in the order of the files.
@@ -121,7 +149,7 @@ class Corpus:
         from datasets.exceptions import DatasetsError
 
         try:
-            rows = load_dataset(self.name, self.subset, split=self.hub_split, streaming=True)
+            rows = load_dataset(self.name, self.subset, split=self.hub_split, streaming=True, revision=self.commit)
             for number, row in enumerate(rows, 1):
                 yield field_of(row, self.text_field, f"row {number} of {self.name}")
         except (DatasetsError, OSError) as error:

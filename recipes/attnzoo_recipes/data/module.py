@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +16,64 @@ from torch.utils.data import DataLoader, Dataset
 
 from attnzoo_recipes.data.corpus import Corpus
 from attnzoo_recipes.data.order import EndlessBatches, PaddedBatches
-from attnzoo_recipes.data.packing import PackedCorpus, pack
+from attnzoo_recipes.data.packing import PackedCorpus, open_tokens, pack
 from attnzoo_recipes.data.tokenizers import Tokenizer
-
-IGNORED = -100
-"""Target of a token that is not predicted, the default ignore_index of torch.nn.functional.cross_entropy."""
+from attnzoo_recipes.losses import IGNORED as IGNORED
 
 _STAGES = {"train": "training", "val": "validation", "test": "test"}
+_SET_NAME = re.compile(r"[A-Za-z]\w*")
+MAIN = ""
+"""Name of the validation set that val_loss and val_bits_per_byte are of."""
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Blocks of T tokens of one split, each with the same tokens shifted by one as targets.
+    """Windows of T tokens, each with the same tokens shifted by one as targets.
 
     Args:
         tokens: all ids of the split.
         block_size: T.
         document_id: the token at the beginning of every document.
+        stride: tokens between the beginnings of two windows. Default: T, so that every token is in one window.
+        crossing: whether attention may cross documents, so that their boundaries are not given.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, document_id: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        document_id: int,
+        stride: int | None = None,
+        crossing: bool = False,
+    ) -> None:
         self.tokens = tokens
         self.block_size = block_size
         self.document_id = document_id
+        self.stride = stride or block_size
+        self.crossing = crossing
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.block_size)
+        return max(0, (len(self.tokens) - 1 - self.block_size) // self.stride + 1)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Tokens and targets (B, T) int64, index (B,), cu_seqlens int32; index -1 gives a row without targets."""
+        """Tokens and targets (B, T) int64, and index (B,); index -1 gives a row without targets.
+
+        If a document begins inside a row, also cu_seqlens int32. Without, attention is plainly causal, which is faster.
+        """
         size = self.block_size
         filler = 1 if self.document_id == 0 else 0
         rows = np.full((len(indices), size + 1), filler, dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             if index >= 0:
-                row[:] = self.tokens[index * size : index * size + size + 1]
+                row[:] = self.tokens[index * self.stride : index * self.stride + size + 1]
         tokens, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
         drawn = torch.tensor(indices, dtype=torch.int64)
         targets[drawn < 0] = IGNORED
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "cu_seqlens": boundaries(tokens, self.document_id),
-            "index": drawn,
-        }
+        batch = {"tokens": tokens, "targets": targets, "index": drawn}
+        if not self.crossing:
+            found = boundaries(tokens, self.document_id)
+            if len(found) > len(tokens) + 1:
+                batch["cu_seqlens"] = found
+        return batch
 
 
 def boundaries(tokens: Tensor, document_id: int) -> Tensor:
@@ -76,23 +94,35 @@ class TextDataModule(L.LightningDataModule):
 
     The order of training samples is a function of `seed` and the number of samples drawn, so that a checkpoint needs
     only that number, and neither workers nor the number of devices change the order. Documents are packed without
-    padding; attention stays within a document.
+    padding; attention stays within a document unless cross_documents is set.
 
     Args:
-        source: "stdlib" (the source text of the running Python's standard library), "text", "json", "parquet" or "hub".
-        files: paths or glob patterns, for text, json and parquet.
+        source: "stdlib" (the source text of the running Python's standard library), "text", "json", "parquet", "hub",
+            or "tokens" (ready token files, see `packing.open_tokens`; files is then one folder or .bin file).
+        files: paths or glob patterns, for text, json, parquet and tokens.
         name: dataset of the Hugging Face hub, for hub; it is streamed.
         subset: its configuration.
         hub_split: its split.
+        revision: its commit, tag or branch. Default: the newest commit.
         text_field: the field with the text, for json, parquet and hub.
         unit: what counts as a document in a text file: the whole "document", a "paragraph" or a "line".
         max_documents: largest number of documents to read.
-        tokenizer: "byte", "bpe" (trained on the training documents) or the path of a byte-level tokenizer.json.
+        tokenizer: "byte", "bpe" (trained on the training documents), the path of a byte-level tokenizer.json, or the
+            file or folder of a tokenizer that this recipe has trained.
+        document_token: spelling of the token between documents, in a tokenizer.json that has one.
         vocab_size: of "bpe".
         block_size: tokens T of a sample.
         batch_size: samples of a step (before gradient accumulation) over all devices, whose number must divide it.
-        val_fraction: share of documents for validation, chosen by their hash.
+        windows: "blocks" (each pass reads every token once, in blocks of T) or "random" (windows of T tokens that begin
+            anywhere).
+        cross_documents: whether attention and positions continue across documents.
+        val_fraction: share of documents for validation, chosen by their hash; not used with val_source.
         test_fraction: share of documents for testing.
+        val_source: source of validation text of its own; all documents of `source` are then for training and testing.
+        val_files: its paths or glob patterns.
+        val_sets: further validation sets by name, each with the settings of a source (source, files, name, subset,
+            hub_split, revision, text_field, unit, max_documents); logged as val_NAME_loss and val_NAME_bits_per_byte.
+        val_tokens: largest number of tokens of each validation set. Default: all.
         seed: of the order.
         num_workers: processes that read; reading is cheap, so 0 is usually best.
         cache_dir: folder for the token files.
@@ -109,41 +139,72 @@ class TextDataModule(L.LightningDataModule):
         name: str | None = None,
         subset: str | None = None,
         hub_split: str = "train",
+        revision: str | None = None,
         text_field: str = "text",
         unit: str = "document",
         max_documents: int | None = None,
         tokenizer: str = "byte",
+        document_token: str | None = None,
         vocab_size: int = 4096,
         block_size: int = 256,
         batch_size: int = 32,
+        windows: str = "blocks",
+        cross_documents: bool = False,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        val_source: str | None = None,
+        val_files: list[str] | None = None,
+        val_sets: dict[str, dict[str, Any]] | None = None,
+        val_tokens: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str = "runs/data",
     ) -> None:
         super().__init__()
-        self.corpus = Corpus(source, tuple(files or ()), name, subset, hub_split, text_field, unit, max_documents)
-        for argument, value, least in (("block_size", block_size, 2), ("batch_size", batch_size, 1)):
+        self.corpus = Corpus(
+            source, tuple(files or ()), name, subset, hub_split, text_field, unit, max_documents, revision
+        )
+        for argument, value, least in (
+            ("block_size", block_size, 2),
+            ("batch_size", batch_size, 1),
+            ("val_tokens", block_size + 1 if val_tokens is None else val_tokens, block_size + 1),
+        ):
             if value < least:
                 raise ValueError(f"data.{argument} must be at least {least}, got {value}")
         if num_workers < 0:
             raise ValueError(f"data.num_workers must not be negative, got {num_workers}")
+        if windows not in ("blocks", "random"):
+            raise ValueError(f"data.windows must be blocks or random, got {windows!r}")
         if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
             raise ValueError(
                 "data.val_fraction must be positive and leave, with data.test_fraction, something to train on, "
                 f"got {val_fraction} and {test_fraction}"
             )
+        if val_files and val_source is None:
+            raise ValueError(f"data.val_source must be given with data.val_files, got {val_files} alone")
+        self.evaluated: dict[str, Corpus] = {}
+        if val_source is not None:
+            own = {"unit": unit, "text_field": text_field} if val_source != "tokens" else {}
+            self.evaluated[MAIN] = _corpus("data.val_", {"source": val_source, "files": val_files or [], **own})
+        for set_name, settings in (val_sets or {}).items():
+            if not _SET_NAME.fullmatch(set_name):
+                raise ValueError(f"data.val_sets must have names of letters, digits and _, got {set_name!r}")
+            self.evaluated[set_name] = _corpus(f"data.val_sets.{set_name}.", settings)
         self.tokenizer_name = tokenizer
+        self.document_token = document_token
         self.bpe_vocab_size = vocab_size
         self.block_size = block_size
         self.batch_size = batch_size
-        self.val_fraction = val_fraction
+        self.windows = windows
+        self.cross_documents = cross_documents
+        self.val_fraction = 0.0 if val_source is not None else val_fraction
         self.test_fraction = test_fraction
+        self.val_tokens = val_tokens
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
         self._packed: PackedCorpus | None = None
+        self._evaluated: dict[str, PackedCorpus] = {}
         self._restored: dict[str, Any] | None = None
         self._drawn_before = 0
         self._batches_before = 0
@@ -154,15 +215,44 @@ class TextDataModule(L.LightningDataModule):
     def packed(self) -> PackedCorpus:
         """The token files, created by the first access."""
         if self._packed is None:
-            self._packed = pack(
-                self.corpus,
-                self.tokenizer_name,
-                self.bpe_vocab_size,
-                self.val_fraction,
-                self.test_fraction,
-                self.cache_dir,
-            )
+            fractions = self.val_fraction, self.test_fraction
+            if self.corpus.source == "tokens":
+                path = Path(self.corpus.files[0])
+                self._packed = open_tokens(path, self.tokenizer_name, self.document_token, fractions)
+            else:
+                self._packed = pack(
+                    self.corpus,
+                    self.tokenizer_name,
+                    self.bpe_vocab_size,
+                    *fractions,
+                    self.cache_dir,
+                    self.document_token,
+                )
         return self._packed
+
+    @property
+    def validation(self) -> dict[str, tuple[PackedCorpus, str]]:
+        """Token files and split of every validation set, by name; the first is `MAIN`."""
+        found = {MAIN: (self.packed, "val")}
+        for name, corpus in self.evaluated.items():
+            if name not in self._evaluated:
+                self._evaluated[name] = self._packed_for_evaluation(corpus)
+            packed = self._evaluated[name]
+            found[name] = packed, "val" if packed.meta["splits"]["val"]["tokens"] else "train"
+        return found
+
+    def _packed_for_evaluation(self, corpus: Corpus) -> PackedCorpus:
+        """All documents of a corpus as one split, in the tokens of the training text."""
+        tokenizer = self.tokenizer
+        if corpus.source != "tokens":
+            return pack(corpus, tokenizer, 0, 1.0, 0.0, self.cache_dir)
+        packed = open_tokens(Path(corpus.files[0]), self.tokenizer_name, self.document_token, (0.0, 0.0))
+        if packed.tokenizer.to_dict() != tokenizer.to_dict():
+            raise ValueError(
+                f"{corpus.label}files must hold tokens of the training text's tokenizer, got another's in "
+                f"{corpus.files[0]}"
+            )
+        return packed
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -175,8 +265,8 @@ class TextDataModule(L.LightningDataModule):
         return torch.from_numpy(self.tokenizer.token_bytes())
 
     def prepare_data(self) -> None:
-        """Create the token files, in one process."""
-        _ = self.packed
+        """Create and check the token files, in one process."""
+        _ = self.validation
 
     def setup(self, stage: str) -> None:
         """Check that the splits of this stage fill a block.
@@ -184,16 +274,23 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             ValueError: if one does not, or if the number of devices does not divide data.batch_size.
         """
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        for split in splits:
-            counts = self.packed.meta["splits"][split]
-            if len(self.blocks(split)) == 0:
-                raise ValueError(
-                    f"the {_STAGES[split]} split must hold more than data.block_size = {self.block_size} tokens, got "
-                    f"{counts['tokens']} in {counts['documents']} of the corpus's documents: give more text, a larger "
-                    f"share, or smaller documents with data.unit"
-                )
         _, world_size = self._place()
+        if world_size > 1 and self.trainer is not None:
+            # The first process has read and hashed every file in prepare_data; the others take its word.
+            made = (self.packed, self._evaluated) if self.trainer.global_rank == 0 else None
+            received: Any = self.trainer.strategy.broadcast(made)
+            self._packed, self._evaluated = received
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+            sources = self.validation if split == "val" else {MAIN: (self.packed, split)}
+            for name, (packed, part) in sources.items():
+                counts = packed.meta["splits"][part]
+                if len(self._windows(packed, part)) == 0:
+                    which = f"validation set {name}" if name else f"{_STAGES[split]} split"
+                    raise ValueError(
+                        f"the {which} must hold more than data.block_size = {self.block_size} tokens, got "
+                        f"{counts['tokens']} in {counts['documents']} of the corpus's documents: give more text, a "
+                        f"larger share, or smaller documents with data.unit"
+                    )
         if self.batch_size % world_size:
             raise ValueError(
                 "data.batch_size counts the samples of all devices, so their number must divide it, "
@@ -201,8 +298,16 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def blocks(self, split: str) -> Blocks:
-        """The samples of a split."""
-        return Blocks(self.packed.tokens(split), self.block_size, self.tokenizer.document_id)
+        """The samples of a split; for validation, those of the main set."""
+        return self._windows(*self.validation[MAIN]) if split == "val" else self._windows(self.packed, split)
+
+    def _windows(self, packed: PackedCorpus, split: str) -> Blocks:
+        tokens = packed.tokens(split)
+        training = packed is self._packed and split == "train"
+        if not training and split != "test" and self.val_tokens is not None:
+            tokens = tokens[: self.val_tokens]
+        stride = 1 if training and self.windows == "random" else None
+        return Blocks(tokens, self.block_size, packed.tokenizer.document_id, stride, self.cross_documents)
 
     # loaders
 
@@ -215,16 +320,15 @@ class TextDataModule(L.LightningDataModule):
         sampler = EndlessBatches(len(blocks), self.batch_size, self.seed, self._drawn_before, *self._place())
         return self._loader(blocks, sampler)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The validation split once, in order."""
-        return self._once("val")
+    def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
+        """Every validation set once, in order."""
+        return [self._once(self._windows(*source)) for source in self.validation.values()]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The test split once, in order."""
-        return self._once("test")
+        return self._once(self.blocks("test"))
 
-    def _once(self, split: str) -> DataLoader[dict[str, Tensor]]:
-        blocks = self.blocks(split)
+    def _once(self, blocks: Blocks) -> DataLoader[dict[str, Tensor]]:
         return self._loader(blocks, PaddedBatches(len(blocks), self.batch_size, *self._place()))
 
     def _loader(self, blocks: Blocks, sampler: Any) -> DataLoader[dict[str, Tensor]]:
@@ -250,10 +354,14 @@ class TextDataModule(L.LightningDataModule):
 
     # state
 
+    @property
+    def samples_drawn(self) -> int:
+        """Samples over all processes since the beginning of the run, earlier parts of a resumed one included."""
+        return self._drawn_before + (self._batches_seen() - self._batches_before) * self.batch_size
+
     def state_dict(self) -> dict[str, Any]:
         """The number of samples drawn so far, and what identifies the data."""
-        drawn = self._drawn_before + (self._batches_seen() - self._batches_before) * self.batch_size
-        return {"samples": drawn, **self._identity()}
+        return {"samples": self.samples_drawn, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after that many samples; other data are accepted for validation and testing.
@@ -264,12 +372,30 @@ class TextDataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         for name, value in self._identity().items():
-            if state_dict[name] != value:
+            before = state_dict.get(name, "blocks")  # what checkpoints had before there were other windows
+            if before != value:
                 raise ValueError(
-                    f"the checkpoint was trained on other data: {name} was {state_dict[name]}, now {value}; give the "
+                    f"the checkpoint was trained on other data: {name} was {before}, now {value}; give the "
                     f"same data settings, or start without it"
                 )
         self._restored = state_dict
 
     def _identity(self) -> dict[str, Any]:
-        return {"corpus": self.packed.folder.name, "block_size": self.block_size, "seed": self.seed}
+        return {
+            "corpus": self.packed.key, "block_size": self.block_size, "seed": self.seed, "windows": self.windows,
+        }  # fmt: skip
+
+
+def _corpus(label: str, settings: Mapping[str, Any]) -> Corpus:
+    """The corpus of settings as a YAML has them.
+
+    Raises:
+        ValueError: for a setting that a corpus does not have, or whose value does not fit.
+    """
+    known = [field.name for field in dataclasses.fields(Corpus) if field.name != "label"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{label[:-1]} must hold settings among {', '.join(known)}, got {unknown[0]!r}")
+    files = settings.get("files") or ()
+    files = (files,) if isinstance(files, str) else files
+    return Corpus(**{**settings, "files": tuple(str(file) for file in files), "label": label})

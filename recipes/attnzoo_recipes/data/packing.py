@@ -44,11 +44,22 @@ _BPE_TRAINING_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A folder of token files."""
+    """A folder of token files.
+
+    Attributes:
+        folder: the folder, or that of a file given as it is.
+        meta: settings, "dtype", and "splits" with the number of tokens of each, and where `open_tokens` found them.
+        tokenizer: of the tokens.
+        key: identifies the tokens, by content. Default: the folder's name.
+    """
 
     folder: Path
     meta: dict[str, Any]
     tokenizer: Tokenizer
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.folder.name)
 
     @classmethod
     def open(cls, folder: Path) -> PackedCorpus:
@@ -64,35 +75,44 @@ class PackedCorpus:
 
     def tokens(self, split: str) -> np.ndarray:
         """All ids of a split, mapped into memory read-only."""
-        count = self.meta["splits"][split]["tokens"]
+        about = self.meta["splits"][split]
+        count, dtype = about["tokens"], np.dtype(self.meta["dtype"])
         if count == 0:
-            return np.zeros(0, dtype=self.meta["dtype"])
-        return np.memmap(self.folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r", shape=(count,))
+            return np.zeros(0, dtype=dtype)
+        path, offset = self.folder / about.get("file", f"{split}.bin"), about.get("first", 0) * dtype.itemsize
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
 def pack(
-    corpus: Corpus, tokenizer: str, vocab_size: int, val_fraction: float, test_fraction: float, cache_dir: Path
+    corpus: Corpus,
+    tokenizer: str | Tokenizer,
+    vocab_size: int,
+    val_fraction: float,
+    test_fraction: float,
+    cache_dir: Path,
+    document: str | None = None,
 ) -> PackedCorpus:
     """The corpus as token files below cache_dir, which are created if they do not exist.
 
     Args:
         corpus: source of the documents.
-        tokenizer: "byte", "bpe" (trained on the training documents) or the path of a tokenizer.json.
+        tokenizer: "byte", "bpe" (trained on the training documents), the path of a tokenizer.json, or a tokenizer.
         vocab_size: of "bpe".
         val_fraction: share of documents for validation, chosen by their hash; equal documents are in the same split.
         test_fraction: share of documents for testing.
         cache_dir: folder in which the corpus gets its folder.
+        document: spelling of the document token in a tokenizer.json (`load_tokenizer`).
 
     Raises:
         OSError: if the files cannot be written, with the free space of their disk.
         ValueError: if the corpus holds no text or cannot be read, the tokenizer cannot be used, or a file that exists
             is not what was written.
     """
-    given = load_tokenizer(Path(tokenizer)) if tokenizer not in ("byte", "bpe") else None
+    given = named_tokenizer(tokenizer, document) if isinstance(tokenizer, str) else tokenizer
     settings = {
         "version": _VERSION,
         "corpus": dict(corpus.fingerprint()),
-        "tokenizer": tokenizer if given is None else given.to_dict(),
+        "tokenizer": tokenizer if isinstance(tokenizer, str) and given is None else _described(given),
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
         "val_fraction": val_fraction,
         "test_fraction": test_fraction,
@@ -106,6 +126,68 @@ def pack(
             if not folder.exists():
                 _create(folder, corpus, given, settings)
     return PackedCorpus.open(folder)
+
+
+def named_tokenizer(name: str, document: str | None = None) -> Tokenizer | None:
+    """The tokenizer of a file or folder; None for "byte" and "bpe", which the corpus makes."""
+    if name not in ("byte", "bpe"):
+        return load_tokenizer(Path(name), document)
+    if document is not None:
+        raise ValueError(f"data.document_token must be given for a tokenizer.json alone, got {document!r} for {name}")
+    return None
+
+
+def _described(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {} if tokenizer is None else tokenizer.to_dict()
+
+
+def open_tokens(path: Path, tokenizer: str, document: str | None, fractions: tuple[float, float]) -> PackedCorpus:
+    """Ready token files as they are; nothing is written.
+
+    Args:
+        path: a folder that `pack` has made; a folder with train.bin and, if the caller has no other validation text,
+            val.bin; or one file of ids. Files hold nothing but ids, little-endian, of two bytes each where the
+            vocabulary has at most 65,536 entries, otherwise of four. What a folder has not, and of one file
+            the end, is cut off from the training tokens: first those for testing, then those for validation.
+        tokenizer: of the ids: "byte" or the path of a tokenizer.json.
+        document: spelling of the token between documents.
+        fractions: shares of the tokens for validation and testing.
+
+    Raises:
+        ValueError: if there is no such file or folder, or a file cannot hold such ids.
+    """
+    if (path / "meta.json").is_file():
+        return PackedCorpus.open(path)
+    if tokenizer == "bpe":
+        raise ValueError("data.tokenizer must be the path of the tokens' tokenizer.json, or byte, got 'bpe'")
+    known = named_tokenizer(tokenizer, document) or ByteTokenizer()
+    dtype = np.dtype("<u2" if known.vocab_size <= 2**16 else "<u4")
+    named = {split: path / f"{split}.bin" for split in SPLITS} if path.is_dir() else {"train": path}
+    found = {split: file for split, file in named.items() if file.is_file()}
+    if "train" not in found:
+        raise ValueError(
+            f"data.files must name a folder with meta.json or train.bin, or a .bin file, got {str(path)!r}"
+        )
+    digest = hashlib.sha256(json.dumps(known.to_dict(), sort_keys=True).encode())
+    splits: dict[str, dict[str, Any]] = {split: {"tokens": 0, "first": 0, "documents": 0} for split in SPLITS}
+    for split, file in found.items():
+        size, rest = divmod(file.stat().st_size, dtype.itemsize)
+        ids = np.memmap(file, dtype=dtype, mode="r") if size and not rest else np.zeros(0, dtype=dtype)
+        if rest or not size or int(ids.max()) >= known.vocab_size:
+            got = f"{file.stat().st_size} bytes" if rest or not size else f"the id {int(ids.max())}"
+            raise ValueError(f"{file} must hold ids below {known.vocab_size} of {dtype.itemsize} bytes each, got {got}")
+        documents = int((ids == known.document_id).sum())
+        splits[split] = {"tokens": size, "first": 0, "documents": documents, "file": file.name}
+        with file.open("rb") as opened:
+            digest.update(split.encode() + hashlib.file_digest(opened, "sha256").digest())
+    whole = splits["train"]["tokens"]
+    for split, share in (("test", fractions[1]), ("val", fractions[0])):
+        if split not in found and (taken := int(whole * share)):
+            splits["train"]["tokens"] -= taken
+            splits[split] = {**splits["train"], "tokens": taken, "first": splits["train"]["tokens"]}
+    meta = {"dtype": dtype.str, "splits": splits, "tokenizer": known.to_dict(), "fractions": list(fractions)}
+    digest.update(json.dumps(list(fractions)).encode())
+    return PackedCorpus(path if path.is_dir() else path.parent, meta, known, digest.hexdigest()[:16])
 
 
 def _create(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any]) -> None:

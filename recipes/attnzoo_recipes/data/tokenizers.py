@@ -84,13 +84,16 @@ class BpeTokenizer:
     Args:
         serialized: the tokenizer as JSON text of the package tokenizers. It must be byte-level; the document token is
             added if it has none.
+        document: spelling of the document token.
 
     Raises:
         ValueError: if the text is not such a tokenizer, or its tokens are not made of bytes.
     """
 
-    def __init__(self, serialized: str) -> None:
+    def __init__(self, serialized: str, document: str = DOCUMENT) -> None:
         from tokenizers import Tokenizer
+
+        self.document = document
 
         try:
             self._tokenizer = Tokenizer.from_str(serialized)
@@ -100,10 +103,12 @@ class BpeTokenizer:
         self._tokenizer.no_truncation()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=-1) + 1
-        if DOCUMENT not in vocabulary and size == len(vocabulary):
-            self._tokenizer.add_special_tokens([DOCUMENT])
+        if document not in vocabulary and document != DOCUMENT:
+            raise ValueError(f"data.document_token must be a token of the tokenizer, got {document!r}")
+        if document not in vocabulary and size == len(vocabulary):
+            self._tokenizer.add_special_tokens([document])
         # The package numbers an added token by how many there are, so in a vocabulary with gaps it could be another's.
-        known = self._tokenizer.token_to_id(DOCUMENT)
+        known = self._tokenizer.token_to_id(document)
         self.document_id: int = size if known is None else known
         self.vocab_size = max(size, self.document_id + 1)
         self._spellings = _spellings(self._tokenizer, self.vocab_size)
@@ -137,14 +142,14 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; where a text contains the spelling of the document token, it is encoded as text."""
-        parts = text.split(DOCUMENT)
-        pieces = [parts[0], *(piece for part in parts[1:] for piece in ("<", DOCUMENT[1:] + part))]
+        parts = text.split(self.document)
+        pieces = [parts[0], *(piece for part in parts[1:] for piece in (self.document[:1], self.document[1:] + part))]
         encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return self._checked(text, [i for encoding in encodings for i in encoding.ids])
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """As `encode`, on all cores."""
-        if any(DOCUMENT in text for text in texts):
+        if any(self.document in text for text in texts):
             return [np.array(self.encode(text), dtype=np.int64) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = (self._checked(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True))
@@ -166,7 +171,8 @@ class BpeTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tokenizer as text."""
-        return {"kind": "bpe", "serialized": self._tokenizer.to_str()}
+        own = {} if self.document == DOCUMENT else {"document": self.document}
+        return {"kind": "bpe", "serialized": self._tokenizer.to_str(), **own}
 
 
 def letters_of_bytes() -> dict[int, str]:
@@ -203,22 +209,36 @@ def from_dict(settings: dict[str, Any]) -> Tokenizer:
     if settings.get("kind") == "byte":
         return ByteTokenizer()
     if settings.get("kind") == "bpe" and isinstance(settings.get("serialized"), str):
-        return BpeTokenizer(settings["serialized"])
+        document = settings.get("document", DOCUMENT)
+        if not isinstance(document, str) or not document:
+            raise ValueError(f"tokenizer document must be the spelling of a token, got {document!r}")
+        return BpeTokenizer(settings["serialized"], document)
     raise ValueError(f"tokenizer kind must be byte or bpe, with its text, got {settings.get('kind')!r}")
 
 
-def load_tokenizer(path: Path) -> BpeTokenizer:
-    """A byte-level BPE from a tokenizer.json.
+def load_tokenizer(path: Path, document: str | None = None) -> Tokenizer:
+    """A byte-level BPE from a tokenizer.json, or what `save_tokenizer` has written.
+
+    Args:
+        path: the file, or a folder of token files with it.
+        document: spelling of the token that separates documents. Default: `DOCUMENT`, or the saved one's own.
 
     Raises:
         ValueError: if there is no such file, or it is not such a tokenizer.
     """
+    path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"data.tokenizer must be byte, bpe or a tokenizer.json, got {str(path)!r}")
     try:
-        return BpeTokenizer(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        saved = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"data.tokenizer must be UTF-8 text, got {str(path)!r}: {error}") from error
+    except (ValueError, RecursionError):
+        saved = None
+    if isinstance(saved, dict) and "kind" in saved:
+        return from_dict(saved if document is None else {**saved, "document": document})
+    return BpeTokenizer(text, DOCUMENT if document is None else document)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

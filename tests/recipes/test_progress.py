@@ -1,0 +1,90 @@
+"""What is logged and shown, in optimiser steps."""
+
+import csv
+import re
+
+import pytest
+import torch
+
+from attnzoo_recipes.callbacks import progress
+from attnzoo_recipes.callbacks.progress import LossCurve, peak_flops
+from attnzoo_recipes.checkpointing import read_checkpoint
+
+
+def rows(folder):
+    (metrics,) = folder.rglob("metrics.csv")
+    with metrics.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_accumulation_counts_optimiser_steps(arguments, run, tmp_path):
+    words = ["--trainer.log_every_n_steps=2", "--trainer.val_check_interval=3", "--model.dropout=0"]
+    found = {}
+    for batch, batches in ((8, 1), (2, 4)):
+        folder = tmp_path / str(batches)
+        sizes = [f"--data.batch_size={batch}", f"--trainer.accumulate_grad_batches={batches}"]
+        run(arguments("moh", *words, *sizes, f"--trainer.default_root_dir={folder}", steps=6))
+        found[batches] = rows(folder)
+        callbacks = read_checkpoint(folder)["callbacks"]
+        curve = callbacks[LossCurve().state_key]
+        assert [step for step, _ in curve["train"]] == [2, 4, 6]
+        assert [step for step, _ in curve["val"]] == [3, 6]
+    for name in ("step", "lr", "train_loss", "val_bits_per_byte"):
+        ours, theirs = ([float(row[name]) for row in found[n] if row[name]] for n in (1, 4))
+        assert len(ours) >= 2
+        assert theirs == pytest.approx(ours, rel=2e-3), name
+    assert [row["step"] for row in found[4] if row["train_loss"]] == ["1", "3", "5"]
+
+
+def test_lines_instead_of_a_bar(arguments, run, capfd, monkeypatch):
+    words = list(arguments("mha", "--progress=lines", "--trainer.val_check_interval=2"))
+    at = words.index("--trainer.enable_progress_bar")
+    run([*words[:at], *words[at + 2 :]])
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith(("step", "validation"))]
+    assert re.fullmatch(
+        r"step 1/2  train_loss \d\.\d{4}  lr [\d.e-]+  tokens_per_second [\d,]+  left 0:00:\d\d", lines[0]
+    )
+    assert lines[1].startswith("step 2/2  train_loss")
+    assert re.fullmatch(r"validation after step 2  val_bits_per_byte \d\.\d{4}", lines[2])
+    assert "training:" not in err
+
+
+@pytest.mark.parametrize(("progress", "shown"), [("bar", True), ("none", False), ("auto", False)])
+def test_other_forms_of_progress(progress, shown, arguments, run, capfd):
+    words = arguments("mha", f"--progress={progress}")
+    at = words.index("--trainer.enable_progress_bar")
+    run([*words[:at], *words[at + 2 :]])
+    err = capfd.readouterr()
+    assert ("training:" in err.out + err.err) == shown
+    assert ("step 2/2" in err.err) == (progress == "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989e12),
+        ("NVIDIA H100 80GB HBM3", "32-true", 67e12),
+        ("NVIDIA H100 PCIe", "bf16-mixed", None),
+        ("NVIDIA H200", "16-mixed", 989e12),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", None),
+    ],
+)
+def test_peaks_are_the_cost_models(name, precision, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == expected
+    assert peak_flops(torch.device("cpu"), precision) is None
+
+
+def test_the_use_of_the_peak_is_logged(arguments, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "peak_flops", lambda device, precision: 1e12)
+    run(arguments("mha"))
+    for row in rows(tmp_path / "run"):
+        if row["mfu"]:
+            per_token = float(row["mfu"]) * 1e12 / float(row["tokens_per_second"])
+            parameters = sum(x.numel() for x in read_checkpoint(tmp_path / "run")["state_dict"].values())
+            # Six FLOPs per parameter, less the vectors, plus attention: 12 E times half of T in each of two layers.
+            assert per_token == pytest.approx(6 * parameters + 2 * 12 * 32 * 16, rel=0.05)
+            break
+    else:
+        raise AssertionError("no mfu")
