@@ -202,9 +202,9 @@ FLOORS = {
         {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
-        {"__init__", "allowlist", "files", "signals", "tables"},
+        {"__init__", "allowlist", "files", "losses", "optimisers", "signals", "tables"},
         {"data", "feed_forward", "lm", "model_config", "options"},
-        {"checkpointing", "sampling", "trainer"}, {"training"}, {"callbacks"},
+        {"checkpointing", "initial_weights", "sampling", "trainer"}, {"training"}, {"callbacks"},
         {"commandline", "diagnose", "generate", "export", "convert"},
         {"compare", "pretrain"},
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -30,6 +31,7 @@ from attnzoo_recipes.callbacks.progress import (
     StepProgress,
     Throughput,
 )
+from attnzoo_recipes.callbacks.record import Record
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.callbacks.summary import Report
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
@@ -113,7 +115,9 @@ class PretrainCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
         report = Report(allowed=self.allowed)
-        always = [RandomStates(), Throughput(), LossCurve(), report, MemoryEstimate(), GracefulStop(self.stop)]
+        always = [
+            RandomStates(), Throughput(), LossCurve(), Record(), report, MemoryEstimate(), GracefulStop(self.stop),
+        ]  # fmt: skip
         progress = self._get(self.config_init, "progress")
         if trainer["enable_progress_bar"] is False:
             progress = "none"
@@ -138,6 +142,62 @@ class PretrainCLI(LightningCLI):
         return made
 
 
+class _Settings(PretrainCLI):
+    """Parses the settings of a run, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _set_seed(self) -> None:
+        """Leave random states alone."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def configurations(commands: Sequence[Sequence[str]], allowed: Iterable[str] = ALLOWED) -> list[dict[str, Any]]:
+    """The complete settings that attnzoo-pretrain would have with these words, the first of which is "fit".
+
+    Nothing is built. The rules of imports are those of a run.
+
+    Raises:
+        ImportRefusedError: for an import path outside `allowed`.
+        ArgumentError: for a setting that does not exist or does not fit.
+    """
+    found: list[dict[str, Any]] = []
+    parsing: _Settings | None = None
+    for command in commands:
+        words = find_configs(list(command))
+        check_arguments(words, allowed)
+        if parsing is None:
+            parsing = _made(_Settings, words, allowed, None)
+        parser = parsing._parser("fit")
+        dumped = parser.dump(parsing.parser.parse_args(words)["fit"], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(dumped)
+        found.append(settings)
+    return found
+
+
+def _made(cls: type[PretrainCLI], words: list[str], allowed: Iterable[str], stop: Stop | None) -> Any:
+    """A command line of the recipe's classes."""
+    strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "epilog": _EPILOG}
+    return cls(
+        Pretraining,
+        TextDataModule,
+        allowed=allowed,
+        stop=stop,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={**strict, **dict.fromkeys(PretrainCLI.subcommands(), strict)},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=words,
+    )
+
+
 def run(args: Sequence[str] | None, stop: Stop) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2.
 
@@ -158,19 +218,7 @@ def run(args: Sequence[str] | None, stop: Stop) -> None:
         words, allowed = take_allowed_imports(list(sys.argv[1:] if args is None else args))
         words = find_configs(words)
         check_arguments(words, allowed)
-        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "epilog": _EPILOG}
-        PretrainCLI(
-            Pretraining,
-            TextDataModule,
-            allowed=allowed,
-            stop=stop,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={**strict, **dict.fromkeys(PretrainCLI.subcommands(), strict)},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=words,
-        )
+        _made(PretrainCLI, words, allowed, stop)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.costs import cache_bytes
 from attnzoo.description import arguments_of, plain, public_mechanisms
 from attnzoo_recipes.allowlist import ALLOWED, ImportRefusedError, added_packages, find_class
 from attnzoo_recipes.data.tokenizers import Tokenizer, from_dict
@@ -37,6 +38,13 @@ _FEED_FORWARD_DEFAULTS = {
     "sparse_feed_forward": None,
 }
 """What a checkpoint has that does not mention its feed-forward layers."""
+
+
+MODEL_SETTINGS = (
+    "embed_dim", "num_layers", "mlp_dim", "sparse_every", "parallel", "tie_embeddings", "norm_eps", "dropout",
+    "init_std", "activation_checkpointing",
+)  # fmt: skip
+"""Arguments of the decoder that are numbers."""
 
 
 def describe_attention(attention: Callable[[int], nn.Module]) -> dict[str, Any]:
@@ -139,6 +147,23 @@ def build_model(
     except (ValueError, TypeError, RuntimeError, MemoryError, ArithmeticError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"the model of {where} cannot be built: {kind}{error}") from error
+
+
+def figures(model: DecoderLM, tokens: int) -> dict[str, int | None]:
+    """What a decoder costs with samples of `tokens` tokens, as a comparison shows it.
+
+    Returns:
+        "parameters"; "mlp_dim", None without `SwiGLU`; "flops_per_token" of training, three times those of the forward
+        pass; "cache_bytes_per_token" of all layers in bfloat16, where a state that does not grow is divided by the
+        tokens.
+    """
+    cache = sum(cache_bytes(layer.attn, tokens, torch.bfloat16) for layer in model.layers) // tokens
+    return {
+        "parameters": model.num_parameters,
+        "mlp_dim": model.mlp_dim,
+        "flops_per_token": 3 * model.flops(tokens) // tokens,
+        "cache_bytes_per_token": cache,
+    }
 
 
 def saved_settings(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> Mapping[str, Any]:

@@ -176,6 +176,11 @@ def warmup_cosine(warmup_steps: int, last_step: int, min_ratio: float) -> Callab
     return factor
 
 
+def default_schedule(warmup_steps: int, min_lr_ratio: float) -> ScheduleMaker:
+    """The recipe's schedule if none is named."""
+    return functools.partial(WarmupCosine, warmup_steps=warmup_steps, min_ratio=min_lr_ratio)
+
+
 def made_schedule(maker: ScheduleMaker, optimizer: Optimizer, steps: int) -> LRScheduler:
     """A schedule; if its class has an argument `steps` that is not given, it gets the length of the run."""
     cls, given = _class_of(maker), getattr(maker, "keywords", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -32,8 +31,8 @@ from attnzoo_recipes.model_config import (
 from attnzoo_recipes.optimisers import (
     OptimiserMaker,
     ScheduleMaker,
-    WarmupCosine,
     check_optimiser,
+    default_schedule,
     made_schedule,
 )
 from attnzoo_recipes.trainer import check_strategy, ends_step, log_is_due
@@ -166,9 +165,7 @@ class Pretraining(L.LightningModule):
         self.min_lr_ratio = min_lr_ratio
         self.schedule_steps = schedule_steps
         self.optimiser = optimizer
-        self.schedule = lr_scheduler or functools.partial(
-            WarmupCosine, warmup_steps=warmup_steps, min_ratio=min_lr_ratio
-        )
+        self.schedule = lr_scheduler or default_schedule(warmup_steps, min_lr_ratio)
         self.z_loss = z_loss
         self.init_from = init_from
         self.aux_loss_weight = aux_loss_weight

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnzoo_recipes.allowlist import ALLOWED, enforce
-from attnzoo_recipes.compare.plan import Settings, attention_of, plan, run_key
+from attnzoo_recipes.compare.plan import Data, Variant, attention_of, plan, run_key
 from attnzoo_recipes.diagnose.losses import next_token_losses
 from attnzoo_recipes.diagnose.prune_study import Task, study
 from attnzoo_recipes.model_config import build_model
@@ -157,14 +157,19 @@ def test_nothing_is_imported_that_is_not_allowed(folder, line, capsys):
     assert not (folder / "ran").exists()
 
 
+def planned(config, match, allowed):
+    """The plan of one mechanism in a small model."""
+    model = {"embed_dim": 32, "attention": attention_of(config, allowed)}
+    settings = {"model": model, "data": {"batch_size": 2, "block_size": 32}, "trainer": {"max_steps": 2}}
+    return plan([(Variant(config.stem, config.stem), settings)], [Data("a", "a/val", 257)], match, allowed)
+
+
 def test_an_own_mechanism_that_has_changed_is_another_run(folder):
-    settings = Settings.checked("gated_value.yaml", 1, "none", "x", {}, ("attnzoo", "mylab"))
-    attention = attention_of(folder / "gated_value.yaml", settings.allowed)
-    (one,) = plan({"gated_value": attention}, {"embed_dim": 32}, 257, 32, "none", settings.allowed)
-    before = run_key(one, 0, settings, [])
-    assert run_key(one, 0, settings, []) == before
+    (one,) = planned(folder / "gated_value.yaml", "none", (*ALLOWED, "mylab"))
+    before = run_key(one, 0)
+    assert run_key(one, 0) == before
     (folder / "mylab.py").write_text((folder / "mylab.py").read_text() + "\n# changed\n")
-    assert run_key(one, 0, settings, []) != before
+    assert run_key(one, 0) != before
 
 
 def test_other_settings_beside_the_mechanism_are_refused(folder):
@@ -177,9 +182,8 @@ def test_other_settings_beside_the_mechanism_are_refused(folder):
 def test_a_mechanism_that_counts_no_flops_is_not_compared(folder):
     path = folder / "scratch.py"
     path.write_text(path.read_text().replace("def flops_by_part", "def other"))
-    attention = attention_of(folder / "shared_qk.yaml", (*ALLOWED, "scratch"))
     with pytest.raises(ValueError, match="SharedQueryKeyAttention does not count its FLOPs: define flops_by_part"):
-        plan({"shared_qk": attention}, {"embed_dim": 32}, 257, 32, "params", (*ALLOWED, "scratch"))
+        planned(folder / "shared_qk.yaml", "params", (*ALLOWED, "scratch"))
 
 
 def test_a_mechanism_that_cannot_be_cut_has_curves_without_speed(folder):

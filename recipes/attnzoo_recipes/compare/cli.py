@@ -23,28 +23,34 @@ from tqdm import tqdm
 
 import attnzoo
 from attnzoo_recipes.allowlist import check_arguments
+from attnzoo_recipes.callbacks import record
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
-from attnzoo_recipes.commandline import config_path, find_configs
+from attnzoo_recipes.commandline import config_path, configurations, default_precision, find_configs
 from attnzoo_recipes.compare.plan import (
-    EQUAL,
     MATCHES,
+    OWN,
     VARIED,
+    Data,
     Plan,
     Settings,
+    Variant,
     attention_of,
+    disagreements,
     feed_forward_of,
+    held_equal,
     plan,
-    plan_feed_forwards,
     run_key,
 )
 from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
-from attnzoo_recipes.data.module import TextDataModule
+from attnzoo_recipes.data.module import MAIN, TextDataModule
 from attnzoo_recipes.files import write_atomically
 from attnzoo_recipes.lm import DecoderLM
+from attnzoo_recipes.losses import linear_cross_entropy
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.options import (
     add_allow_import,
     command_line,
+    device_named,
     join_allowed,
     mistakes_in_one_sentence,
     take_allowed_imports,
@@ -52,6 +58,7 @@ from attnzoo_recipes.options import (
 from attnzoo_recipes.tables import as_csv
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5
+FIGURES = ("parameters", "mlp_dim", "flops_per_token", "cache_bytes_per_token")
 _DIVERGED = 3
 _STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
@@ -62,14 +69,15 @@ def main(args: Sequence[str] | None = None) -> None:
     words, passed_on = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     try:
         with mistakes_in_one_sentence("attnzoo-compare"):
-            compare(parse(words), passed_on)
+            settings, device = parse(words)
+            compare(settings, passed_on, device)
     except KeyboardInterrupt:
         sys.stderr.write("attnzoo-compare: stopped; the same command continues where it was\n")
         raise SystemExit(130) from None
 
 
-def parse(words: Sequence[str]) -> Settings:
-    """Settings from a command line."""
+def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
+    """Settings from a command line, and the device for speeds if one is named."""
     words, allowed = take_allowed_imports(words)
     parser = ArgumentParser(
         prog="attnzoo-compare",
@@ -88,7 +96,19 @@ def parse(words: Sequence[str]) -> Settings:
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of runs of each mechanism")
     parser.add_argument("--match", type=str | None, help=f"held equal to the first mechanism: {', '.join(MATCHES)}")
-    parser.add_argument("--vary", default="attention", help=f"what a mechanism is: {' or '.join(VARIED)}")
+    parser.add_argument(
+        "--vary",
+        default="attention",
+        help=f"what differs: {', '.join(VARIED)}, or the path of a setting, such as model.embed_dim, with --values",
+    )
+    parser.add_argument("--values", type=list[str] | str | None, help="values of that setting: 128,192,256")
+    parser.add_argument(
+        "--lrs",
+        type=list[float] | str | None,
+        help="learning rates that every mechanism is trained with, 1e-3,3e-3: the table has a common one, and the best "
+        "of each mechanism beside it",
+    )
+    parser.add_argument("--device", type=str | None, help="where speeds are measured (default: where the runs train)")
     parser.add_argument("--out", default="runs/compare", help="folder of the results")
     parser.add_argument("--train", type=dict[str, Any], default={}, help="settings over those of configs/pretrain.yaml")
     add_allow_import(parser)
@@ -99,55 +119,69 @@ def parse(words: Sequence[str]) -> Settings:
         raise ValueError("allow_import must be given on the command line, not in a config")
     if parsed.mechanisms is None:
         raise ValueError("mechanisms must be given, in --mechanisms or by --config configs/compare.yaml")
-    return Settings.checked(
-        parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed, parsed.vary
-    )
+    settings = Settings.checked(
+        parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed, parsed.vary, parsed["values"],
+        parsed.lrs,
+    )  # fmt: skip
+    return settings, parsed.device
 
 
-def compare(settings: Settings, passed_on: list[str]) -> None:
+def compare(settings: Settings, passed_on: list[str], device_name: str | None = None) -> None:
     """Train what is not finished yet, then write table.md, table.csv, learning_curves.png and quality_vs_cache.png."""
+    for word in passed_on:
+        if word.startswith("--") and word[2:].split("=")[0] in OWN:
+            raise ValueError(f"{word.split('=')[0]} must not be given after --: attnzoo-compare sets it for each run")
     configs = {name: Path(config_path(file)) for name, file in settings.configs.items()}
-    read = attention_of if settings.vary == "attention" else feed_forward_of
-    described = {name: read(path, settings.allowed) for name, path in configs.items()}
+    for path in configs.values():
+        (feed_forward_of if settings.vary == "feed_forward" else attention_of)(path, settings.allowed)
     overlay = settings.out / "train.yaml"
     write_atomically(overlay, yaml.safe_dump(dict(settings.train), sort_keys=False))
-    common = resolved([*pretrain_command(overlay, configs[settings.mechanisms[0]], settings), *passed_on])
-    data = TextDataModule(**common["data"])
-    corpus = data.packed.meta["splits"]["val"]
-    model = common["model"]
-    vocab_size, tokens = data.tokenizer.vocab_size, common["data"]["block_size"]
-    if settings.vary == "attention":
-        plans = plan(described, model, vocab_size, tokens, settings.match, settings.allowed)
-    else:
-        plans = plan_feed_forwards(described, model, vocab_size, tokens, settings.allowed)
-    steps = int(common["trainer"]["max_steps"])
-    sys.stdout.write(f"held equal: {EQUAL[settings.equal]}\n")
+    words = {each: pretrain_words(overlay, configs[each.mechanism], each, settings, passed_on)
+             for each in settings.variants}  # fmt: skip
+    given = configurations(list(words.values()), settings.allowed)
+    texts = prepared([each["data"] for each in given])
+    plans = plan(
+        list(zip(settings.variants, given, strict=True)), [data for data, _ in texts], settings.match, settings.allowed
+    )
+    accelerator = given[0]["trainer"]["accelerator"]
+    device = device_named(device_name or default_device(accelerator))
+    precision = given[0]["trainer"]["precision"] or default_precision(accelerator)
+    equal = held_equal(plans, settings.match, settings.vary)
+    sys.stdout.write(f"held equal: {equal}\n")
     wanted = [(chosen, seed) for seed in range(settings.seeds) for chosen in plans]
     runs = []
-    with tqdm(total=steps * len(wanted), unit="step", desc="compare", smoothing=0.05) as bar:
+    done = 0
+    with tqdm(total=sum(chosen.steps for chosen, _ in wanted), unit="step", desc="compare", smoothing=0.05) as bar:
         for i, (chosen, seed) in enumerate(wanted):
-            bar.set_description(f"{chosen.mechanism}, seed {seed} ({i + 1} of {len(wanted)})")
-            command = [*pretrain_command(overlay, configs[chosen.mechanism], settings), *passed_on]
-            key = run_key(chosen, seed, settings, passed_on)
-            folder = settings.out / "cells" / f"{chosen.mechanism}-{seed}-{key}"
-            runs.append(finished_run(chosen, seed, command, folder, bar.update, steps))
-            bar.n = (i + 1) * steps
+            name = chosen.variant.name
+            bar.set_description(f"{name}, seed {seed} ({i + 1} of {len(wanted)})")
+            folder = settings.out / "cells" / f"{_as_folder(name)}-{seed}-{run_key(chosen, seed)}"
+            runs.append(finished_run(chosen, seed, command(words[chosen.variant], settings), folder, bar.update))
+            done += chosen.steps
+            bar.n = done
             bar.refresh()
-    runs.sort(key=lambda run: settings.mechanisms.index(run["mechanism"]))
+    order = [chosen.variant.name for chosen in plans]
+    runs.sort(key=lambda run: order.index(run["mechanism"]))
+    rate = common_rate(settings, given[0]["model"]["lr"] if not settings.rates else None)
+    entropies = texts[0][1]
     facts = {
-        "match": settings.equal,
-        "steps": steps,
-        "batch_tokens": common["data"]["batch_size"] * common["data"]["block_size"],
-        "tokens": common["data"]["block_size"],
-        "unigram": corpus["unigram_bits_per_byte"],
-        "bigram": corpus["bigram_bits_per_byte"],
+        "match": settings.match,
+        "vary": settings.vary,
+        "equal": equal,
+        "training": training_in_words(plans),
+        "rate": rate,
+        "rates": ", ".join(f"{each:g}" for each in settings.rates),
+        "unigram": entropies.get("unigram_bits_per_byte"),
+        "bigram": entropies.get("bigram_bits_per_byte"),
         "prompt_tokens": PROMPT_TOKENS,
         "decode_tokens": DECODE_TOKENS,
-        "machine": f"{os.cpu_count()}-core CPU",
+        "machine": machine(device, precision),
         "versions": {"attnzoo": attnzoo.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d"),
     }
-    rows = summarise(runs, speeds(runs, common["data"]["batch_size"], common["data"]["block_size"], settings.allowed))
+    shown = [run for run in runs if run["rate"] == rate]
+    measured_speeds = speeds(shown, plans, device, precision, settings.allowed)
+    rows = summarise(runs, measured_speeds, rate)
     text = markdown(rows, facts)
     write_atomically(settings.out / "table.md", text)
     write_atomically(settings.out / "table.csv", as_csv(rows))
@@ -161,57 +195,98 @@ def compare(settings: Settings, passed_on: list[str]) -> None:
         raise ValueError(f"no run finished: {rows[0]['note']}; their logs are in {settings.out / 'cells'}")
 
 
-def resolved(command: list[str]) -> Mapping[str, Any]:
-    """The complete configuration that a command of attnzoo-pretrain would use."""
-    done = subprocess.run([*command, "--print_config"], capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["attnzoo-pretrain refused the configuration"]
-        raise ValueError(lines[-1].removeprefix("attnzoo-pretrain: error: "))
-    configuration: Mapping[str, Any] = yaml.safe_load(done.stdout)
-    return configuration
+def common_rate(settings: Settings, configured: float | None) -> float | None:
+    """The learning rate of the rows of the table, if several were tried: the first that was given."""
+    return settings.rates[0] if configured is None else None
 
 
-def pretrain_command(overlay: Path, mechanism: Path, settings: Settings) -> list[str]:
-    """The command that trains a mechanism, in a process of its own; feed-forward layers with mha, or what follows."""
-    attention = [] if settings.vary == "attention" else [config_path("attention/mha.yaml")]
+def pretrain_words(
+    overlay: Path, mechanism: Path, variant: Variant, settings: Settings, passed_on: Sequence[str]
+) -> list[str]:
+    """The arguments of attnzoo-pretrain for a variant; feed-forward layers with mha, or what follows."""
+    attention = [config_path("attention/mha.yaml")] if settings.vary == "feed_forward" else []
     configs = (config_path("pretrain.yaml"), *attention, str(overlay), str(mechanism))
-    run = [sys.executable, "-m", "attnzoo_recipes.pretrain", "fit", *join_allowed(settings.allowed)]
-    return [*run, *(word for path in configs for word in ("--config", path))]
+    return ["fit", *(word for path in configs for word in ("--config", path)), *passed_on, *variant.words]
+
+
+def command(words: Sequence[str], settings: Settings) -> list[str]:
+    """The command that trains with these arguments, in a process of its own."""
+    run, *rest = words
+    return [sys.executable, "-m", "attnzoo_recipes.pretrain", run, *join_allowed(settings.allowed), *rest]
+
+
+def prepared(sections: Sequence[Mapping[str, Any]]) -> list[tuple[Data, Mapping[str, Any]]]:
+    """The text of each section `data` of settings, with what is known about its validation part."""
+    known: dict[str, tuple[Data, Mapping[str, Any]]] = {}
+    found = []
+    for section in sections:
+        key = json.dumps(section, sort_keys=True, default=str)
+        if key not in known:
+            module = TextDataModule(**section)
+            packed, split = module.validation[MAIN]
+            facts = Data(module.packed.key, f"{packed.key}/{split}", module.tokenizer.vocab_size)
+            known[key] = facts, packed.meta["splits"][split]
+        found.append(known[key])
+    return found
+
+
+def training_in_words(plans: Sequence[Plan]) -> str:
+    """Steps and tokens of a run, where they are the same for all."""
+    steps, sizes = {chosen.steps for chosen in plans}, {chosen.sample for chosen in plans}
+    if len(steps) > 1 or len(sizes) > 1:
+        return "with the steps and sizes that vary"
+    samples, tokens = sizes.pop()
+    return f"{steps.pop():,} steps of {samples * tokens:,} tokens"
+
+
+def default_device(accelerator: str) -> str:
+    """Where a run with this accelerator trains."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def machine(device: torch.device, precision: str) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)} with precision {precision}"
+    return f"a {os.cpu_count()}-core CPU with precision {precision}"
+
+
+def _as_folder(name: str) -> str:
+    return re.sub(r"[^\w=.+-]", "_", name)
 
 
 def finished_run(
-    chosen: Plan, seed: int, command: Sequence[str], folder: Path, advance: Callable[[float], Any], steps: int
+    chosen: Plan, seed: int, command: Sequence[str], folder: Path, advance: Callable[[float], Any]
 ) -> dict[str, Any]:
     """The result of a run, or that of an earlier call if it is in the folder already.
 
-    A run that was interrupted continues from its newest checkpoint.
+    A run that was interrupted continues from its newest checkpoint. A run whose own record is not what was planned has
+    status "differs".
 
     Args:
-        chosen: the mechanism in the common model.
+        chosen: what the run is to be.
         seed: of the weights and of the order of the data.
         command: attnzoo-pretrain with its configs.
         folder: of this run, named after everything that it depends on.
         advance: is called with the number of further steps.
-        steps: of the whole run.
     """
     result, versions = folder / "result.json", folder / "run"
+    base = {
+        "mechanism": chosen.variant.name, "rate": chosen.variant.rate, "seed": seed,
+        **{name: chosen.expected[name] for name in FIGURES},
+    }  # fmt: skip
     if result.is_file():
-        earlier: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return earlier
+        outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return base | checked(chosen, outcome)
     folder.mkdir(parents=True, exist_ok=True)
     words = [
         *command, f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={versions}",
-        *([] if chosen.mlp_dim is None else [f"--model.mlp_dim={chosen.mlp_dim}"]),
+        "--progress=lines", *([] if chosen.mlp_dim is None else [f"--model.mlp_dim={chosen.mlp_dim}"]),
     ]  # fmt: skip
     with contextlib.suppress(ValueError, OSError):
         if versions.is_dir() and (saved := newest_valid(versions)) is not None:
             words.append(f"--ckpt_path={saved}")
-    base = {
-        "mechanism": chosen.mechanism, "seed": seed, "mlp_dim": chosen.mlp_dim,
-        "parameters": chosen.parameters, "flops_per_token": chosen.flops_per_token,
-        "cache_bytes_per_token": chosen.cache_bytes_per_token,
-    }  # fmt: skip
-    code, last_line = watched(words, folder / "log.txt", advance, steps)
+    code, last_line = watched(words, folder / "log.txt", advance, chosen.steps)
     if code in _STOPPED:
         raise KeyboardInterrupt
     if code == 0:
@@ -219,8 +294,14 @@ def finished_run(
     else:
         status = "diverged" if code == _DIVERGED else "failed"
         outcome = {"status": status, "detail": last_line.removeprefix("attnzoo-pretrain: ")}
-    write_atomically(result, json.dumps(base | outcome, indent=1))
-    return base | outcome
+    write_atomically(result, json.dumps(outcome, indent=1))
+    return base | checked(chosen, outcome)
+
+
+def checked(chosen: Plan, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of a run, without figures if its record is not what was planned."""
+    found = disagreements(chosen.expected, outcome.get("record") or {}) if outcome["status"] == "finished" else []
+    return {"status": "differs", "detail": f"the run had {'; '.join(found)}"} if found else dict(outcome)
 
 
 def watched(command: list[str], log: Path, advance: Callable[[float], Any], steps: int) -> tuple[int, str]:
@@ -231,7 +312,7 @@ def watched(command: list[str], log: Path, advance: Callable[[float], Any], step
         try:
             while process.poll() is None:
                 time.sleep(0.5)
-                counts = re.findall(rb"training:.*?(\d+)/\d+ \[", log.read_bytes()[-2000:])
+                counts = re.findall(rb"^step (\d+)/", log.read_bytes()[-2000:], re.MULTILINE)
                 at = min(int(counts[-1]), steps) if counts else 0
                 if at > shown:
                     advance(at - shown)
@@ -257,58 +338,76 @@ def measured(versions: Path) -> dict[str, Any]:
     last = curve[max(curve)]
     if last != last:
         return {"status": "diverged", "detail": f"validation is not a number after step {max(curve)}"}
+    records = sorted(versions.glob(f"version_*/{record.FILE}"), key=lambda p: int(p.parent.name.split("_")[1]))
     return {
         "status": "finished", "detail": "", "val_bits_per_byte": last, "curve": sorted(curve.items()),
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint), "record": json.loads(records[-1].read_text()) if records else None,
     }  # fmt: skip
 
 
 def speeds(
-    runs: Sequence[Mapping[str, Any]], batch: int, tokens: int, allowed: Sequence[str]
+    runs: Sequence[Mapping[str, Any]],
+    plans: Sequence[Plan],
+    device: torch.device,
+    precision: str,
+    allowed: Sequence[str],
 ) -> dict[str, tuple[float, float]]:
-    """Tokens/s of every mechanism in training and in decoding, on the CPU: the best of several rounds.
+    """Tokens/s of every mechanism in training and in decoding, on a device: the best of several rounds.
 
-    In each round all mechanisms take turns. Training is forward and backward of a batch (batch, tokens), without the
-    optimiser; decoding has batch size 1.
+    In each round all mechanisms take turns. Training is forward and backward of a batch, without the optimiser;
+    decoding has batch size 1.
     """
     models: dict[str, DecoderLM] = {}
     for run in runs:
         if run["status"] == "finished" and run["mechanism"] not in models:
             path = run["checkpoint"]
-            models[run["mechanism"]] = model_from_checkpoint(read_checkpoint(path), allowed, f"checkpoint {path}")
+            model = model_from_checkpoint(read_checkpoint(path), allowed, f"checkpoint {path}")
+            models[run["mechanism"]] = model.to(device)
+    data = {chosen.variant.name: chosen.settings["data"] for chosen in plans}
     best = dict.fromkeys(models, (0.0, 0.0))
+    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(precision)
     for _ in range(ROUNDS):
         for name, model in models.items():
+            batch, tokens = data[name]["batch_size"], data[name]["block_size"]
             train, decode = best[name]
-            train = max(train, batch * tokens / training_seconds(model, batch, tokens))
-            best[name] = train, max(decode, DECODE_TOKENS / decoding_seconds(model))
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                train = max(train, batch * tokens / training_seconds(model, batch, tokens, device))
+                best[name] = train, max(decode, DECODE_TOKENS / decoding_seconds(model, device))
     return best
 
 
-def training_seconds(model: DecoderLM, batch: int, tokens: int) -> float:
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def training_seconds(model: DecoderLM, batch: int, tokens: int, device: torch.device) -> float:
     """Time of one forward and backward pass."""
     model.train()
-    ids = torch.arange(batch * tokens).view(batch, tokens) * 7919 % model.vocab_size
-    start = time.perf_counter()
-    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+    ids = (torch.arange(batch * tokens).view(batch, tokens) * 7919 % model.vocab_size).to(device)
+    start = clock(device)
+    hidden, targets = model.hidden(ids).flatten(0, 1), ids.roll(-1, 1).flatten()
+    loss = linear_cross_entropy(hidden, model.output_weight, targets)
     extra = attnzoo.aux_loss(model)
     torch.autograd.backward(loss if extra is None else loss + extra)
-    seconds = time.perf_counter() - start
+    seconds = clock(device) - start
     model.zero_grad(set_to_none=True)
     model.eval()
     return seconds
 
 
 @torch.inference_mode()
-def decoding_seconds(model: DecoderLM) -> float:
+def decoding_seconds(model: DecoderLM, device: torch.device) -> float:
     """Time of DECODE_TOKENS steps after a prompt of PROMPT_TOKENS."""
     caches = model.init_caches(1, PROMPT_TOKENS + DECODE_TOKENS)
-    model(torch.arange(PROMPT_TOKENS)[None] % model.vocab_size, caches=caches)
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    start = time.perf_counter()
+    model((torch.arange(PROMPT_TOKENS)[None] % model.vocab_size).to(device), caches=caches)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    start = clock(device)
     for _ in range(DECODE_TOKENS):
         token = model(token, caches=caches)[:, -1:].argmax(-1)
-    return time.perf_counter() - start
+    return clock(device) - start
 
 
 if __name__ == "__main__":

@@ -3,69 +3,120 @@
 from __future__ import annotations
 
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnzoo_recipes.compare.plan import EQUAL
 from attnzoo_recipes.files import write_atomically
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
+_FIGURES = ("parameters", "mlp_dim", "flops_per_token", "cache_bytes_per_token")
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], speeds: Mapping[str, tuple[float, float]]) -> list[Row]:
+def summarise(
+    runs: Sequence[Mapping[str, Any]], speeds: Mapping[str, tuple[float, float]], rate: float | None = None
+) -> list[Row]:
     """One row per mechanism, in the order of the runs.
 
     The difference is that to the first mechanism, paired by seed; its confidence interval is Student's with n - 1
-    degrees of freedom. With one seed there is neither an interval nor a standard error.
+    degrees of freedom. With one seed there is neither an interval nor a standard error. Only runs that finished, and
+    were what the plan says, have figures.
 
     Args:
-        runs: results: mechanism, seed, status ("finished", "diverged" or "failed"), detail, and for a finished one
-            val_bits_per_byte and the figures of its plan.
+        runs: results: mechanism, seed, status ("finished", "diverged", "failed" or "differs"), detail, the figures of
+            the plan, and for a finished one val_bits_per_byte; where several learning rates were tried, also rate.
         speeds: tokens/s in training and in decoding, by mechanism.
+        rate: the learning rate that all rows have in common, if several were tried; each row then also has the best
+            one of its mechanism, and the difference between the best ones.
     """
     names = list(dict.fromkeys(run["mechanism"] for run in runs))
-    bits = {
-        name: {c["seed"]: c["val_bits_per_byte"] for c in runs if c["mechanism"] == name and c["status"] == "finished"}
-        for name in names
-    }
+    bits: dict[tuple[str, Any], dict[int, float]] = {}
+    for run in runs:
+        if run["status"] == "finished":
+            bits.setdefault((run["mechanism"], run.get("rate")), {})[run["seed"]] = run["val_bits_per_byte"]
+    best = {name: _best_rate(name, bits) for name in names}
     rows = []
     for name in names:
         own = [run for run in runs if run["mechanism"] == name]
-        finished = [run for run in own if run["status"] == "finished"]
-        broken = [f"seed {c['seed']} {c['status']}: {c['detail']}" for c in own if c["status"] != "finished"]
-        paired = sorted(set(bits[name]) & set(bits[names[0]]))
-        differences = [bits[name][seed] - bits[names[0]][seed] for seed in paired] if name != names[0] else []
-        values = list(bits[name].values())
-        rows.append({
+        common = bits.get((name, rate), {})
+        broken = [f"seed {c['seed']}{_at(c)} {c['status']}: {c['detail']}" for c in own if c["status"] != "finished"]
+        values = list(common.values())
+        row = {
             "mechanism": name,
-            "parameters": own[0]["parameters"],
-            "mlp_dim": own[0]["mlp_dim"],
-            "training_flops_per_token": own[0]["flops_per_token"],
-            "cache_bytes_per_token": own[0]["cache_bytes_per_token"],
+            **{("training_" * (figure == "flops_per_token")) + figure: own[0][figure] for figure in _FIGURES},
             "tokens_per_second": speeds.get(name, (None, None))[0],
             "decode_tokens_per_second": speeds.get(name, (None, None))[1],
             "val_bits_per_byte": _mean(values),
-            "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
-            "difference": _mean(differences),
-            "interval": interval(differences),
-            "seeds": len(finished),
-            "note": "; ".join(broken),
-        })  # fmt: skip
+            "standard_error": standard_error(values),
+            **_difference(common, bits.get((names[0], rate), {}) if name != names[0] else {}),
+            "seeds": len(values),
+        }
+        if rate is not None:
+            chosen = bits.get((name, best[name]), {})
+            against = bits.get((names[0], best[names[0]]), {}) if name != names[0] else {}
+            row |= {"rate": rate, "best_rate": best[name], "best_val_bits_per_byte": _mean(list(chosen.values()))}
+            row |= {f"best_{key}": value for key, value in _difference(chosen, against).items()}
+        rows.append({**row, "note": "; ".join(broken)})
     return rows
+
+
+def _at(run: Mapping[str, Any]) -> str:
+    return "" if run.get("rate") is None else f" at rate {run['rate']:g}"
+
+
+def _best_rate(name: str, bits: Mapping[tuple[str, Any], Mapping[int, float]]) -> Any:
+    """The rate with the lowest mean among those of which most seeds finished."""
+    own = {rate: values for (other, rate), values in bits.items() if other == name}
+    most = max((len(values) for values in own.values()), default=0)
+    means = {rate: statistics.fmean(values.values()) for rate, values in own.items() if len(values) == most}
+    return min(means, key=lambda rate: means[rate]) if means else None
+
+
+def _difference(ours: Mapping[int, float], first: Mapping[int, float]) -> dict[str, float | None]:
+    """Mean difference over the seeds that both have, and half of its confidence interval."""
+    seeds = sorted(set(ours) & set(first))
+    differences = [ours[seed] - first[seed] for seed in seeds]
+    return {"difference": _mean(differences), "interval": interval(differences), "spread": _spread(differences)}
 
 
 def interval(differences: Sequence[float]) -> float | None:
     """Half the width of the confidence interval of the mean; None for fewer than two."""
-    if len(differences) < 2:
+    error = standard_error(differences)
+    if error is None:
         return None
     from scipy.stats import t  # type: ignore[import-untyped]  # has no stubs
 
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
     return float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import sem
+
+    return float(sem(values))
+
+
+def smallest_difference(rows: Sequence[Row]) -> tuple[int, float] | None:
+    """Number of seeds, and the difference that they could show: the half-width of an interval of typical spread.
+
+    The spread is that of all differences together. None with fewer than two seeds.
+    """
+    from scipy.stats import t
+
+    spreads = [row["spread"] for row in rows if row.get("spread") is not None]
+    if not spreads:
+        return None
+    seeds = min(row["seeds"] for row in rows if row.get("spread") is not None)
+    pooled = statistics.fmean(spread**2 for spread in spreads) ** 0.5
+    return seeds, float(t.ppf((1 + CONFIDENCE) / 2, seeds - 1)) * pooled / seeds**0.5
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -73,50 +124,75 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    """The table, with notes on how it was obtained."""
+    """The table, with notes on how it was obtained and on what it can decide."""
     first = rows[0]["mechanism"]
+    rates = "rate" in rows[0]
     head = [
         "mechanism", "parameters", "MLP width", "training FLOPs/token", "cache bytes/token", "train tokens/s",
-        "decode tokens/s", "validation bits/byte", f"difference to {first}", "seeds", "note",
+        "decode tokens/s", "validation bits/byte", f"difference to {first}",
+        *(["best rate", "validation at best rate", "difference at best rates"] if rates else []), "seeds", "note",
     ]  # fmt: skip
     lines = [" | ".join(["", *head, ""]).strip(), "| " + " | ".join(["---"] * len(head)) + " |"]
     for row in rows:
-        value = _number(row["val_bits_per_byte"], ".4f")
-        if row["standard_error"] is not None:
-            value += f" ± {row['standard_error']:.4f}"
-        difference = _number(row["difference"], "+.4f")
-        if row["interval"] is not None:
-            difference += f" ± {row['interval']:.4f}"
         cells = [
             row["mechanism"], f"{row['parameters']:,}", _number(row["mlp_dim"], ","),
             f"{row['training_flops_per_token'] / 1e6:.1f} M", f"{row['cache_bytes_per_token']:,}",
-            _number(row["tokens_per_second"], ",.0f"), _number(row["decode_tokens_per_second"], ",.0f"), value,
-            difference, str(row["seeds"]), row["note"].replace("|", "/"),
+            _number(row["tokens_per_second"], ",.0f"), _number(row["decode_tokens_per_second"], ",.0f"),
+            _with_error(row["val_bits_per_byte"], row["standard_error"], ".4f"),
+            _with_error(row["difference"], row["interval"], "+.4f"),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        if rates:
+            cells += [_number(row["best_rate"], "g"), _number(row["best_val_bits_per_byte"], ".4f")]
+            cells += [_with_error(row["best_difference"], row["best_interval"], "+.4f")]
+        lines.append("| " + " | ".join([*cells, str(row["seeds"]), row["note"].replace("|", "/")]) + " |")
     return "\n".join([*lines, "", *_facts(rows, facts), ""])
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    return _number(value, form) + ("" if error is None else f" ± {error:.4f}")
 
 
 def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
     first = rows[0]["mechanism"]
-    several = any(row["seeds"] > 1 for row in rows)
-    spread = (
-        f"± after bits per byte is the standard error over seeds; ± after a difference is half the {CONFIDENCE:.0%} "
-        f"confidence interval of the differences paired by seed (Student's t)."
-        if several
-        else "One seed: differences of this size may come from the seed alone, and no interval can be given."
-    )
-    return [
-        f"Held equal to {first}: {EQUAL[facts['match']]}; data and their order seed by seed, optimiser, schedule, "
-        f"{facts['steps']:,} steps of {facts['batch_tokens']:,} tokens, every other size.",
-        f"The corpus's own entropies on the validation split: unigram {facts['unigram']:.4f}, bigram "
-        f"{facts['bigram']:.4f} bits per byte.",
-        spread,
-        f"Cache bytes are bfloat16, of all layers; a state that does not grow with the length is divided by the "
-        f"{facts['tokens']:,} tokens of a sample. Training speed (forward and backward of a batch) and decoding "
-        f"({facts['decode_tokens']} tokens after {facts['prompt_tokens']}, batch 1) are the best of rounds in which "
-        f"all mechanisms take turns, on a {facts['machine']} in float32; they say nothing about a GPU.",
+    sentences = [
+        f"Held equal to {first}: {facts['equal']}; data and their order seed by seed, optimiser, schedule, "
+        f"{facts['training']}. Each run's own record agrees with this; a run whose record does not has no figures here."
     ]
+    if facts.get("unigram") is not None:
+        sentences.append(
+            f"The corpus's own entropies on the validation split: unigram {facts['unigram']:.4f}, bigram "
+            f"{facts['bigram']:.4f} bits per byte."
+        )
+    if "rate" in rows[0]:
+        sentences.append(
+            f"All rows have the learning rate {rows[0]['rate']:g}; the best of {facts['rates']} for each mechanism is "
+            "beside it, chosen by the same validation text."
+        )
+    sentences.append(_decisions(rows))
+    sentences.append(
+        f"Cache bytes are bfloat16, of all layers; a state that does not grow with the length is divided by the tokens "
+        f"of a sample. Training speed (forward and backward of a batch) and decoding ({facts['decode_tokens']} tokens "
+        f"after {facts['prompt_tokens']}, batch 1) are the best of rounds in which all mechanisms take turns, on "
+        f"{facts['machine']}; they say nothing about another device."
+    )
+    return sentences
+
+
+def _decisions(rows: Sequence[Row]) -> str:
+    """What the intervals decide, in words."""
+    smallest = smallest_difference(rows)
+    if smallest is None:
+        return "One seed: differences of this size may come from the seed alone, and no interval can be given."
+    compared = [row for row in rows if row["interval"] is not None]
+    decided = [row["mechanism"] for row in compared if abs(row["difference"]) > row["interval"]]
+    undecided = [row["mechanism"] for row in compared if row["mechanism"] not in decided]
+    return (
+        f"± after bits per byte is the standard error over seeds; ± after a difference is half the {CONFIDENCE:.0%} "
+        f"confidence interval of the differences paired by seed (Student's t). The smallest difference that "
+        f"{smallest[0]} seeds could show here is {smallest[1]:.4f}. Different from {rows[0]['mechanism']} by this "
+        f"measure: {', '.join(decided) or 'none'}; undecided: {', '.join(undecided) or 'none'}. One in twenty such "
+        "intervals misses."
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -124,9 +200,12 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
-    """Validation bits per byte over steps: one line per mechanism, the mean over its seeds, with their range."""
+    """Validation bits per byte over steps: one line per mechanism, the mean over its seeds, with their range.
+
+    Of several learning rates, the lines have the common one.
+    """
     figure, axes = _figure()
-    for number, (name, own) in enumerate(_finished(runs).items()):
+    for number, (name, own) in enumerate(_finished(runs, facts.get("rate")).items()):
         curves = [dict(run["curve"]) for run in own]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
@@ -136,7 +215,8 @@ def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], pat
             axes.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.2
             )
-    axes.axhline(facts["bigram"], color="0.4", linewidth=1, linestyle=":", label="bigram entropy")
+    if facts.get("bigram") is not None:
+        axes.axhline(facts["bigram"], color="0.4", linewidth=1, linestyle=":", label="bigram entropy")
     axes.set(xlabel="optimiser step", ylabel="validation (bits per byte)", title="Learning curves")
     _finish(figure, axes, path)
 
@@ -148,9 +228,10 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
     for number, row in shown:
         style = _style(number)
         x, y = row["cache_bytes_per_token"], row["val_bits_per_byte"]
+        error = row["standard_error"]
         axes.errorbar(
-            [x], [y], yerr=[row["standard_error"] or 0.0], color=style["color"], marker=style["marker"], markersize=8,
-            linestyle="", label=row["mechanism"], capsize=3,
+            [x], [y], yerr=None if error is None else [error], color=style["color"], marker=style["marker"],
+            markersize=8, linestyle="", label=row["mechanism"], capsize=3,
         )  # fmt: skip
     if shown and all(row["cache_bytes_per_token"] > 0 for _, row in shown):
         axes.set_xscale("log", base=2)
@@ -162,10 +243,10 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
     _finish(figure, axes, path)
 
 
-def _finished(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def _finished(runs: Sequence[Mapping[str, Any]], rate: float | None) -> dict[str, list[Mapping[str, Any]]]:
     finished: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        if run["status"] == "finished":
+        if run["status"] == "finished" and run.get("rate") == rate:
             finished.setdefault(run["mechanism"], []).append(run)
     return finished
 
