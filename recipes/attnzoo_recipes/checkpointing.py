@@ -170,8 +170,10 @@ def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
     return next((path for path in sorted(paths, key=age, reverse=True) if verify(path) is None), None)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", unverified: bool = False) -> dict[str, Any]:
     """The verified content of a checkpoint, or of the newest valid one below a folder: tensors and plain values.
+
+    With `unverified`, a file that has no sidecar is read with a warning; a damaged one is not.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -187,7 +189,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     _refuse_special(target)
     with target.open("rb") as file:
         wrong = _wrong(target, file)
-        if wrong is not None:
+        if wrong is not None and unverified and not _sidecar(target.resolve()).exists():
+            rank_zero_warn(
+                f"{target} has no sidecar {_sidecar(target).name}, so nothing says whether it is what was saved."
+            )
+        elif wrong is not None:
             raise ValueError(wrong)
         return _load(target, file, map_location)
 
@@ -322,7 +328,10 @@ def _wrong(target: Path, file: BufferedReader) -> str | None:
     """One sentence that says why the opened file is not what was saved, or None."""
     records = _records(target)
     if not records:
-        return f"{target} cannot be verified: its sidecar {_sidecar(target).name} is missing or unreadable"
+        return (
+            f"{target} cannot be verified: its sidecar {_sidecar(target).name} is missing or unreadable "
+            "(attnzoo-generate reads a file without one with --unverified)"
+        )
     size = os.fstat(file.fileno()).st_size
     sizes = {record["size"] for record in records}
     if size not in sizes:

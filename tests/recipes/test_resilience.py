@@ -254,6 +254,58 @@ def test_a_bad_step_changes_nothing(tmp_path, spoil, fused):
     assert all(weight.isfinite().all() for weight in weights(model))
 
 
+@pytest.mark.parametrize("spoil", [nan_loss, infinite_loss, nan_gradient])
+def test_the_device_skips_a_step_by_itself(tmp_path, spoil):
+    runs = {}
+    for wait in (True, False):
+        seed()
+        watch, folder = Watch(), tmp_path / str(wait)
+        folder.mkdir()
+        with pytest.warns(UserWarning, match=r"Step 3 is skipped: .*1 in a row, 10 stop"):
+            trainer(folder, 6, LossGuard(wait=wait), watch, gradient_clip_val=1.0).fit(Tiny(True, at({3}, spoil)))
+        (report,) = folder.iterdir()
+        runs[wait] = watch.seen, json.loads(report.read_text())
+    for waited, other in zip(runs[True][0], runs[False][0], strict=True):
+        assert equal(waited[0], other[0])
+        assert equal(waited[1], other[1])
+        assert waited[2] == other[2]
+    reports = [report for _, report in runs.values()]
+    assert reports[1].pop("gradients") == {}
+    assert reports[0].pop("gradients")
+    assert reports[0] == reports[1]
+
+
+def test_a_bad_last_step_is_reported_without_waiting(tmp_path):
+    with pytest.warns(UserWarning, match=r"Step 2 is skipped"):
+        trainer(tmp_path, 3, LossGuard(wait=False)).fit(Tiny(True, at({2}, nan_loss)))
+
+
+def test_ten_in_a_row_stop_the_run_without_waiting(tmp_path):
+    watch, model = Watch(), Tiny(True, spoil=at({2, *range(4, 50)}, nan_loss))
+    with (
+        pytest.warns(UserWarning, match="in a row, 10 stop the run"),
+        pytest.raises(RunStoppedError, match=r"not finite in 10 steps in a row; no weight has changed since step 4"),
+    ):
+        trainer(tmp_path, 50, LossGuard(wait=False), watch).fit(model)
+    assert max(model.losses) == 14, "one step later"
+    assert equal(weights(model), watch.seen[3][0])
+
+
+def test_optimisers_that_cannot_skip_are_waited_for(tmp_path):
+    watch = Watch()
+    with pytest.warns(UserWarning, match="Step 3 is skipped"):
+        trainer(tmp_path, 6, LossGuard(wait=False), watch).fit(Tiny(False, at({3}, nan_gradient)))
+    assert equal(watch.seen[3][0], watch.seen[2][0])
+    assert json.loads((tmp_path / "nonfinite-step=3-rank=0.json").read_text())["gradients"]
+
+
+def test_the_guard_can_be_switched_off(tmp_path):
+    model = Tiny(True, at({3}, nan_loss))
+    trainer(tmp_path, 6, LossGuard(enabled=False)).fit(model)
+    assert not all(weight.isfinite().all() for weight in weights(model))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_first_step_leaves_no_optimiser_state(tmp_path):
     watch, model = Watch(), Tiny(spoil=at({0}, nan_loss))
     with pytest.warns(UserWarning, match="Step 0 is skipped"):

@@ -8,7 +8,7 @@ import math
 import random
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,24 +147,30 @@ class LossGuard(L.Callback):
     A loss of validation or testing that is not finite stops the run at once, with exit code 3.
 
     Every skipped step writes nonfinite-step=N-rank=R.json into the run's folder: the batches (their "index", if they
-    have one), their losses, and statistics of each parameter's gradient. The decision synchronises with the device
-    once per step.
+    have one), their losses, and, where the decision was waited for, statistics of each parameter's gradient.
 
     Args:
         patience: number of consecutive skipped steps that stops the run, with exit code 3.
+        enabled: whether to guard at all.
+        wait: whether to wait for the device in each step. Without, the device skips the step by itself, and the report
+            and the end of the run come one step later; for the fused AdamW, without float16's gradient scaler. Default:
+            no waiting where that is possible on a GPU.
 
     Raises:
         ValueError: if patience is less than 1.
         RunStoppedError: in training.
     """
 
-    def __init__(self, *, patience: int = 10) -> None:
+    def __init__(self, *, patience: int = 10, enabled: bool = True, wait: bool | None = None) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience = patience
+        self.enabled = enabled
+        self.wait = wait
         self.in_a_row = 0
         self._folder = Path()
         self._batches: list[dict[str, Any]] = []
+        self._undecided: tuple[int, list[dict[str, Any]], Tensor, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder."""
@@ -184,8 +190,10 @@ class LossGuard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Drop the gradients if they or their losses are not finite."""
+        """Skip the step if its gradients or losses are not finite."""
         batches, self._batches = self._batches, []
+        if not self.enabled:
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
@@ -193,51 +201,105 @@ class LossGuard(L.Callback):
         losses = torch.stack([batch["loss"].to(norm) for batch in batches if "loss" in batch] or [norm.new_zeros(())])
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         sound = losses.isfinite().all() & (norm.isfinite() | scaled)
-        if not trainer.strategy.reduce_boolean_decision(not sound.item(), all=False):
+        by_itself = not scaled and isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+        if by_itself and not (norm.is_cuda if self.wait is None else not self.wait):
+            by_itself = False
+            optimizer.found_inf = None  # type: ignore[attr-defined]
+        if by_itself:
+            self._decide(trainer, pl_module)
+            skipped = (~sound).float()
+            if trainer.world_size > 1:
+                dist.all_reduce(skipped, dist.ReduceOp.MAX)
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what a gradient scaler would tell it
+            self._undecided = trainer.global_step, batches, norm, _to_host(skipped)
+        elif trainer.strategy.reduce_boolean_decision(not sound.item(), all=False):
+            report = self._report(trainer, pl_module, batches, norm)
+            for parameter in parameters:
+                parameter.grad = None
+            self._skipped(trainer.global_step, report)
+        else:
             self.in_a_row = 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report the last step too."""
+        self._decide(trainer, pl_module)
+
+    def _decide(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Report the previous step if the device has skipped it; by now it has decided."""
+        if self._undecided is None:
             return
+        (step, batches, norm, read), self._undecided = self._undecided, None
+        if read():
+            self._skipped(step, self._report(trainer, module, batches, norm, step))
+        else:
+            self.in_a_row = 0
+
+    def _skipped(self, step: int, report: Path) -> None:
+        """Warn about a step, or stop the run."""
         self.in_a_row += 1
-        report = self._report(trainer, pl_module, batches, norm)
-        for parameter in parameters:
-            parameter.grad = None
         rank_zero_warn(
-            f"Step {trainer.global_step} is skipped: its loss or gradient is not finite "
+            f"Step {step} is skipped: its loss or gradient is not finite "
             f"({self.in_a_row} in a row, {self.patience} stop the run); see {report}."
         )
         if self.in_a_row >= self.patience:
             raise RunStoppedError(
                 f"the loss or its gradient was not finite in {self.patience} steps in a row; no weight has changed "
-                f"since step {trainer.global_step + 1 - self.patience}, and {report} says what the last step had",
+                f"since step {step + 1 - self.patience}, and {report} says what the last step had",
                 NOT_FINITE,
             )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop if the validation loss is not finite."""
-        _stop_unless_finite(trainer, "val_loss")
+        if self.enabled:
+            _stop_unless_finite(trainer, "val_loss")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop if the test loss is not finite."""
-        _stop_unless_finite(trainer, "test_loss")
+        if self.enabled:
+            _stop_unless_finite(trainer, "test_loss")
 
     def _report(
-        self, trainer: L.Trainer, module: L.LightningModule, batches: list[dict[str, Any]], norm: Tensor
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        batches: list[dict[str, Any]],
+        norm: Tensor,
+        earlier: int | None = None,
     ) -> Path:
-        path = self._folder / f"nonfinite-step={trainer.global_step}-rank={trainer.global_rank}.json"
+        """Write the file of a step; the gradients of an earlier one are gone."""
+        step = trainer.global_step if earlier is None else earlier
+        path = self._folder / f"nonfinite-step={step}-rank={trainer.global_rank}.json"
         content = {
-            "step": trainer.global_step,
+            "step": step,
             "rank": trainer.global_rank,
-            "in_a_row": self.in_a_row,
+            "in_a_row": self.in_a_row + 1,
             "batches": [{name: _plain(value) for name, value in batch.items()} for batch in batches],
             "gradient_norm": _plain(norm),
             "gradients": {
                 name: _statistics(parameter.grad)
                 for name, parameter in module.named_parameters()
-                if parameter.grad is not None
+                if parameter.grad is not None and earlier is None
             },
         }
         with training_goes_on(path):
             write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         return path
+
+
+def _to_host(flag: Tensor) -> Callable[[], bool]:
+    """Begin to copy a flag; the function that is returned waits for it and for nothing after it."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    copy = torch.empty((), pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> bool:
+        event.synchronize()
+        return bool(copy)
+
+    return read
 
 
 def _stop_unless_finite(trainer: L.Trainer, name: str) -> None:

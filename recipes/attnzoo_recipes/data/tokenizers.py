@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
         """Token ids of several texts, one int64 array each."""
         ...
 
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 of token ids, without document tokens; a character may be in parts of several tokens."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without document tokens; broken UTF-8 becomes U+FFFD."""
         ...
@@ -65,9 +69,13 @@ class ByteTokenizer:
         """One token per byte."""
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes."""
+        return bytes(i for i in ids if i < 256)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The bytes as text."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        return self.to_bytes(ids).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         """One byte per token."""
@@ -161,9 +169,13 @@ class BpeTokenizer:
             raise ValueError(f"{_UNCHANGED}, got one that changes {text[:40]!r}")
         return ids
 
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The tokens' spellings."""
+        return b"".join([self._spellings[i] for i in ids])
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text."""
-        return b"".join([self._spellings[i] for i in ids]).decode(errors="replace")
+        return self.to_bytes(ids).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         """Lengths of the tokens' spellings; 0 where the vocabulary has a gap."""
