@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -169,7 +169,12 @@ class SavedModel(_Made):
         return (model, found) if wanted else model
 
 
-@cache
+def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`functools.cache` for functions of classes."""
+    return cache(make)
+
+
+@_once
 def config_class_of(base: Any) -> Any:
     """The configuration of model type "attnzoo" made from a class; the Auto classes that know that class know it."""
     own: Any = type(f"Attnzoo{base.__name__}", (SavedConfig, base), _names(base) | {"model_type": MODEL_TYPE})
@@ -181,7 +186,7 @@ def config_class_of(base: Any) -> Any:
     return own
 
 
-@cache
+@_once
 def model_class_of(base: Any, config_class: Any) -> Any:
     """The class of a model with replaced attention, made from the class that transformers has for it."""
     names = _names(base) | {"config_class": config_class, "config_base": config_class.base_class}
