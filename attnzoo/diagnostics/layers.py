@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -349,8 +350,9 @@ def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
 
 def _read_short(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "num_attention_heads", "n_heads")
+    family = "t5" if hasattr(module, "key_value_proj_dim") else "mpnet"
     return layer_of(
-        name, index, module, "mpnet", module.o, [lambda: (matrix(module.q), matrix(module.k), matrix(module.v))],
+        name, index, module, family, module.o, [lambda: (matrix(module.q), matrix(module.k), matrix(module.v))],
         num_heads=heads, num_kv_heads=heads,
     )  # fmt: skip
 
@@ -401,6 +403,48 @@ def _fused(
     )
 
 
+def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
+    """DeepSeek's latent attention, whose weights have the names of `MultiHeadLatentAttention`."""
+
+    heads, width = module.num_heads, module.v_head_dim
+    inputs = matrix(module.o_proj).shape[1]
+    if inputs != heads * width:
+        raise ValueError(
+            f"layer {name!r} does not fit family 'deepseek': its output projection has {inputs} inputs for {heads} heads "
+            f"of width {width}"
+        )
+    nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
+
+    def matrices() -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries (H, D, E), of a rotated key (dr, E), and of keys and values (H, dn + Dv, E)."""
+        if getattr(module, "q_lora_rank", None) is None:
+            query = matrix(module.q_proj)
+        else:
+            query = (matrix(module.q_b_proj) * module.q_a_layernorm.weight) @ matrix(module.q_a_proj)
+        down = matrix(module.kv_a_proj_with_mqa)
+        others = (matrix(module.kv_b_proj) * module.kv_a_layernorm.weight) @ down[:-rope]
+        return tuple(
+            x.detach() for x in (query.unflatten(0, (heads, -1)), down[-rope:], others.unflatten(0, (heads, -1)))
+        )
+
+    def qk(part: str) -> Factors:
+        parts = {"full": slice(None), "nope": slice(nope), "rope": slice(nope, None)}
+        if part not in parts:
+            raise ValueError(f"part must be 'full', 'rope' or 'nope', got {part!r}")
+        query, turned, others = matrices()
+        return [(query[h, parts[part]], torch.cat([others[h, :nope], turned])[parts[part]]) for h in range(heads)]
+
+    def ov() -> Factors:
+        _, _, others = matrices()
+        out = matrix(module.o_proj).detach().unflatten(1, (heads, width))
+        return [(others[h, nope:], out[:, h]) for h in range(heads)]
+
+    return AttentionLayer(
+        name, index, module, heads, heads, nope + rope, width, module.o_proj, "deepseek",
+        heads=HeadLayout.of(heads, heads), _qk=qk, _ov=ov,
+    )  # fmt: skip
+
+
 def _is_bert(module: nn.Module) -> bool:
     if not _has(module, "self", "output"):
         return False
@@ -411,12 +455,21 @@ _FAMILIES: dict[str, Family] = {
     "attnzoo": Family(is_mechanism, _read_zoo),
     "torch": Family(lambda module: isinstance(module, nn.MultiheadAttention), _read_torch),
     "separate": Family(lambda module: _separate_out(module) is not None, _read_separate),
+    "deepseek": Family(
+        lambda module: (
+            _projects(module, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj") and hasattr(module, "qk_rope_head_dim")
+        ),
+        _read_latent,
+    ),
     "gpt2": Family(lambda module: _projects(module, "c_attn", "c_proj"), _read_gpt2),
     "gpt_neox": Family(lambda module: _projects(module, "query_key_value", "dense"), _read_neox),
     "bert": Family(_is_bert, _read_bert),
     "distilbert": Family(lambda module: _projects(module, "q_lin", "k_lin", "v_lin", "out_lin"), _read_distilbert),
     "mpnet": Family(
         lambda module: _projects(module, "q", "k", "v", "o") and hasattr(module, "num_attention_heads"), _read_short
+    ),
+    "t5": Family(
+        lambda module: _projects(module, "q", "k", "v", "o") and hasattr(module, "key_value_proj_dim"), _read_short
     ),
 }
 """Kinds of attention modules, asked in this order."""

@@ -119,9 +119,10 @@ def keep_columns(linear: nn.Linear, heads: Iterable[int], width: int = 1) -> Non
     linear.in_features = columns.numel()
 
 
-def keep_entries(parameter: nn.Parameter, entries: Iterable[int], dim: int = 0) -> nn.Parameter:
+def keep_entries(parameter: nn.Parameter, entries: Iterable[int] | Tensor, dim: int = 0) -> nn.Parameter:
     """A parameter with these entries of one axis."""
-    return _sliced(parameter, torch.tensor(list(entries), dtype=torch.long), dim)
+    index = entries if isinstance(entries, Tensor) else torch.tensor(list(entries), dtype=torch.long)
+    return _sliced(parameter, index, dim)
 
 
 def _sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:

@@ -66,6 +66,24 @@ def test_factors_are_those_of_queries_and_keys(name):
         assert_factors_give(layer, *seen[layer.index])
 
 
+def test_factors_of_latent_attention():
+    """Weights multiplied out by hand, gains of the norms of latents included."""
+    with families.quiet():
+        model = families.model_of("DeepseekV3", q_lora_rank=16, kv_lora_rank=12)
+    for layer in al.attention_layers(model):
+        m = layer.module
+        nope, rope = m.qk_nope_head_dim, m.qk_rope_head_dim
+        query = m.q_b_proj.weight @ torch.diag(m.q_a_layernorm.weight) @ m.q_a_proj.weight
+        latent, turned = m.kv_a_proj_with_mqa.weight.split([12, rope])
+        up = (m.kv_b_proj.weight @ torch.diag(m.kv_a_layernorm.weight)).view(layer.num_heads, -1, 12)
+        assert (layer.num_heads, layer.head_dim) == (4, nope + rope)
+        for head, ((wq, wk), (wv, wo)) in enumerate(zip(layer.qk_factors(), layer.ov_factors(), strict=True)):
+            keys = torch.cat([up[head, :nope] @ latent, turned])
+            torch.testing.assert_close(wq.T @ wk, query.view(4, nope + rope, -1)[head].T @ keys)
+            out = m.o_proj.weight.view(-1, 4, layer.v_head_dim)[:, head]
+            torch.testing.assert_close(wo @ wv, out @ up[head, nope:] @ latent)
+
+
 class Matmuls(torch.overrides.TorchFunctionMode):
     """Operands of products, for models that compute attention in their own forward."""
 
@@ -86,12 +104,13 @@ class Matmuls(torch.overrides.TorchFunctionMode):
     [
         ("Bloom", {}), ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
         ("Falcon", {"multi_query": True}), ("Falcon", {"multi_query": False}), ("GPTJ", {}),
-        ("GPTBigCode", {"multi_query": True}),
+        ("GPTBigCode", {"multi_query": True}), ("T5Encoder", {}),
     ],
 )  # fmt: skip
 def test_factors_of_models_with_attention_of_their_own(name, options):
     with families.quiet():
-        model = families.model_of(name, biases=False, **options)
+        model = families.model_of(name.removesuffix("Encoder"), biases=False, **options)
+    model = model.encoder if name == "T5Encoder" else model
     layer = al.attention_layers(model)[0]
     states = []
     layer.module.register_forward_pre_hook(

@@ -326,11 +326,25 @@ def test_joint_norms_are_refused_unless_asked_for():
         prune_heads(DecoderLM(23, linear, embed_dim=32, num_layers=1), {0: [0]})
 
 
-def test_other_attention_is_refused():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=23, n_embd=24, n_layer=1, n_head=6, n_positions=16)
-    with pytest.raises(ValueError, match="prune_heads knows zoo modules, BERT and models with separate projections"):
-        prune_heads(transformers.GPT2Model(config), {0: [0]})
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DeepseekV3", "prune_heads knows zoo modules and the families of .*, got DeepseekV3Attention"),
+        ("T5", "prune_heads knows zoo modules and the families of .*, got T5Attention"),
+        (
+            "GPTBigCode",
+            "prune_heads needs a key/value head for each query head where they are one projection, got 4 and 1",
+        ),
+    ],
+)
+def test_other_attention_is_refused(name, message):
+    pytest.importorskip("transformers")
+    with families.quiet():
+        model = families.model_of(name)
+    before = traces(model)
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model, {0: [0]})
+    assert traces(model) == before
 
 
 @pytest.mark.parametrize(
@@ -365,7 +379,8 @@ def traces(model):
 @pytest.mark.parametrize(
     ("name", "options"),
     [("StableLm", {"qk_layernorm": True}), ("Cohere", {"use_qk_norm": True}), ("Cohere2", {}), ("Qwen3", {}),
-     ("Lfm2", {}), ("HunYuanDenseV1", {}), ("GptOss", {}), ("GPTJ", {}), ("Roberta", {}), ("Bart", {})],
+     ("Lfm2", {}), ("HunYuanDenseV1", {}), ("GptOss", {}), ("GPTJ", {}), ("Roberta", {}), ("Bart", {}), ("GPT2", {}),
+     ("GPTNeoX", {}), ("DistilBert", {})],
 )  # fmt: skip
 @pytest.mark.parametrize("heads", [{0: [1]}, {0: [0, 1, 2, 3]}, {0: [2, 3], 1: [0, 3]}])
 def test_pruned_families_compute_what_masks_do(name, options, heads):
@@ -383,7 +398,7 @@ def test_pruned_families_compute_what_masks_do(name, options, heads):
         expected = masked_output(model, heads, **call)
         prune_heads(model, heads)
         torch.testing.assert_close(output(model, **call), expected, atol=within, rtol=within)
-        if name in ("Roberta", "Bart"):
+        if name in ("Roberta", "Bart", "DistilBert"):
             return
         first = model(TOKENS[:, :5], use_cache=True)
         rest = model(TOKENS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
@@ -527,7 +542,7 @@ def test_models_inside_others_are_tried_too():
     assert traces(broken) == before
 
 
-@pytest.mark.parametrize("name", ["Llama", "Bert", "StableLm", "Bart", "GPTJ"])
+@pytest.mark.parametrize("name", ["Llama", "Bert", "StableLm", "Bart", "GPTJ", "GPT2", "GPTNeoX", "DistilBert"])
 def test_saved_models_load_again(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     with families.quiet():

@@ -1,7 +1,8 @@
 """Removing heads of Hugging Face attention modules for good, which transformers 5 no longer offers itself.
 
-Modules with separate query, key, value and output projections can be pruned (Llama, Mistral, Qwen, Gemma and
-relatives), and those of BERT and its relatives. Whether one really can is tried, see `trial`.
+Modules with separate query, key, value and output projections can be pruned (Llama, Mistral, Qwen, Gemma, BERT,
+DistilBERT and relatives), and those with one fused projection (GPT-2, GPT-NeoX). Whether one really can is tried, see
+`trial`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,30 @@ from torch import Tensor, nn
 
 from attnzoo.diagnostics.layer_probe import norms_after
 from attnzoo.diagnostics.layers import AttentionLayer, register_family
-from attnzoo.modules.heads import HeadLayout, head_rows, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.heads import HeadLayout, head_rows, keep_entries
 
 RAGGED = "attnzoo_ragged"
 """Name of the attention function that gathers key/value heads for query heads in uneven groups."""
 
 
-def projections_of(layer: AttentionLayer) -> tuple[Any, nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-    """The module that calls attention, and its query, key, value and output projections."""
+PRUNABLE = ("separate", "bert", "distilbert", "gpt2", "gpt_neox")
+"""Families that pruning knows; a layer that lost heads may be of "pruned"."""
+_NAMES = {
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+    "gpt2": ("c_attn",) * 3,
+    "gpt_neox": ("query_key_value",) * 3,
+}
+
+
+def projections_of(layer: AttentionLayer) -> tuple[Any, Any, Any, Any, Any]:
+    """The module that calls attention, and its query, key, value and output projections; a fused one three times."""
     module: Any = layer.module
     if layer.family == "bert":
         inner = module.self
         return inner, inner.query, inner.key, inner.value, module.output.dense
-    return module, module.q_proj, module.k_proj, module.v_proj, layer.projection  # type: ignore[return-value]
+    names = _NAMES.get(layer.family, ("q_proj", "k_proj", "v_proj"))
+    query, key, value = (getattr(module, name) for name in names)
+    return module, query, key, value, layer.projection
 
 
 def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact: bool) -> None:
@@ -43,13 +55,18 @@ def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact:
     left = layer.heads.prune(numbers)
     if not layer.num_heads:
         return
-    if layer.family not in ("separate", "bert", "pruned"):
+    if layer.family not in (*PRUNABLE, "pruned"):
         raise ValueError(
-            "prune_heads knows zoo modules, BERT and models with separate projections, got "
+            "prune_heads knows zoo modules and the families of Llama, BERT, DistilBERT, GPT-2 and GPT-NeoX, got "
             f"{type(layer.module).__name__}"
         )
     inner, query, key, value, out = projections_of(layer)
-    if not all(isinstance(linear, nn.Linear) for linear in (query, key, value, out)):
+    if query is key and layer.num_kv_heads != len(layer.heads.kept):
+        raise ValueError(
+            f"prune_heads needs a key/value head for each query head where they are one projection, got "
+            f"{layer.num_heads} and {layer.num_kv_heads} in layer {layer.name!r}"
+        )
+    if not all(isinstance(linear, nn.Linear) or hasattr(linear, "nf") for linear in (query, key, value, out)):
         raise ValueError(f"prune_heads needs linear projections, got {type(query).__name__} in layer {layer.name!r}")
     for name, count in zip(_norms(layer), (layer.num_heads, layer.num_kv_heads), strict=True):
         if name is not None and name.startswith(_JOINT) and count > 1 and not allow_inexact:
@@ -75,6 +92,8 @@ _JOINT = "*"
 def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
     """Names inside the module of the norms that queries and keys pass; what the first pruning found stays."""
     inner, query, key, _, _ = projections_of(layer)
+    if query is key:
+        return None, None
     if hasattr(inner, "attnzoo_norms"):
         return inner.attnzoo_norms  # type: ignore[no-any-return]
     module = layer.module
@@ -128,23 +147,39 @@ def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]
     ):
         if name is not None and count > 1:
             _prune_norm(inner.get_submodule(name.lstrip(_JOINT)), count, kept, D)
-    keep_rows(query, heads, D)
-    keep_rows(key, groups, D)
-    keep_rows(value, groups, Dv)
-    keep_columns(out, heads, Dv)
+    if query is key:
+        # Rows of a head stand together (GPT-NeoX), or those of all queries do, then of keys, then of values.
+        own = head_rows(heads, D)
+        by_kind = [own + kind * len(layer.heads.kept) * D for kind in range(3)]
+        inner.num_attention_heads = len(heads)  # where only the configuration had it
+        _keep(query, head_rows(heads, 3 * D) if layer.family == "gpt_neox" else torch.cat(by_kind), outputs=True)
+    else:
+        for linear, kept, width in ((query, heads, D), (key, groups, D), (value, groups, Dv)):
+            _keep(linear, head_rows(kept, width), outputs=True)
+    _keep(out, head_rows(heads, Dv), outputs=False)
     if isinstance(getattr(inner, "sinks", None), nn.Parameter):
         inner.sinks = keep_entries(inner.sinks, heads)
     module: Any = layer.module
     module.attnzoo_heads, module.pruned_heads = layout, layout.pruned
-    _set(inner, ("num_heads", "num_attention_heads"), len(heads))
+    _set(inner, ("num_heads", "num_attention_heads", "n_heads"), len(heads))
     _set(inner, ("num_key_value_heads", "num_kv_heads"), len(groups))
-    _set(inner, ("all_head_size",), len(heads) * D)
+    _set(inner, ("all_head_size", "split_size"), len(heads) * D)
     if not heads:
         _empty(model, layer, inner, out)
         return
     _set(inner, ("num_key_value_groups",), len(heads) // len(groups) if layout.is_regular else 1)
     if not layout.is_regular:
         _read_unevenly(inner)
+
+
+def _keep(projection: Any, features: Tensor, *, outputs: bool) -> None:
+    """Keep these output or input features of a linear layer, or of a transformers Conv1D, which stores (in, out)."""
+    transposed = hasattr(projection, "nf")
+    projection.weight = keep_entries(projection.weight, features, int(outputs == transposed))
+    if outputs and projection.bias is not None:
+        projection.bias = keep_entries(projection.bias, features)
+    names = ("nf", "nx") if transposed else ("out_features", "in_features")
+    setattr(projection, names[not outputs], features.numel())
 
 
 def _prune_norm(norm: nn.Module, count: int, kept: Sequence[int], width: int) -> None:
@@ -154,7 +189,7 @@ def _prune_norm(norm: nn.Module, count: int, kept: Sequence[int], width: int) ->
             if parameter is not None and parameter.ndim > 1 and parameter.shape[0] == count:
                 setattr(module, name, keep_entries(parameter, kept))
             elif parameter is not None and parameter.shape == (count * width,):
-                setattr(module, name, keep_entries(parameter, head_rows(kept, width).tolist()))
+                setattr(module, name, keep_entries(parameter, head_rows(kept, width)))
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 setattr(module, name, nn.ModuleList(child[i] for i in kept))
@@ -238,10 +273,21 @@ def _empty(model: nn.Module, layer: AttentionLayer, inner: Any, out: nn.Linear) 
         layer.module.self = empty
         return
     empty.projection_name = next(name for name, child in inner.named_children() if child is out)
-    empty.add_module(empty.projection_name, out)
+    empty.add_module(empty.projection_name, _as_linear(out))
     empty.attnzoo_heads, empty.pruned_heads = layer.module.attnzoo_heads, layer.module.pruned_heads
     home, _, name = layer.name.rpartition(".")
     setattr(model.get_submodule(home), name, empty)
+
+
+def _as_linear(projection: Any) -> nn.Module:
+    """A linear layer in place of a Conv1D, which cannot take no features at all."""
+    if not hasattr(projection, "nf"):
+        return projection  # type: ignore[no-any-return]
+    # Of no features, torch would warn.
+    linear = nn.Linear(1, projection.nf, device="meta")
+    linear.in_features = projection.nx
+    linear.weight, linear.bias = nn.Parameter(projection.weight.detach().T), projection.bias
+    return linear
 
 
 def _is_pruned(module: Any) -> bool:

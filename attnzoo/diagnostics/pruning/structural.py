@@ -17,7 +17,7 @@ from torch import nn
 
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.pruning.evaluate import evaluating
-from attnzoo.diagnostics.pruning.hugging_face import check_prunable, prune_module
+from attnzoo.diagnostics.pruning.hugging_face import PRUNABLE, check_prunable, prune_module
 from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice
 from attnzoo.diagnostics.pruning.trial import Trial, rehearse
 
@@ -39,7 +39,8 @@ def prune_heads(
 
     Args:
         model: a model of this library's mechanisms, or a Hugging Face model: with separate query, key, value and output
-            projections (Llama, Mistral, Qwen, Gemma and relatives), or BERT and its relatives.
+            projections (Llama, Mistral, Qwen, Gemma, ViT, Whisper, BERT, DistilBERT and relatives), or with one
+            fused projection (GPT-2, GPT-NeoX).
         heads: {layer: heads} or (layer, head) pairs, such as the start of a pruning curve's order. Layers count as in
             `attention_layers`. Mixtures of attention heads remove experts by these numbers.
         unit: "head", or "kv_group" for numbers of key/value heads with all their query heads.
@@ -123,7 +124,7 @@ def load_pruned(folder: str | Path, **options: Any) -> nn.Module:
         base.__init__(self, *args, **keywords)
         layers = attention_layers(self)
         for index, numbers in wanted.items():
-            if not 0 <= index < len(layers) or layers[index].family not in ("separate", "bert"):
+            if not 0 <= index < len(layers) or layers[index].family not in PRUNABLE:
                 raise ValueError(f"attnzoo_pruned_heads of {folder} must name layers that can be pruned, got {index}")
             prune_module(self, layers[index], numbers)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
-from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers, matrix
 from attnzoo.diagnostics.pruning.hugging_face import RAGGED, is_config, projections_of, prune_module
 
 
@@ -47,7 +47,7 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
     (copied,) = attention_layers(stage)
     _, query, *_ = projections_of(copied)
-    x = torch.randn(1, 5, query.in_features, generator=draw, dtype=torch.float64).to(query.weight.device)
+    x = torch.randn(1, 5, matrix(query).shape[1], generator=draw, dtype=torch.float64).to(query.weight.device)
     what, masked = "", None
     for call in calls_of(copied.module, x, layer.head_dim, layer.num_heads):
         with _masked(copied, numbers), torch.no_grad():
