@@ -16,6 +16,7 @@ from attnzoo.modules.complexformer import ComplexAttention
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.diff import DifferentialAttention
 from attnzoo.modules.eit import EnhancedMultiheadAttention
+from attnzoo.modules.forgetting import ForgettingAttention
 from attnzoo.modules.gated import GatedAttention
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.gta import GroupedTiedAttention
@@ -76,6 +77,7 @@ __all__ = [
     "SigmoidAttention",
     "MultiTokenAttention",
     "SelectiveAttention",
+    "ForgettingAttention",
     "AttentionMask",
     "Rotary",
     "BackendUnavailable",

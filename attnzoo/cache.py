@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.rules import check_options, is_integer, is_integer_tensor
@@ -70,7 +71,10 @@ class TokenCache:
         max_length: tokens it may ever see.
         capacity: tokens it holds at most.
         buffers: the buffers, each (B, heads, capacity, width).
+        precise: places of the buffers that have at least float32, whatever the cache's dtype.
     """
+
+    precise: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -93,8 +97,12 @@ class TokenCache:
         self.length = 0
         self.layout = CacheLayout(widths, window, sink_tokens)
         self._widths = widths
+        precise = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.buffers = tuple(
-            torch.zeros(batch_size, heads, self.capacity, width, device=device, dtype=dtype) for heads, width in widths
+            torch.zeros(
+                batch_size, heads, self.capacity, width, device=device, dtype=precise if i in self.precise else dtype
+            )
+            for i, (heads, width) in enumerate(widths)
         )
 
         # As appended and returned; made once, since a view costs as much as a check in every decoding step.
@@ -165,7 +173,7 @@ class TokenCache:
     def _check(self, new: tuple[Tensor, ...]) -> int:
         """How many new tokens; refuses states of another batch, width, dtype or device."""
         tokens = new[0].shape[1]
-        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=True):
+        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=False):
             expected = (self.batch_size, tokens, heads, width)
             if state.shape != expected or state.dtype != buffer.dtype or state.device != buffer.device:
                 raise ValueError(
@@ -358,6 +366,86 @@ class ConvolutionCache(StatefulCache):
         """Move on to the last rows of queries, keys and values that came after those in the cache."""
         pairs = zip(self.state, new, strict=True)
         self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
+
+
+class ForgettingCache(StatefulCache):
+    """Keys, values and cumulated log gates (B, H, S, 1), and the last keys and values before a token shift.
+
+    The gates are in float32, or float64 for a float64 cache. A module without gates stores none, one without a shift
+    keeps no rows.
+
+    Attributes:
+        known: how many of the rows belong to tokens in the cache.
+    """
+
+    ROWS = 16
+    precise = (2,)
+    known = 0
+
+    def append(self, *states: Tensor) -> tuple[Any, ...]:
+        """Store k (B, T, G, D), v (B, T, G, Dv) and gates (B, T, H, 1); return those of all tokens and positions."""
+        kept, positions = self._append(*states)
+        return *kept, positions
+
+    def last_gates(self) -> Tensor:
+        """Cumulated gates (B, 1, H) of the last token so far, 0 before the first."""
+        gates = self.buffers[2][..., 0]
+        if not self.length:
+            return torch.zeros_like(gates[:, :, :1]).transpose(1, 2)
+        slot = self.length - 1 if self.capacity == self.max_length else self._slot(self.length - 1)
+        last = gates[:, :, slot : slot + 1] if isinstance(slot, int) else gates[:, :, slot]
+        return last.transpose(1, 2)
+
+    def make_rows(self) -> None:
+        """Allocate the last rows (B, ROWS, heads, width) of keys and values."""
+        self.state = tuple(
+            buffer.new_zeros(self.batch_size, self.ROWS, *width)
+            for buffer, width in zip(self.buffers[:2], self._widths[:2], strict=True)
+        )
+
+    def check_fits(self, *new: Tensor) -> None:
+        """Raise ValueError unless these keys and values fit the cache."""
+        self._check(new)
+
+    def last_rows(self) -> tuple[Tensor, ...]:
+        """The last key and value before the shift, (B, 1, heads, width)."""
+        return tuple(part[:, -1:] for part in self.state)
+
+    def store_rows(self, *new: Tensor) -> None:
+        """Move on to the last rows of keys and values that came after those in the cache."""
+        pairs = zip(self.state, new, strict=True)
+        self.store(*(torch.cat([held, part], 1)[:, -self.ROWS :] for held, part in pairs))
+        self.known = min(self.ROWS, self.known + new[0].shape[1])
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay allocated."""
+        super().reset()
+        self.known = 0
+
+    def truncate(self, length: int) -> None:
+        """As `TokenCache.truncate`; with a token shift not beyond the rows that are kept, unless to 0."""
+        check_held(length, self.length)
+        back = self.length - length
+        if self.state and length and back >= self.known:
+            raise ValueError(
+                f"length must be 0 or at least {self.length - self.known + 1}: the token shift needs the key and value "
+                f"before it, and the last {self.known} are kept, got {length}"
+            )
+        TokenCache.truncate(self, length)
+        if not length:
+            self.reset()
+        elif self.state and back:
+            self.state = tuple(F.pad(part[:, :-back], (0, 0, 0, 0, back, 0)) for part in self.state)
+            self.known -= back
+
+    def snapshot(self, tokens: int) -> Any:
+        """As `TokenCache.snapshot`, with the state."""
+        return super().snapshot(tokens), self.known
+
+    def restore(self, snapshot: Any) -> None:
+        """Take back what was appended since the snapshot."""
+        before, self.known = snapshot
+        super().restore(before)
 
 
 class LatentCache(TokenCache):

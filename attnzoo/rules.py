@@ -75,7 +75,7 @@ RULES: dict[str, Rule] = {
          "gate", "normalize", "sum_norm", "router_noise", "pre_compose", "post_compose", "query_wise", "key_wise",
          "static_base", "efficient", "interaction_bias", "separate_static", "shared_key", "feature_norm",
          "mixing_per_head", "mixing_trainable", "probe_causal", "allow_grad", "head_out_bias",
-         "conv_query_memory", "gate_bias", "head_norm"), SWITCH,
+         "conv_query_memory", "gate_bias", "k_shift", "v_shift", "pro", "head_norm"), SWITCH,
     ),
     **dict.fromkeys(("absorb", "sparse", "packed"), SWITCH_OR_AUTO),
     **dict.fromkeys(
@@ -84,8 +84,9 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("sliding_window", "max_length"), SIZE),
     **dict.fromkeys(
-        ("init_std", "embed_init_std", "qk_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps", "normalizer_eps",
-         "head_norm_eps", "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"), NOT_NEGATIVE,
+        ("init_std", "embed_init_std", "qk_norm_eps", "output_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps",
+         "normalizer_eps", "head_norm_eps", "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"),
+        NOT_NEGATIVE,
     ),
     **dict.fromkeys(("logit_softcap", "mixing_sigma"), POSITIVE),
     **dict.fromkeys(("grid", "block_grid"), SIZES),
@@ -100,6 +101,11 @@ RULES: dict[str, Rule] = {
     "normalizer": one_of("none", "mixed", "compat"),
     "mixing_norm": one_of("row", "col"),
     "extrapolation": one_of("error", "clamp", "window"),
+    "output_gate": one_of("sigmoid", "silu", words="be None, 'sigmoid' or 'silu'"),
+    "decay_times": (
+        (lambda value: _is_pair(value, is_number) and 0 < value[0] <= value[1],
+         "be two times with 0 < first <= last, or None"),
+    ),
     "mixing_clip": (
         (lambda value: _is_pair(value, is_number) and 0 <= value[0] < value[1],
          "be two bounds with 0 <= low < high, or None"),
@@ -118,7 +124,8 @@ RULES: dict[str, Rule] = {
 MAY_BE_NONE = frozenset(
     ("o_bias", "out_bias", "gate_bias", "k_rope_bias", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads",
      "num_routed_active", "sliding_window", "qk_norm_eps", "logit_softcap", "scale", "sink", "mixing_clip",
-     "grid", "block_grid", "dtype", "device", "lambda_init")
+     "grid", "block_grid", "dtype", "device", "lambda_init",
+     "output_gate", "decay_times")
 )  # fmt: skip
 
 

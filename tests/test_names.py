@@ -13,7 +13,7 @@ NAMES = (
     "MultipleHeadEmbeddingAttention",
     "MixtureOfGaussianKeysAttention",
     "SelectiveMultiHeadAttention", "MixtureOfAttentiveExperts", "RelativeConvAttention",
-    "GatedAttention", "DifferentialAttention",
+    "GatedAttention", "DifferentialAttention", "ForgettingAttention",
     "TensorProductAttention",
     "GatedAttention",
     "TensorProductAttention", "SigmoidAttention", "MultiTokenAttention", "SelectiveAttention",

@@ -118,6 +118,13 @@ MECHANISMS: dict[str, Make] = {
     "selective": lambda embed_dim=E, **options: attnzoo.SelectiveAttention(
         embed_dim, H, G, selection_head=1, chunk_size=5, **options
     ),
+    "forgetting": lambda embed_dim=E, bias=False, **options: attnzoo.ForgettingAttention(embed_dim, H, G, **options),
+    "forgetting-pro": lambda embed_dim=E, bias=False, **options: attnzoo.ForgettingAttention(
+        embed_dim, H, G, **{"pro": True, "rope": attnzoo.Rotary()} | options
+    ),
+    "forgetting-fixed": lambda embed_dim=E, bias=False, **options: attnzoo.ForgettingAttention(
+        embed_dim, H, G, forget_gate="fixed", decay_times=(1, 8), output_gate="silu", **options
+    ),
     "linear": lambda embed_dim=E, **options: attnzoo.LinearAttention(embed_dim, H, G, chunk_size=5, **options),
     "linear-lm": lambda embed_dim=E, **options: attnzoo.LinearAttention(
         embed_dim,
@@ -180,6 +187,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "mhe-add": ("plain", "window", "window-sinks"),
     **dict.fromkeys(("mgk", "smha"), ("plain", "no-rope")),
     **dict.fromkeys(("mgk-hard", "mgk-linear"), ("plain",)),
+    **dict.fromkeys(("forgetting", "forgetting-pro", "forgetting-fixed"), ("plain", "no-rope", "qk-norm", "window")),
     **dict.fromkeys(("diff", "diff-v2"), ("plain", "no-rope", "qk-norm", "window", "softcap")),
     # They take everything; what is no different from the output gate is left out.
     **dict.fromkeys(("gated-key", "gated-dense"), ("plain", "qk-norm")),
@@ -223,6 +231,16 @@ LACKS: dict[str, tuple[str, ...]] = {
     "mae": ("head order by rows", "padding as a mask", "token cache"),
     "mae-token": ("head order by rows", "counted flops"),
     "diff": ("unnormed heads",),
+    "forgetting": ("bidirectional", "context", "counted flops"),
+    "forgetting-fixed": ("bidirectional", "context", "counted flops", "head order by rows"),
+    "forgetting-pro": (
+        "bidirectional",
+        "context",
+        "counted flops",
+        "padded prompt",
+        "token cache",
+        "unnormed heads",
+    ),
     "gated-value": ("head order by rows", "rounding of its own"),
     **dict.fromkeys(("gated-key", "gated-dense"), ("head order by rows",)),
     "smha": ("head order by rows", "context", "padding as a mask", "pruning as a mask"),

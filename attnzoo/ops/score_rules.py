@@ -54,7 +54,7 @@ def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
     return torch.cat([q, rules.q_rope], dim=-1), torch.cat([k, shared], dim=-1)
 
 
-def join_decay(q: Tensor, k: Tensor, decay: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def join_decay(q: Tensor, k: Tensor, decay: Tensor, view: Visibility, scale: float) -> tuple[Tensor, Tensor]:
     """Queries and keys with further features whose products are -decay_j, for backends that add nothing to scores.
 
     The gate of the query is constant in its row, so the softmax does not need it. Each of the H / G heads that share
@@ -62,9 +62,9 @@ def join_decay(q: Tensor, k: Tensor, decay: Tensor, scale: float) -> tuple[Tenso
     three such features, whose sum is exact in float32.
     """
     groups, shared, unit = k.shape[2], q.shape[2] // k.shape[2], 256.0
-    # Any other constant does as well; this one keeps the numbers near the last query small.
-    c = (decay - decay[..., -1:].detach()) / (-scale * unit)
-    c = c.transpose(1, 2).unflatten(2, (groups, shared))
+    # Any other constant does as well; the first query's keeps numbers small and depends on no later token.
+    first = decay.index_select(2, _places(view, q.shape[1], k.shape[1], decay.device)[:1]).detach()
+    c = ((decay - first) / (-scale * unit)).transpose(1, 2).unflatten(2, (groups, shared))
     parts = [c.to(k.dtype)]
     rest = c.detach()
     for _ in range(2 if k.dtype in HALF else 0):
@@ -77,9 +77,15 @@ def join_decay(q: Tensor, k: Tensor, decay: Tensor, scale: float) -> tuple[Tenso
 def decay_of_pairs(decay: Tensor, view: Visibility, queries: int) -> Tensor:
     """c_i - c_j (B, H, T, S) of cumulated log gates (B, H, S); the queries are among the keys."""
     keys = decay.shape[2]
-    i, j = view.indices(queries, keys, decay.device)
-    place = i if view.key_positions is None else (j == i[:, None]).long().argmax(1)
-    return decay.index_select(2, place)[..., None] - decay[:, :, None]
+    if not keys:
+        return decay[:, :, None].expand(-1, -1, queries, -1)
+    return decay.index_select(2, _places(view, queries, keys, decay.device))[..., None] - decay[:, :, None]
+
+
+def _places(view: Visibility, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Where the T queries are among the S keys."""
+    i, j = view.indices(queries, keys, device)
+    return i if view.key_positions is None else (j == i[:, None]).long().argmax(1)
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float | None = None) -> Tensor:

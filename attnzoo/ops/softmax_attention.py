@@ -161,7 +161,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     S, G, value_width = k.shape[1], k.shape[2], v.shape[3]
     q, k = join_rope(q, k, rules)
     if rules.decay is not None:
-        q, k, rules = *join_decay(q, k, rules.decay, rules.scale), replace(rules, decay=None)
+        q, k, rules = *join_decay(q, k, rules.decay, view, rules.scale), replace(rules, decay=None)
     bias = _bias(T, S, q.device, view, rules)
     # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
     # Decided by a branch: in a graph for any length a comparison is a symbol, which the function does not take.

@@ -49,6 +49,9 @@ def _gates(module, x):
     if isinstance(module, attnzoo.MixtureOfAttentiveExperts):
         z, _ = module.gate_inputs(x, begin(module, x))
         return module.factors(module.gates(z)).transpose(1, 2)[..., None]
+    if isinstance(module, attnzoo.ForgettingAttention) and module.g_proj is not None:
+        activation = {"silu": torch.nn.functional.silu, "sigmoid": torch.sigmoid}[module.output_gate]
+        return activation(module.g_proj(x)).unflatten(2, (-1, module.v_head_dim)).transpose(1, 2)
     if isinstance(module, attnzoo.GatedAttention) and module.gate == "output":
         return torch.sigmoid(module.g_proj(x)).unflatten(2, (-1, module.gate_width)).transpose(1, 2)
     return torch.ones(1, dtype=x.dtype)
@@ -59,6 +62,8 @@ def _of_heads(module, values):
     if isinstance(module, attnzoo.DifferentialAttention) and module.version == 1:
         norm = module.subln
         return (1 - module.lambda_init) * norm(values.to(norm.weight.dtype)).to(values.dtype)
+    if isinstance(module, attnzoo.ForgettingAttention) and module.output_norm is not None:
+        return module.output_norm(values.transpose(1, 2)).transpose(1, 2).to(values.dtype)
     if not isinstance(module, attnzoo.MultipleHeadEmbeddingAttention):
         return values
     e = module.v_head_embed.detach()[:, None]
@@ -76,7 +81,7 @@ def test_patterns_times_values_are_the_outputs(name, option, backend):
     assert p.dtype == torch.float64
     assert p.shape == (B, call.layer.num_heads, T, T)
     if name in UNNORMED:
-        torch.testing.assert_close(_of_heads(module, p @ call.values_by_head() * _gates(module, x)), call.outputs)
+        torch.testing.assert_close(_of_heads(module, p @ call.values_by_head()) * _gates(module, x), call.outputs)
     assert not p.triu(1).any()
     blocks = list(call.pattern_blocks(4))
     assert [rows.start for rows, _ in blocks] == [0, 4, 8]
@@ -317,7 +322,7 @@ def test_half_precision_gives_patterns_in_single(name):
     x = torch.randn(B, T, zoo.E, dtype=torch.bfloat16)
     (call,), _ = _calls(module, x)
     assert call.pattern().dtype == torch.float32
-    expected = _of_heads(module, call.pattern() @ call.values_by_head().float() * _gates(module, x))
+    expected = _of_heads(module, call.pattern() @ call.values_by_head().float()) * _gates(module, x)
     torch.testing.assert_close(expected, call.outputs.float(), rtol=0.03, atol=0.03)
 
 

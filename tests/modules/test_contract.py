@@ -295,12 +295,21 @@ def permuted(state: dict[str, Tensor], heads: Tensor, groups: Tensor) -> dict[st
     result = {}
     for key, value in state.items():
         layer = key.split(".")[0]
-        if layer in ("q_proj", "g_proj", "lambda_proj", "sinks", "phase_scale", "phase_bias") or (
-            layer == "mixing_matrix" and value.ndim == 3
-        ):
+        if layer in (
+            "q_proj",
+            "g_proj",
+            "lambda_proj",
+            "forget_proj",
+            "output_norm",
+            "sinks",
+            "phase_scale",
+            "phase_bias",
+        ) or (layer == "mixing_matrix" and value.ndim == 3):
             value = rows(value, heads)
-        elif layer in ("k_proj", "v_proj", "kv_proj"):
+        elif layer in ("k_proj", "v_proj", "kv_proj", "k_shift_proj", "v_shift_proj"):
             value = rows(value, groups)
+        elif layer in ("q_norm", "k_norm") and len(value) == len(state[f"{layer[0]}_proj.weight"]):
+            value = rows(value, heads if layer == "q_norm" else groups)
         elif key == "o_proj.weight":
             value = rows(value.T, heads).T
         result[key] = value

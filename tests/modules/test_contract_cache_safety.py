@@ -21,7 +21,7 @@ from tests.zoo import OPTIONS, E, G, H, build, cases, names
 B, ROOM = 2, 30
 # Past every window of the zoo and its sink tokens, so that a ring overwrites what it holds.
 PROMPT = 9
-OF_TOKENS = (*names("token cache"), "chai", "mae", "rcmha", "mta", "mta-full", "selective")
+OF_TOKENS = (*names("token cache"), "chai", "mae", "rcmha", "mta", "mta-full", "selective", "forgetting-pro")
 CASES = [case for case in cases() if case[1] in ("plain", "window", "window-sinks")]
 CASES += [("chai", "plain"), ("chai", "window-sinks")]
 

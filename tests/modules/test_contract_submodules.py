@@ -202,7 +202,8 @@ def test_a_hook_on_any_layer_or_norm_is_heard(name: str) -> None:
             if getattr(part, "bias", None) is not None:
                 part.bias.mul_(factors(part))
             hooked = module.get_submodule(place)
-            hook = hooked.register_forward_hook(lambda part, _, y: y * factors(part))
+            # A norm with gains of each head gives (B, T, N, D).
+            hook = hooked.register_forward_hook(lambda part, _, y: y * factors(part).view(-1, y.shape[-1]).squeeze(0))
             assert_heard(name, module, x, reference(x), plain, place)
             hook.remove()
         assert torch.equal(module(x), plain)

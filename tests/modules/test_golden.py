@@ -21,6 +21,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "gta": attnzoo.GroupedTiedAttention,
     "kha": attnzoo.KnockingHeadsAttention,
     **dict.fromkeys(("diff", "diff_gqa", "diff_v2"), attnzoo.DifferentialAttention),
+    **dict.fromkeys(("forgetting", "forgetting_pro", "forgetting_fixed_rope"), attnzoo.ForgettingAttention),
     **dict.fromkeys(("gated", "gated_headwise", "gated_value"), attnzoo.GatedAttention),
     "tpa": attnzoo.TensorProductAttention,
     "tpa_kvonly": attnzoo.TensorProductAttention,
