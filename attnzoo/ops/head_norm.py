@@ -17,8 +17,10 @@ class HeadNorm(nn.RMSNorm):
         self.width = width
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (B, T, N, D) -> (B, T, N, D)."""
-        return F.rms_norm(z, (self.width,), None, self.eps) * self.weight.view(-1, self.width)
+        """z (B, T, N, D) or (B, T, N D) -> the same."""
+        gains = self.weight.view(-1, self.width)
+        heads = z.view(*z.shape[:2], *gains.shape)
+        return (F.rms_norm(heads, (self.width,), None, self.eps) * gains).view_as(z)
 
     def keep_heads(self, heads: Iterable[int]) -> None:
         """Keep the gains of these heads."""
