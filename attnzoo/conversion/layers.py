@@ -24,12 +24,13 @@ def from_qwen3_next(layer: nn.Module, **options: Any) -> GatedAttention:
         options: further keyword options of `GatedAttention`.
     """
     config: Any = layer.config
+    head_dim: Any = layer.head_dim
     weight = layer.get_parameter("q_proj.weight")
     converted = GatedAttention(
-        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, layer.head_dim,  # type: ignore[arg-type]
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim,
         **{
             "bias": config.attention_bias, "qk_norm": True, "qk_norm_eps": config.rms_norm_eps,
-            "rope": rotary_of(config, layer.head_dim), "dropout": config.attention_dropout,
+            "rope": rotary_of(config, head_dim), "dropout": config.attention_dropout,
             "device": weight.device, "dtype": weight.dtype, **options,
         },
     )  # fmt: skip
@@ -94,12 +95,13 @@ def from_diff_llama(layer: nn.Module, **options: Any) -> DifferentialAttention:
         options: further keyword options of `DifferentialAttention`.
     """
     config: Any = layer.config
+    head_dim: Any = layer.head_dim
     weight = layer.get_parameter("q_proj.weight")
     converted = DifferentialAttention(
-        config.hidden_size, config.num_attention_heads // 2, config.num_key_value_heads // 2, layer.head_dim,  # type: ignore[arg-type]
+        config.hidden_size, config.num_attention_heads // 2, config.num_key_value_heads // 2, head_dim,
         **{
             "depth": layer.layer_idx, "bias": config.attention_bias, "norm_eps": config.rms_norm_eps,
-            "rope": rotary_of(config, layer.head_dim), "device": weight.device, "dtype": weight.dtype, **options,
+            "rope": rotary_of(config, head_dim), "device": weight.device, "dtype": weight.dtype, **options,
         },
     )  # fmt: skip
     state = {key: value for key, value in layer.state_dict().items() if not key.startswith("rotary")}

@@ -180,8 +180,10 @@ class DifferentialAttention(Mechanism):
             )  # fmt: skip
             if self.version == 1:
                 heads = norm_and_gate(out, self.subln, None, dtype=out.dtype, backend=self.backend)
-                return self.o_proj((1 - self.lambda_init) * heads)
-            return self.o_proj(out.flatten(2))
+                y: Tensor = self.o_proj((1 - self.lambda_init) * heads)
+            else:
+                y = self.o_proj(out.flatten(2))
+            return y
 
     def factor(self, x: Tensor) -> Tensor:
         """lambda: one number in version 1, (B, T, H) in version 2."""
@@ -191,7 +193,8 @@ class DifferentialAttention(Mechanism):
             q1, k1, q2, k2 = (getattr(self, name) for name in LAMBDAS)
             dtype = torch.promote_types(q1.dtype, torch.float32)
             first, second = ((q.to(dtype) * k.to(dtype)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
-            return first - second + self.lambda_init
+            factor: Tensor = first - second + self.lambda_init
+            return factor
 
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:
         """The key of each part, side by side, and the value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def differential_attention(
             keys = k.unflatten(3, (2, D)).repeat_interleave(q.shape[2] // (2 * max(k.shape[2], 1)), 2).flatten(2, 3)
         rules = ScoreRules(scale, softcap, bias=_of_parts(bias))
         observer(Observation("differential_attention", q, keys, v, _of_both(view), rules, post=MapDifference(factor)))
-    options = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout": dropout, "backend": backend}
     if is_shared:
         out = softmax_attention(q, k, v, _of_both(view), bias=_of_parts(bias), **options)
         first, second = out[:, :, 0::2], out[:, :, 1::2]
