@@ -15,13 +15,13 @@ from tests.kernels.smoke import captured
 from tests.kernels.tiles import SMALL
 from tests.kernels.tolerance import assert_as_good_as
 from tests.modules import test_golden, test_mla, test_moa, test_moh
-from tests.zoo import OPTIONS, TAKES, build, gradients
+from tests.zoo import LACKS, OPTIONS, TAKES, build, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOFTMAX = (
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "kha-mla", "mla", "mla-pre", "moh", "moa",
     "dcmha-folded", "mhe", "mhe-add", "mgk", "smha", "mae", "gated", "gated-value", "diff",
-    "diff-v2",
+    "diff-v2", "forgetting", "forgetting-pro",
 )  # fmt: skip
 B, T = 1, 19
 
@@ -50,6 +50,8 @@ def outcome(module: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_outputs_and_gradients(name: str, option: str, causal: bool) -> None:
+    if not causal and "bidirectional" in LACKS.get(name, ()):
+        pytest.skip("it is causal alone")
     if not causal and option not in ("plain", "window-sinks", "alibi"):
         pytest.skip("one direction is enough for this pair")
     made = {

@@ -335,8 +335,6 @@ def test_a_call_that_a_cache_cannot_serve_is_refused(
 ) -> None:
     if "context" in call and name not in names("context"):
         message = "context must be None|context needs num_static=0 and no cache"
-    if options and name not in names("bidirectional"):
-        pytest.skip("it is causal alone")
     if options and name == "static-context":
         message = "cache must hold static tokens"  # it takes one that does
     if options and name not in names("bidirectional"):

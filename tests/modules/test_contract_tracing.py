@@ -159,8 +159,6 @@ def test_an_exported_program_takes_any_batch_and_length_with_every_option(name: 
     + [(name, {"backend": "eager"}) for name in MECHANISMS],
 )
 def test_other_ways_to_run_export_too(name: str, options: dict[str, object]) -> None:
-    if "causal" in options and name not in names("bidirectional"):
-        pytest.skip("it is causal alone")
     assert_exports(make(name, **options).eval())
 
 

@@ -337,8 +337,8 @@ def _backward(
         if need_keys or need_decay:
             config = inputs.config("softmax_attention_bwd_dkdv", grouped=G < H)
             softmax_attention_bwd_dkdv_kernel[(cdiv(S, config["BLOCK_S"]) * B * G,)](
-                **arguments, dk_ptr=dk, dv_ptr=dv, dk_rope_ptr=dk_rope if R else None, ddecay_ptr=ddecay,
-                **config.options(),
+                **arguments, dk_ptr=dk, dv_ptr=dv, dk_rope_ptr=dk_rope if R else None,
+                ddecay_ptr=ddecay if need_decay else None, **config.options(),
             )  # fmt: skip
         if need_queries or need_bias or need_head_scale:
             config = inputs.config("softmax_attention_bwd_dq")

@@ -239,7 +239,9 @@ def softmax_attention_bwd_dkdv_kernel(
             features_ptr is not None, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
         if decay_ptr is not None:
-            tl.store(ddecay_ptr + bh * S + o_s, b_ddecay, mask=o_s < S)
+            # Fixed gates have no gradient.
+            if ddecay_ptr is not None:
+                tl.store(ddecay_ptr + bh * S + o_s, b_ddecay, mask=o_s < S)
     at = (b * S + row) * G + g
     tl.store(dk_ptr + at * D + o_d[None, :], (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=k_mask)
     tl.store(dv_ptr + at * DV + o_dv[None, :], b_dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
