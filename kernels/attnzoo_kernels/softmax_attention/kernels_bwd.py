@@ -238,7 +238,7 @@ def softmax_attention_bwd_dkdv_kernel(
             sink_tokens, D, DV, R, CAUSAL, SOFTCAP, ALIBI, WINDOW, SINK_TOKENS, SEGMENT, DENSE > 0,
             features_ptr is not None, PRECISION, BLOCK_T, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
-        if decay_ptr is not None:
+        if decay_ptr is not None:  # noqa: SIM102  (Triton compiles one branch away)
             # Fixed gates have no gradient.
             if ddecay_ptr is not None:
                 tl.store(ddecay_ptr + bh * S + o_s, b_ddecay, mask=o_s < S)
