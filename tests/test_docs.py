@@ -109,3 +109,11 @@ def test_the_resources_of_composed_attention_are_those_of_the_committed_table():
         cells = " | ".join(f"{a} ({b})" for a, b in zip(both, of_queries, strict=True))
         assert f"| {tile} | {cells} |" in page
     assert len(measured) == 5
+
+
+def test_the_conversion_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pytest.importorskip("transformers", reason="needs transformers")
+    import smollm2_conversion
+
+    assert smollm2_conversion.table(smollm2_conversion.OUT) in (ROOT / "docs" / "hugging_face.md").read_text()
