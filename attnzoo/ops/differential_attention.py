@@ -31,10 +31,10 @@ class MapDifference:
         """Half as many."""
         return heads // 2
 
-    def __call__(self, p: Tensor) -> Tensor:
-        """p (B, 2 H, t, s) -> (B, H, t, s)."""
+    def __call__(self, a: Tensor) -> Tensor:
+        """a (B, 2 H, t, s) -> (B, H, t, s)."""
         factor = self.factor if self.factor.ndim == 0 else self.factor.transpose(1, 2)[..., None]
-        return p[:, 0::2] - factor.to(p.dtype) * p[:, 1::2]
+        return a[:, 0::2] - factor.to(a.dtype) * a[:, 1::2]
 
 
 def differential_attention(
