@@ -55,7 +55,6 @@ def test_the_readme_runs_from_top_to_bottom():
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["y"].shape == (2, 100, 512)
-    assert names["layer"](names["x"]).shape == (2, 100, 512)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")))
@@ -77,7 +76,7 @@ def test_the_speed_tables_are_those_of_the_committed_results():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"], ids=lambda page: page.stem)

@@ -405,7 +405,6 @@ def _fused(
 
 def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
     """DeepSeek's latent attention, whose weights have the names of `MultiHeadLatentAttention`."""
-
     heads, width = module.num_heads, module.v_head_dim
     inputs = matrix(module.o_proj).shape[1]
     if inputs != heads * width:
@@ -423,9 +422,8 @@ def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
             query = (matrix(module.q_b_proj) * module.q_a_layernorm.weight) @ matrix(module.q_a_proj)
         down = matrix(module.kv_a_proj_with_mqa)
         others = (matrix(module.kv_b_proj) * module.kv_a_layernorm.weight) @ down[:-rope]
-        return tuple(
-            x.detach() for x in (query.unflatten(0, (heads, -1)), down[-rope:], others.unflatten(0, (heads, -1)))
-        )
+        of_queries, of_others = query.unflatten(0, (heads, -1)), others.unflatten(0, (heads, -1))
+        return of_queries.detach(), down[-rope:].detach(), of_others.detach()
 
     def qk(part: str) -> Factors:
         parts = {"full": slice(None), "nope": slice(nope), "rope": slice(nope, None)}
