@@ -70,6 +70,11 @@ def start_from(model: nn.Module, config: Mapping[str, Any], tokenizer: Tokenizer
         if not torch.equal(state["head.weight"], state.get("embedding.weight", torch.empty(0))):
             raise ValueError(f"{where} has output weights of its own, but model.tie_embeddings is true")
         del state["head.weight"]
+    if not state.keys() & known.keys():
+        raise ValueError(
+            f"{where} must hold weights with the names of the recipe's decoder, such as {min(known)}, got "
+            f"{min(state, default='none')}"
+        )
     check_state(model, state, where)
     model.load_state_dict(state)
     return warned

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from attnzoo.conversion import to_kha
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
+from attnzoo_recipes.diagnose.load_model import load_model
 
 
 def state_of(folder):
@@ -53,6 +55,26 @@ def test_longer_samples_continue_where_the_shorter_ones_ended(arguments, run, tm
             losses.append([float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]])
     assert losses[0][0] > 5
     assert abs(losses[1][0] - losses[0][-1]) < 0.05, (losses[0][-5:], losses[1])
+
+
+def test_a_mechanism_made_from_another_starts_where_that_ended(arguments, run, tmp_path, capsys):
+    first = first_run(arguments, run, tmp_path, "--trainer.val_check_interval=4", "--model.lr=1e-2", steps=4)
+    expected = capsys.readouterr().out.split("validation")[1].split()[0]
+    model = load_model(first).model
+    for block in model.layers:
+        block.attn = to_kha(block.attn)
+    save_file(model.state_dict(), tmp_path / "kha.safetensors")
+    words = arguments("kha", f"--model.init_from={tmp_path / 'kha.safetensors'}")
+    run(["validate", *words[1:]])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("val_bits_per_byte ")]
+    assert float(line.split()[1]) == pytest.approx(float(expected), abs=2e-4)
+
+
+def test_weights_of_other_names_are_refused_briefly(arguments, run, tmp_path, capsys):
+    save_file({"transformer.wte.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit):
+        run(arguments("mha", f"--model.init_from={tmp_path / 'x.safetensors'}"))
+    assert "such as blocks.0.attn.k_proj.weight, got transformer.wte.weight" in capsys.readouterr().err
 
 
 def test_a_resumed_run_does_not_read_them_again(arguments, run, tmp_path):

@@ -163,6 +163,11 @@ MISTAKES = {
     "of elsewhere": (["--optimizer=subprocess.Popen"], "subprocess.Popen"),
     "in a file": (["--config={optimizer: {class_path: os.system}}"], "os.system"),
     "a schedule of elsewhere": (["--lr_scheduler=shutil.rmtree"], "shutil.rmtree"),
+    "a function": (
+        ["--lr_scheduler=torch.optim.lr_scheduler.LambdaLR", "--lr_scheduler.lr_lambda=os.system"],
+        "os.system",
+    ),
+    "a class among validation sets": (['--data.val_sets={"a": {"class_path": "os.system"}}'], "os.system"),
     "a rate twice": (
         ["--optimizer=torch.optim.SGD", "--optimizer.lr=0.5"],
         "optimizer.init_args.lr must be left out, since model.lr",

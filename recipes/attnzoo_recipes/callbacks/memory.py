@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from attnzoo.costs import cost
+from attnzoo_recipes.losses import LARGEST_LOGITS
 from attnzoo_recipes.trainer import text_data
 
 OUT_OF_MEMORY = 5
@@ -54,7 +55,8 @@ def estimate(trainer: L.Trainer, pl_module: Any) -> str:
         attention = pl_module.attention(width)
     each = cost(attention, samples, tokens, dtype=torch.float32)
     weights, moved = layers * each.parameters * _TRAINED, layers * each.bytes_moved
-    logits = 3 * samples * tokens * vocabulary * 4  # logits, their float32 copy and its gradient
+    # Logits, their float32 copy and its gradient, in pieces if they are large.
+    logits = 3 * min(samples * tokens * vocabulary * 4, LARGEST_LOGITS)
     recomputed = sizes["activation_checkpointing"]
     third = "trainer.precision to bf16-mixed" if recomputed else "model.activation_checkpointing to true"
     return (
