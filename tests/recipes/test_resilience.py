@@ -372,7 +372,7 @@ def test_a_gradient_scaler_deals_with_its_own_overflow(tmp_path):
         run.fit(Tiny(fused=False, spoil=at({1}, nan_loss)))
 
 
-def train_with_one_bad_rank(results):
+def train_with_one_bad_rank(results, wait):
     class OneIsBad(Tiny):
         def on_train_end(self):
             torch.save(weights(self), f"{results}/weights-{self.global_rank}.pt")
@@ -381,11 +381,12 @@ def train_with_one_bad_rank(results):
         """Infinite on one process, with a gradient of 0."""
         return loss * 0 + float("inf") if module.global_rank == 1 and batch_idx == 0 else loss
 
-    trainer(results, 1, LossGuard(), devices=2, strategy="ddp_fork").fit(OneIsBad(spoil=spoil))
+    trainer(results, 1, LossGuard(wait=wait), devices=2, strategy="ddp_fork").fit(OneIsBad(spoil=spoil))
 
 
-def test_all_processes_skip_alike(tmp_path):
-    process = processes.Process(target=train_with_one_bad_rank, args=(tmp_path,))
+@pytest.mark.parametrize("wait", [True, False])
+def test_all_processes_skip_alike(tmp_path, wait):
+    process = processes.Process(target=train_with_one_bad_rank, args=(tmp_path, wait))
     process.start()
     process.join(100)
     assert process.exitcode == 0

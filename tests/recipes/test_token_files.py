@@ -1,6 +1,9 @@
 """Ready token files and tokenizers as sources."""
 
+import hashlib
 import json
+import pickle
+import types
 
 import numpy as np
 import pytest
@@ -178,3 +181,30 @@ def test_hub_revisions_are_part_of_the_key(monkeypatch):
 def test_the_folder_of_a_tokenizer_is_read_as_json(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
     assert load_tokenizer(tmp_path).vocab_size == 257
+
+
+def test_other_processes_take_the_word_of_the_first(corpus_file, tmp_path, monkeypatch):
+    """Only the first process reads and hashes files."""
+    options = {
+        "source": "text", "files": [str(corpus_file)], "unit": "line", "cache_dir": str(tmp_path / "data"),
+        "val_fraction": 0.2, "block_size": 16, "val_sets": {"same": {"source": "text", "files": [str(corpus_file)]}},
+    }  # fmt: skip
+    sent = []
+    modules = [TextDataModule(**options) for _ in range(2)]
+    for rank, module in enumerate(modules):
+        strategy = types.SimpleNamespace(broadcast=lambda made: pickle.loads(sent[-1]) if made is None else made)
+        module.trainer = types.SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
+    modules[0].prepare_data()
+    modules[0].setup("fit")
+    sent.append(pickle.dumps((modules[0].packed, modules[0]._evaluated)))
+
+    def no_hashing(*arguments, **options):
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(hashlib, "file_digest", no_hashing)
+    modules[1].setup("fit")
+    for name, (packed, split) in modules[1].validation.items():
+        first, _ = modules[0].validation[name]
+        assert np.array_equal(packed.tokens(split), first.tokens(split))
+    with pytest.raises(AssertionError, match="hashed again"):
+        TextDataModule(**options).prepare_data()
