@@ -359,6 +359,28 @@ class Visibility:
             "query_start": self.start(T, S),
         }  # fmt: skip
 
+    def visible_keys(self, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+        """How many keys each query sees, broadcastable to (B, H, T) of a shape (B, H, T, S).
+
+        Counted without a tensor of (T, S) numbers, except for a dense mask, sink tokens or a ring buffer.
+        """
+        _, _, T, S = shape
+        rules = self.for_kernel(shape, device)
+        if self.sink_tokens or self.key_positions is not None or rules["mask"] is not None:
+            seen = self.dense(shape, device)
+            return torch.full((1, 1, T), S, device=device) if seen is None else seen.expand(*shape[:3], S).sum(-1)
+        i = rules["query_start"] + torch.arange(T, device=device)
+        first, last = (torch.zeros_like(i), torch.full_like(i, S)) if (d := rules["documents"]) is None else d
+        if rules["lengths"] is not None:
+            last = torch.minimum(last, rules["lengths"][:, None])
+        if self.causal:
+            last = torch.minimum(last, i + 1)
+        if self.window is not None:
+            first = torch.maximum(first, i - self.window + 1)
+            last = last if self.causal else torch.minimum(last, i + self.window)
+        seen = (last - first).clamp(min=0)
+        return seen if seen.ndim == 1 else seen[:, None]
+
     def _total(self, queries: int, keys: int) -> int:
         """Keys that the mask covers: those of the call, or with a ring buffer all tokens so far."""
         return keys if self.key_positions is None else self.start(queries, keys) + queries

@@ -55,6 +55,19 @@ def softmax(D: int, DV: int, R: int = 0, H: int = 8, G: int = 8, **options: Any)
     return call
 
 
+def sigmoid(D: int, G: int = 8, **options: Any) -> Callable[[torch.dtype], object]:
+    """Forward and backward of sigmoid attention with a bias of each head."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.sigmoid_attention import sigmoid_attention
+
+        q, k, v = (tensor(B, T, n, D, dtype=dtype) for n in (8, G, G))
+        bias = tensor(8, 1, dtype=torch.float32)
+        sigmoid_attention(q, k, v, logit_bias=bias, scale=0.1, **options).sum().backward()
+
+    return call
+
+
 def everything(D: int) -> Callable[[torch.dtype], object]:
     """All features at once."""
     documents = tuple(torch.empty(B, T, dtype=torch.int32) for _ in range(2))
@@ -202,6 +215,10 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "softmax gated by head 64": softmax(64, 64, output_gate=lambda dtype: tensor(B, T, 8, 1, dtype=dtype)),
     "softmax everything 64": everything(64),
     "softmax everything 128": everything(128),
+    "sigmoid 64": sigmoid(64),
+    "sigmoid 128": sigmoid(128),
+    "sigmoid 256": sigmoid(256),
+    "sigmoid window 128, 4 heads a group": sigmoid(128, 2, window=512),
     "decode 64": decode(8, 2, 64, 64),
     "decode 128": decode(32, 8, 128, 128),
     "decode decay 128": decode(32, 8, 128, 128, decay=True),
@@ -242,6 +259,7 @@ SHORT = [
     ("softmax everything 64", "bf16", "sm_90"),
     ("softmax decay 128", "bf16", "sm_90"),
     ("softmax gated 128", "bf16", "sm_90"),
+    ("sigmoid 128", "bf16", "sm_90"),
     ("decode 128", "bf16", "sm_90"),
     ("decode tied 64+64", "bf16", "gfx942"),
     ("latent decode 512+64, 16 heads", "bf16", "sm_90"),

@@ -37,7 +37,8 @@ DEVICE = torch.device("cuda", 63)
 B, T, PAST = 2, 23, 19
 ATTENTION = {
     "softmax_attention": "softmax", "decode_attention": "decode", "composed_attention": "composed",
-    "linear_attention": "linear", "linear_attention_step": "linear step", "routed_attention": "routed",
+    "sigmoid_attention": "sigmoid", "linear_attention": "linear", "linear_attention_step": "linear step",
+    "routed_attention": "routed",
 }  # fmt: skip
 """Operators of our kernels that are attention, and their names in the table."""
 PLAIN = (
@@ -48,8 +49,6 @@ PLAIN = (
     "rcmha",
     "tpa",
     "tpa-kv",
-    "sigmoid",
-    "sigmoid-learned",
     "mta",
     "mta-full",
     "selective",

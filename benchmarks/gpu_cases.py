@@ -22,6 +22,7 @@ import attnzoo
 from attnzoo.masks import Visibility
 from attnzoo.ops.head_mixing import knock_mlp
 from attnzoo.ops.latent_attention import latent_attention
+from attnzoo.ops.sigmoid_attention import sigmoid_attention
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotary_table, rotate
 from attnzoo_kernels.tuning import Config, pinned
@@ -336,6 +337,23 @@ def extended_rows(bench: Bench) -> Iterator[Row]:
                 )  # fmt: skip
 
 
+def sigmoid_rows(bench: Bench) -> Iterator[Row]:
+    """Sigmoid attention, causal, beside softmax attention of the same sizes."""
+    for D in (128, 64):
+        b, t, h, d = bench.size(4, 1), bench.size(4096, 33), bench.size(2048 // D, 2), bench.size(D, 16)
+
+        def ours(x: Inputs, backend: str = "triton") -> Tensor:
+            return sigmoid_attention(*x[:3], backend=backend)
+
+        for grad in (False, True):
+            yield Row(
+                f"sigmoid D={D} T=4096", "forward+backward" if grad else "forward", {"B": b, "T": t, "H": h, "D": d},
+                partial(_qkv, bench, b, t, t, h, h, d, d, grad), ours, partial(ours, backend="eager"),
+                {"softmax": partial(_attention, causal=True)}, parts=head_parts(b, h, h),
+                goals=(Goal("softmax", 1.0),), flops=2.0 * b * h * t * t * d * (3.5 if grad else 1.0),
+            )  # fmt: skip
+
+
 def _forgetting(x: Inputs) -> Tensor:
     run = importlib.import_module("fla.ops.forgetting_attn.parallel").parallel_forgetting_attn
     return _first(run(*x[:3], F.logsigmoid(x[3].float() + 4).transpose(1, 2)))
@@ -469,7 +487,7 @@ def module_rows(bench: Bench) -> Iterator[Row]:
 
 
 GRIDS: dict[str, tuple[Callable[[Bench], Iterator[Row]], ...]] = {
-    "train": (train_rows, latent_rows, extended_rows),
+    "train": (train_rows, latent_rows, extended_rows, sigmoid_rows),
     "decode": (decode_rows, latent_decode_rows),
     "others": (qk_norm_rope_rows, module_rows),
     "candidates": (candidate_rows,),

@@ -41,8 +41,8 @@ class SigmoidAttention(GroupedQueryAttention):
         output_norm: RMS-normalise the outputs of all heads together before the output projection.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their weights are recomputed in the
             backward pass.
-        options: the keyword options of `GroupedQueryAttention` but sink and sink_tokens; backend is "auto" or "eager"
-            (all weights at once).
+        options: the keyword options of `GroupedQueryAttention` but sink and sink_tokens; backend is "auto", "eager"
+            (all weights at once) or "triton".
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.

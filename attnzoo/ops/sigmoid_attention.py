@@ -12,6 +12,7 @@ from attnzoo.ops.chunks import in_chunks
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, sigmoid_weights
+from attnzoo.ops.softmax_attention import softmax_kernel_obstacle
 
 
 def sigmoid_attention(
@@ -52,7 +53,7 @@ def sigmoid_attention(
         dropout: probability of dropping a weight.
         chunk_size: queries that the plain form does at once; the weights of a chunk are recomputed in the backward
             pass, so the (B, H, T, S) weights never exist. None, and in exported programs: all at once.
-        backend: "auto" (in chunks) or "eager" (the definition). There is no kernel yet.
+        backend: "auto" (our kernels on a GPU, else in chunks), "eager" (the definition) or "triton".
 
     Raises:
         BackendUnavailable: if a named backend cannot serve the call.
@@ -62,7 +63,27 @@ def sigmoid_attention(
     observer = current_observer()
     if observer is not None:
         observer(Observation("sigmoid_attention", q, k, v, view, rules))
-    choose(backend, "sigmoid_attention", {"eager": lambda: None}, q.device)
+
+    def triton() -> str | None:
+        if bias is not None:
+            return "the kernels of sigmoid attention add no bias tensor"
+        if view.sink_tokens:
+            return f"the kernels of sigmoid attention have no sink tokens, got {view.sink_tokens}"
+        return softmax_kernel_obstacle(q, v, None, dropout)
+
+    if choose(backend, "sigmoid_attention", {"triton": triton, "eager": lambda: None}, q.device) == "triton":
+        from attnzoo_kernels.sigmoid_attention import sigmoid_attention as kernel
+
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        options = view.for_kernel(shape, q.device)
+        del options["sink_tokens"]
+        if isinstance(logit_bias, str):
+            logit_bias = -view.visible_keys(shape, q.device).clamp(min=1).to(torch.float32).log()
+        elif isinstance(logit_bias, Tensor):
+            logit_bias = logit_bias[:, None]
+        return kernel(
+            q, k, v, logit_bias=logit_bias, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, **options
+        )
 
     def form(rows: slice | None) -> Tensor:
         return sigmoid_attention_reference(q, k, v, view, rules, rows)

@@ -21,6 +21,7 @@ from attnzoo.ops.head_mixing import knock_linear, knock_mlp
 from attnzoo.ops.head_routing import routed_attention
 from attnzoo.ops.latent_attention import latent_attention
 from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.sigmoid_attention import sigmoid_attention
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotary_table, rotate
 from tests.kernels.tolerance import assert_as_good_as, error_of, results
@@ -95,6 +96,15 @@ def gated(D: int, width: int) -> Case:
         return softmax_attention(*x[:3], output_gate=x[3], backend=backend)
 
     return by_backend([(2, T, 4, D), (2, T, 2, D), (2, T, 2, D), (2, T, 4, width)], "xxxx", call)
+
+
+def sigmoid(D: int, **words: Any) -> Case:
+    """Sigmoid attention with a bias of each head."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return sigmoid_attention(q, k, v, Visibility(**words), logit_bias=bias - 4, backend=backend)
+
+    return by_backend([(2, T, 4, D), (2, T, 2, D), (2, T, 2, D), (4,)], "xxxx", call)
 
 
 def decode(D: int, tokens: int, S: int = 1000) -> Case:
@@ -213,6 +223,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "decay": {"64": decaying(64), "128": decaying(128), "128, one token": decaying(128, queries=1, keys=1000)},
     "gated": {"128": gated(128, 128), "80": gated(80, 80), "64 by head": gated(64, 1)},
+    "sigmoid": {"64": sigmoid(64), "128": sigmoid(128), "80 window": sigmoid(80, window=70)},
     "latent": {"128+64": softmax(128, G=4, R=64), "64+64": softmax(64, R=64)},
     "decode": {
         f"{D}, {n} tokens": decode(D, n) for D, n in ((64, 1), (80, 1), (128, 1), (256, 1), (128, 5), (128, 16))
@@ -560,6 +571,9 @@ LARGE = {
     "softmax_attention_fwd_kernel": ("BLOCK_T", 128),
     "softmax_attention_bwd_dq_kernel": ("BLOCK_T", 128),
     "softmax_attention_bwd_dkdv_kernel": ("BLOCK_S", 64),
+    "sigmoid_attention_fwd_kernel": ("BLOCK_T", 128),
+    "sigmoid_attention_bwd_dq_kernel": ("BLOCK_T", 128),
+    "sigmoid_attention_bwd_dkdv_kernel": ("BLOCK_S", 64),
     "decode_attention_fwd_kernel": ("BLOCK_S", 64),
     "head_routing_fwd_kernel": ("BLOCK_T", 128),
     "head_routing_bwd_dq_kernel": ("BLOCK_T", 128),

@@ -24,6 +24,7 @@ from attnzoo_kernels.linear_attention import (
     linear_attention_step,
 )
 from attnzoo_kernels.qk_norm_rope import qk_norm_rope
+from attnzoo_kernels.sigmoid_attention import sigmoid_attention
 from attnzoo_kernels.softmax_attention import softmax_attention
 
 OWN = tuple(str(Path(package.__file__).parent) for package in (attnzoo, attnzoo_kernels))
@@ -63,6 +64,17 @@ def call_softmax() -> Tensor:
     q, k, v = (few(1, 5, 2, 4) for _ in range(3))
     out, _ = softmax_attention(q, k, v, scale=0.5, bias=few(5, 5), sinks=few(2), head_scale=few(2))
     return out
+
+
+def call_decay() -> Tensor:
+    q, k, v = (few(1, 5, 2, 4).half() for _ in range(3))
+    out, _ = softmax_attention(q, k, v, scale=0.5, decay=few(1, 2, 5), output_gate=few(1, 5, 2, 1).half())
+    return out
+
+
+def call_sigmoid() -> Tensor:
+    q, k, v = (few(1, 5, 2, 4) for _ in range(3))
+    return sigmoid_attention(q, k, v, scale=0.5, logit_bias=few(2, 1))
 
 
 def call_decode() -> Tensor:
@@ -117,6 +129,8 @@ def call_experts() -> Tensor:
 # What is called, and how many kernels both passes launch.
 FUNCTIONS: dict[str, tuple[Callable[[], Tensor], int]] = {
     "softmax_attention": (call_softmax, 4),
+    "softmax_attention, decay": (call_decay, 5),
+    "sigmoid_attention": (call_sigmoid, 3),
     "decode_attention": (call_decode, 2),
     "latent_decode": (call_latent_decode, 2),
     "composed_attention": (call_composed, 5),
@@ -182,6 +196,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Frames], 
         lambda: attnzoo.DynamicallyComposableAttention(16, 4, **TRITON), forward,
         {"composed_attention_fwd_out_kernel"},
     ),
+    "sigmoid": (lambda: attnzoo.SigmoidAttention(16, 2, **TRITON), forward, {"sigmoid_attention_fwd_kernel"}),
     "linear": (lambda: attnzoo.LinearAttention(16, 2, **TRITON), forward, {"linear_attention_tile_kernel"}),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor, library
 
 from attnzoo_kernels.launch import (
     Key,
+    Launch,
     Plan,
     arguments_of,
     as_int,
@@ -215,16 +216,18 @@ class _Inputs(NamedTuple):
             return 1 / self.scale
         return 2.0 ** max(-14, min(15, round(math.log2(16 / self.scale))))
 
-    def features(self) -> Tensor | None:
-        """In half precision, what the decay adds to scores, as features of the keys (B, S, H, DECAY_WIDTH)."""
+    def features(self) -> tuple[Tensor | None, list[Launch]]:
+        """In half precision, a buffer (B, S, H, DECAY_WIDTH) of what the decay adds to scores, and what fills it."""
         if self.decay is None or self.q.dtype == torch.float32:
-            return None
+            return None, []
         B, H, S = self.decay.shape
         features = torch.empty((B, H, S, DECAY_WIDTH.value), dtype=self.q.dtype, device=self.q.device)
-        softmax_attention_decay_kernel[(cdiv(S, DECAY_BLOCK) * B * H,)](
-            self.decay, features, S, 1 / (self.scale * self.decay_factor()), BLOCK_S=DECAY_BLOCK
-        )
-        return features.transpose(1, 2)
+        arguments = {
+            "decay_ptr": self.decay, "features_ptr": features, "S": S,
+            "factor": 1 / (self.scale * self.decay_factor()), "BLOCK_S": DECAY_BLOCK,
+        }  # fmt: skip
+        fill = softmax_attention_decay_kernel, (cdiv(S, DECAY_BLOCK) * B * H,), arguments
+        return features.transpose(1, 2), [fill]
 
     def gate(self) -> dict[str, Any]:
         """The gate as arguments of a kernel, and its numbers a head: 0 without one."""
@@ -273,10 +276,8 @@ def _run(*given: Any, trains: bool = True) -> tuple[Tensor, Tensor, Tensor, Tens
         plan = keep_plan(_PLANS, key, Plan(softmax_attention_fwd_kernel, config, inputs.arguments() | inputs.gate()))
     B, T, H = out.shape[:3]
     pointers: dict[str, Any] = dict(zip(POINTERS, given, strict=False))
-    features = None
-    if inputs.decay is not None and inputs.k.numel():
-        with on_device(out):
-            pointers["features_ptr"] = features = inputs.features()
+    features, fills = inputs.features()
+    pointers["features_ptr"] = features
     if inputs.bias is None and inputs.mask is None and inputs.positions is None:
         # Beside a tensor that is read for every pair, descriptors save nothing.
         block_s = plan.config["BLOCK_S"]
@@ -287,6 +288,8 @@ def _run(*given: Any, trains: bool = True) -> tuple[Tensor, Tensor, Tensor, Tens
     kept = plain if plain.numel() else None
     launch = plan.launch(**pointers, o_ptr=out, plain_ptr=kept, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm)
     with on_device(out):
+        for kernel, grid, arguments in fills:
+            kernel[grid](**arguments)
         launch.keep(launch.run[cdiv(T, plan.config["BLOCK_T"]) * B * H, 1, 1](*launch.values, **launch.options))
     return outputs
 
@@ -328,9 +331,12 @@ def _backward(
             da_ptr=None if do is given_do else do, dgate_ptr=dgate if need_gate else None, T=T, H=H, DV=DV,
             BLOCK_DV=padded(DV), BLOCK_T=ROWS,
         )  # fmt: skip
+        features, fills = inputs.features()
+        for kernel, grid, arguments in fills:
+            kernel[grid](**arguments)
         arguments = {
-            **inputs.arguments(), "features_ptr": inputs.features(), "do_ptr": do, "shift_ptr": shift,
-            "norm_ptr": norm, "delta_ptr": delta, **strides(do, "do", "bth"),
+            **inputs.arguments(), "features_ptr": features, "do_ptr": do, "shift_ptr": shift, "norm_ptr": norm,
+            "delta_ptr": delta, **strides(do, "do", "bth"),
         }  # fmt: skip
         if dlse is not None:
             delta -= dlse
