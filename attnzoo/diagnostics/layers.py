@@ -409,8 +409,8 @@ def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
     inputs = matrix(module.o_proj).shape[1]
     if inputs != heads * width:
         raise ValueError(
-            f"layer {name!r} does not fit family 'deepseek': its output projection has {inputs} inputs for {heads} heads "
-            f"of width {width}"
+            f"layer {name!r} does not fit family 'deepseek': its output projection has {inputs} inputs "
+            f"for {heads} heads of width {width}"
         )
     nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
 
