@@ -108,6 +108,19 @@ class TokenCache:
         # As appended and returned; made once, since a view costs as much as a check in every decoding step.
         self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
 
+    @staticmethod
+    def stored(*states: Tensor) -> tuple[Tensor, ...]:
+        """Those of the states given to `append` that have to be kept."""
+        return states
+
+    @staticmethod
+    def restored(
+        stored: tuple[Tensor, ...],
+        states: tuple[Tensor, ...],  # noqa: ARG004
+    ) -> tuple[Tensor, ...]:
+        """All states again from those kept; `states` are those of some tokens, for their widths."""
+        return stored
+
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers take."""
@@ -464,11 +477,20 @@ class TiedCache(TokenCache):
     stored.
     """
 
+    @staticmethod
+    def stored(*states: Tensor) -> tuple[Tensor, ...]:
+        """All but the key, which is part of the value."""
+        return states[1:]
+
+    @staticmethod
+    def restored(stored: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """With the key."""
+        return stored[0][..., : states[0].shape[-1]], *stored
+
     def append(self, k: Tensor, v: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Store v (B, T, G, D), whose first features are k (B, T, G, Dn), and k_rope (B, T, 1, Dr)."""
-        key_width = k.shape[-1]
         (v, k_rope), positions = self._append(v, k_rope)
-        return v[..., :key_width], v, k_rope, positions
+        return v[..., : k.shape[-1]], v, k_rope, positions
 
 
 class UntiedCache(TokenCache):

@@ -89,6 +89,13 @@ class StateCache:
         _store_both(own_state, state, sums, keys.detach().sum(1))
         self.length += keys.shape[1]
 
+    def fill(self, state: Tensor, sums: Tensor, tokens: int) -> None:
+        """Become the cache of so many tokens: their S, and z (B, G, Df), each of all blocks where there are blocks."""
+        for buffer, held in zip(self.buffers, (state, sums), strict=True):
+            target = buffer if self.layout.block_size is None else buffer[:, : held.shape[1]]
+            target.copy_(held.detach())
+        self.length = tokens
+
 
 def _store_both(own_state: Tensor, state: Tensor, own_sums: Tensor, added: Tensor) -> None:
     """Write S and add to z, or if anything fails neither."""

@@ -136,8 +136,13 @@ class AttentionMask:
         last = torch.minimum(ends[document + 1], row_start + length) - row_start
         return first.int(), last.int()
 
-    def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
-        """Raise ValueError where a part does not fit (B, H, T, S) or is on another device."""
+    def check(
+        self, batch: int, heads: int, queries: int, keys: int, device: torch.device, start: int | None = None
+    ) -> None:
+        """Raise ValueError where a part does not fit (B, H, T, S) or is on another device.
+
+        start is the index of the first query where queries are some of the tokens of packed rows.
+        """
         for part in self._parts().values():
             if part is not None and part.device != device:
                 raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
@@ -150,7 +155,7 @@ class AttentionMask:
             raise ValueError(
                 f"real_queries must have shape {(batch, queries)}, got shape {tuple(self.real_queries.shape)}"
             )
-        if self.cu_seqlens is not None and queries != keys:
+        if self.cu_seqlens is not None and (queries != keys if start is None else start + queries > keys):
             raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
         shape = (batch, heads, queries, keys)
         if self.dense_mask is not None and not broadcasts(self.dense_mask, shape):
@@ -169,16 +174,20 @@ class AttentionMask:
         return whole.dense((batch, heads, queries, keys), device)
 
     def parts(
-        self, batch: int, queries: int, rows: slice, keys: slice, key_positions: Tensor | None
+        self, batch: int, tokens: int, start: int, rows: slice, keys: slice, key_positions: Tensor | None
     ) -> Iterator[Tensor]:
-        """What each part allows at these rows and keys, boolean tensors broadcastable to (B, H, rows, keys)."""
+        """What each part allows at these rows and keys, boolean tensors broadcastable to (B, H, rows, keys).
+
+        tokens is the length of packed rows, start the index of the first query in them.
+        """
         if self.lengths is not None:
             index = torch.arange(keys.start, keys.stop, device=self.lengths.device)
             index = index if key_positions is None else key_positions[keys]
             yield (index < self.lengths[:, None])[:, None, None, :]
         if self.cu_seqlens is not None:
-            _, document = self._documents(batch, queries)
-            yield (document[:, rows, None] == document[:, None, keys])[:, None]
+            _, document = self._documents(batch, tokens)
+            own = document[:, start + rows.start : start + rows.stop]
+            yield (own[:, :, None] == document[:, None, keys])[:, None]
         if self.dense_mask is not None:
             dense = self.dense_mask
             dense = dense[..., rows, :] if dense.ndim > 1 and dense.shape[-2] > 1 else dense
@@ -244,6 +253,8 @@ class Visibility:
         mask: what the caller allows, or None. With a ring buffer it covers all tokens so far.
         query_start: index of the first query. Default: S - T, so a cached prefix needs no special case.
         key_positions: (S,) indices of the keys in a ring buffer. Default: 0 .. S - 1.
+        shards: the `attnzoo.distributed.sequence.Shards` of a call whose tokens are spread over processes, or None.
+            Such a view is for operations that know them, and answers no other question.
     """
 
     causal: bool = True
@@ -252,6 +263,7 @@ class Visibility:
     mask: AttentionMask | None = None
     query_start: int | None = None
     key_positions: Tensor | None = None
+    shards: Any = None
 
     def __init__(
         self,
@@ -261,15 +273,18 @@ class Visibility:
         mask: AttentionMask | None = None,
         query_start: int | None = None,
         key_positions: Tensor | None = None,
+        shards: Any = None,
     ) -> None:
         # One is made in every decoding step, and frozen fields are slow to set one by one.
         self.__dict__.update(
             causal=causal, window=window, sink_tokens=sink_tokens, mask=mask, query_start=query_start,
-            key_positions=key_positions,
+            key_positions=key_positions, shards=shards,
         )  # fmt: skip
 
     def start(self, queries: int, keys: int) -> int:
         """Index of the first of T queries over S keys."""
+        if self.shards is not None:
+            raise ValueError("this operation has no form for a sequence that is spread over processes")
         return keys - queries if self.query_start is None else self.query_start
 
     def is_plain_causal(self, queries: int, keys: int) -> bool:
@@ -329,14 +344,15 @@ class Visibility:
             if self.window is not None:
                 visible = (i - j if self.causal else (i - j).abs()) < self.window
                 if self.sink_tokens:
-                    place = None if self.mask is None else self.mask.positions(B, T)
+                    place = None if self.mask is None else self.mask.positions(B, self._packed_tokens(T, S))
                     sinks = (j if place is None else place[:, None, None, keys]) < self.sink_tokens
                     visible = visible | sinks
             if later:
                 visible = j <= i if visible is None else visible & (j <= i)
         if self.mask is not None:
-            self.mask.check(B, H, T, self._total(T, S), device)
-            for part in self.mask.parts(B, T, rows, keys, self.key_positions):
+            self.mask.check(B, H, T, self._total(T, S), device, self.query_start)
+            packed = self._packed_tokens(T, S)
+            for part in self.mask.parts(B, packed, start if packed != T else 0, rows, keys, self.key_positions):
                 visible = part if visible is None else visible & part
         return visible
 
@@ -349,8 +365,12 @@ class Visibility:
         B, H, T, S = shape
         lengths = documents = dense = None
         if self.mask is not None:
-            self.mask.check(B, H, T, self._total(T, S), device)
-            lengths, documents, dense = self.mask.lengths, self.mask.document_bounds(B, T), self.mask.dense_mask
+            self.mask.check(B, H, T, self._total(T, S), device, self.query_start)
+            documents = self.mask.document_bounds(B, self._packed_tokens(T, S))
+            lengths, dense = self.mask.lengths, self.mask.dense_mask
+            if documents is not None and self._packed_tokens(T, S) != T:
+                rows = slice(self.start(T, S), self.start(T, S) + T)
+                documents = documents[0][:, rows].contiguous(), documents[1][:, rows].contiguous()
             if dense is not None and self.key_positions is not None and dense.shape[-1] > 1:
                 dense = dense.index_select(-1, self.key_positions)
         return {
@@ -380,6 +400,10 @@ class Visibility:
             last = last if self.causal else torch.minimum(last, i + self.window)
         seen = (last - first).clamp(min=0)
         return seen if seen.ndim == 1 else seen[:, None]
+
+    def _packed_tokens(self, queries: int, keys: int) -> int:
+        """Tokens of packed rows: as many as keys where the queries are some of them."""
+        return queries if self.query_start is None else keys
 
     def _total(self, queries: int, keys: int) -> int:
         """Keys that the mask covers: those of the call, or with a ring buffer all tokens so far."""

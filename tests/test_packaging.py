@@ -193,7 +193,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 # and those before it.
 FLOORS = {
     "attnzoo": [
-        {"tracing", "rules"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops"}, {"modules"},
+        {"tracing", "rules"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops", "distributed"},
+        {"modules"},
         {"adapters", "conversion", "costs", "description"}, {"__init__"}, {"__main__", "diagnostics"},
         {"hugging_face"},
     ],

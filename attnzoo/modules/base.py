@@ -64,6 +64,18 @@ class Mechanism(Recorded, nn.Module):
     input_layer = "q_proj"
     """Submodule whose weight has the dtype and the device that inputs must have."""
     one_source_reason = "keys and values are made from it"
+    sequence_parallel: Any = None
+    """How a longer sequence is spread over processes, set by `attnzoo.distributed.parallelize`."""
+    sequence_forms: tuple[str, ...] = ()
+    """Forms in which `forward` serves a sharded sequence, named by the class that defines it."""
+    sequence_cache = True
+    """Whether a cache may be spread over processes too."""
+    sequence_reason = "its class names no form (sequence_forms)"
+    """Why there is none, where there is none."""
+    mixes_heads = False
+    """Whether an output needs the scores of several heads."""
+    expands_states = False
+    """Whether keys and values are made from smaller states, which travel in their place."""
     shown: tuple[str, ...] = ("rope", "sliding_window", "pruned_heads")
     """Attributes that `repr` shows where they are set."""
     q_proj: nn.Linear
@@ -167,6 +179,35 @@ class Mechanism(Recorded, nn.Module):
         """Which heads of an `Observation` the module's outputs are, in order; None: all as they are."""
         return None
 
+    # Sharded sequences
+
+    def sequence_obstacle(self) -> str | None:
+        """Why the module, as it was made, cannot run on a shard of a sequence; None if it can."""
+        return None
+
+    def split_obstacle(self, parts: int) -> str | None:
+        """What is missing for so many ranks to have heads of their own, as a condition; None if they can."""
+        H, G = self.num_heads, self.heads.groups_read
+        if not H or H % parts or (G % parts and parts % G):
+            return (
+                f"a number of ranks that divides num_heads {H}, and divides num_kv_heads or is a multiple of it, {G}; "
+                f"got {parts}"
+            )
+        return None
+
+    def splits_evenly(self, parts: int) -> bool:
+        """Whether so many ranks each have heads of their own, and key/value heads that nobody else has."""
+        return self.split_obstacle(parts) is None and self.heads.groups_read % parts == 0
+
+    def score_numbers(self) -> int:
+        """Numbers of a token that scores need of its key."""
+        heads, width = self.cache_widths()[0]
+        return heads * width
+
+    def factor_numbers(self) -> int:
+        """Numbers of a token beside queries, keys, values and outputs that go to the ranks of other heads."""
+        return 0
+
     # Caches
 
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:
@@ -190,6 +231,12 @@ class Mechanism(Recorded, nn.Module):
         device and dtype default to those of the module's weights.
         """
         own = place_of(self)
+        if self.sequence_parallel is not None and self.sequence_parallel.size > 1:
+            from attnzoo.distributed.cache import ShardedCache
+
+            return ShardedCache(
+                self, batch_size, max_length, own[0] if device is None else device, own[1] if dtype is None else dtype
+            )
         cache = self.cache_type(
             batch_size, max_length, self.cache_widths(), window=self.sliding_window, sink_tokens=self.sink_tokens,
             device=own[0] if device is None else device, dtype=own[1] if dtype is None else dtype,

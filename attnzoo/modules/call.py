@@ -55,6 +55,11 @@ class Call:
         """What a complete mask adds to the scores, (B, H, T, S), or None."""
         return getattr(self.view.mask, "bias", None)
 
+    @property
+    def moves_states(self) -> bool:
+        """Whether tokens are spread over processes in a form where states travel and keys are made on arrival."""
+        return self.view.shards is not None and self.view.shards.form in ("heads", "ring", "hybrid")
+
     def remember(self, *states: Tensor) -> Remembered:
         """A block that sees the states of all tokens, cached and new, which the cache keeps if it ends without error.
 
@@ -67,7 +72,10 @@ class Call:
 
     def real_tokens(self, x: Tensor) -> Tensor | None:
         """Which queries (B, T) are tokens and not padding; None if all count."""
-        mask = self.view.mask
+        mask, shards = self.view.mask, self.view.shards
+        if mask is not None and shards is not None:
+            real: Tensor | None = shards.real_queries(mask)
+            return real
         if mask is None or mask.real_queries is not None:
             return None if mask is None else mask.real_queries
         if mask.lengths is None or self.sources[0] is not x:
@@ -84,20 +92,32 @@ class Remembered:
         self.before: Any = None
 
     def __enter__(self) -> tuple[Tensor, ...]:
-        cache = self.call.cache
+        cache, shards = self.call.cache, self.call.view.shards
+        if cache is None and shards is not None and shards.form == "gather":
+            return self._gathered(shards)
         if cache is None:
             return self.states
         self.before = cache.snapshot(self.states[0].shape[1])
         try:
-            *states, key_positions = cache.append(*self.states)
+            *states, key_positions = cache.append(*(() if shards is None else (shards,)), *self.states)
         except BaseException:
             cache.restore(self.before)
             raise
+        if shards is not None:
+            if shards.form == "gather":
+                return self._gathered(shards)
+            self.call.view = replace(self.call.view, shards=replace(shards, key_positions=key_positions))
+        elif key_positions is not None:
+            self.call.view = replace(self.call.view, key_positions=key_positions)
         # The cache has copies, so what was given can be freed while the block runs.
         self.states = ()
-        if key_positions is not None:
-            self.call.view = replace(self.call.view, key_positions=key_positions)
         return tuple(states)
+
+    def _gathered(self, shards: Any) -> tuple[Tensor, ...]:
+        """The states of all tokens in their order."""
+        given, self.states = self.states, ()
+        states: tuple[Tensor, ...] = shards.storage.restored(shards.gathered(*shards.storage.stored(*given)), given)
+        return states
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -129,7 +149,12 @@ def begin(
         check_cache(module, cache, context, mask)
         past, limit = cache.length, cache.max_length
         start = past
-    if mask is not None and not isinstance(mask, CompleteMask):
+    shards = None
+    if (sp := module.sequence_parallel) is not None and sp.size > 1:
+        from attnzoo.distributed.calls import shards_of
+
+        shards, positions, limit = shards_of(module, x, sources[0], mask, positions, cache, cross=context is not None)
+    elif mask is not None and not isinstance(mask, CompleteMask):
         batch, tokens, keys = *x.shape[:2], past + sources[0].shape[1]
         mask.check(batch, module.score_heads, tokens, keys, x.device)
     if positions is not None:
@@ -140,7 +165,7 @@ def begin(
     if isinstance(mask, CompleteMask) and mask.has_window:
         view = Visibility(False, mask=mask, query_start=start)
     else:
-        view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start)
+        view = Visibility(module.causal, module.sliding_window, module.sink_tokens, mask, start, shards=shards)
     call = Call(sources, view, None, None, past, cache)
     if module.rope is not None:
         call.q_table, call.k_table = module.rotation_tables(

@@ -136,6 +136,10 @@ class ClusteredHeadAttention(Recorded, nn.Module):
         self.representatives: Tensor | None = None
         self.train(attn.training)
 
+    sequence_parallel: Any = None
+    sequence_forms: tuple[str, ...] = ()
+    sequence_reason = "clusters come from a probe of the first tokens"
+
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Tensor | None = None, cache: ClusteredCache | KeyValueCache | None = None,

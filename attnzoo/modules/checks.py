@@ -102,7 +102,7 @@ def key_value_sources(module: Any, x: Tensor, context: Any, layer: nn.Module | N
 
 def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | None) -> None:
     """Refuse a cache of another mechanism or of other sizes, and one where a cache has no meaning."""
-    if not isinstance(cache, module.cache_type):
+    if not isinstance(getattr(cache, "inner", cache), module.cache_type):
         raise ValueError(f"cache must come from this module's init_cache, got a {type(cache).__name__}")
     if not module.causal:
         raise ValueError("cache needs a module with causal=True, got causal=False")

@@ -108,6 +108,8 @@ class ComplexAttention(GroupedQueryAttention):
         """The phases: decay would pull them to 0 and not to their start."""
         return {"phase_scale", "phase_bias"}
 
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
+
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Positions = None, cache: KeyValueCache | None = None,

@@ -124,6 +124,7 @@ class DynamicallyComposableAttention(Mechanism):
     """
 
     cache_type = ComposedCache
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
     shown = ("rank", "stages", "rope", "sliding_window", "pruned_heads")
     q_dyn: DynamicWeights | None
     k_dyn: DynamicWeights | None
@@ -234,7 +235,7 @@ class DynamicallyComposableAttention(Mechanism):
         of_queries = None if self.q_dyn is None else self.q_dyn(x)
         of_keys = None if self.k_dyn is None else self.k_dyn(call.source)
         states = [k, v]
-        if of_keys is not None and cache is not None:
+        if of_keys is not None and (cache is not None or call.view.shards is not None):
             states.append(_packed(of_keys).to(v.dtype))
         with call.remember(*states) as (k, v, *packed):
             of_keys = self.unpacked(packed[0]) if packed else of_keys
@@ -292,6 +293,37 @@ class DynamicallyComposableAttention(Mechanism):
     def folds(self) -> bool:
         """Whether the compositions move into queries and outputs of plain attention."""
         return self.k_dyn is None and self.head_groups % self.num_key_heads == 0
+
+    @property
+    def mixes_heads(self) -> bool:  # type: ignore[override]
+        """Whether weights of several heads are mixed at every pair: not where the compositions fold."""
+        return not self.folds or self.backend == "eager"
+
+    def score_numbers(self) -> int:
+        """Keys, and what belongs to them in the first composition."""
+        first = self.key_state_size // len(self.stages) if "pre" in self.stages else 0
+        return super().score_numbers() + first
+
+    def factor_numbers(self) -> int:
+        """What belongs to queries and to keys in the compositions."""
+        if not self.mixes_heads:
+            return 0
+        sides = sum(side is not None for side in (self.q_dyn, self.k_dyn))
+        return sides * len(self.stages) * (2 * self.rank + 1) * self.score_heads
+
+    def split_obstacle(self, parts: int) -> str | None:
+        """Ranks take whole composition groups, unless the compositions fold."""
+        if not self.mixes_heads:
+            return super().split_obstacle(parts)
+        if self.head_groups % parts:
+            return (
+                f"a number of ranks that divides head_groups {self.head_groups}, whose heads are composed; got {parts}"
+            )
+        return "all value heads, got a pruned module" if self.num_heads < self.score_heads else None
+
+    def splits_evenly(self, parts: int) -> bool:
+        """Whether so many ranks each have composition groups of their own."""
+        return self.split_obstacle(parts) is None
 
     @property
     def key_state_size(self) -> int:

@@ -142,6 +142,9 @@ class EnhancedMultiheadAttention(Mechanism):
         """The interaction: decay would pull it to 0 and not to its start."""
         return {name for name in INTERACTION if getattr(self, name) is not None}
 
+    sequence_forms: tuple[str, ...] = ("gather",)
+    mixes_heads = True
+
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,

@@ -51,6 +51,7 @@ class GatedAttention(GroupedQueryAttention):
     """
 
     shown = ("gate", "gate_type", *GroupedQueryAttention.shown)
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
 
     def __init__(
         self,

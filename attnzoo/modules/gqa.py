@@ -63,6 +63,7 @@ class GroupedQueryAttention(Mechanism):
 
     shown: tuple[str, ...] = ("rope", "logit_softcap", "sliding_window", "sink", "pruned_heads")
     takes_bias = True
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
     sinks: nn.Parameter | None
 
     def __init__(

@@ -61,6 +61,8 @@ class GroupedTiedAttention(Mechanism):
     cache_type: type[TokenCache] = TiedCache
     one_source_reason = "key and value are tied, so they have one input"
     shown = ("rope_head_dim", "rope", "logit_softcap", "sliding_window", "sink", "pruned_heads")
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
+    expands_states = True
     k_rope_proj: nn.Linear | None
     sinks: nn.Parameter | None
 
@@ -141,16 +143,32 @@ class GroupedTiedAttention(Mechanism):
         q, k, v, k_rope = self.project(x, call.source)
         q_rope = qk_norm_rope(q[..., self.nope_head_dim :], call.q_table, backend=self.backend)
         k_rope = qk_norm_rope(k_rope, call.k_table, backend=self.backend)
-        with call.remember(k, v, k_rope) as (k, v, k_rope):
-            k, v = self.heads.spread(k, v)
-            rotary = {"q_rope": q_rope, "k_rope": k_rope} if self.rope_head_dim else {}
-            out = softmax_attention(
-                q[..., : self.nope_head_dim], k, v, call.view, scale=self.scale, softcap=self.logit_softcap,
-                sinks=0.0 if self.sink == "zero" else self.sinks, dropout=self.weight_dropout, backend=self.backend,
-                **rotary,
-            )  # fmt: skip
+        options: dict[str, Any] = {
+            "scale": self.scale, "softcap": self.logit_softcap, "sinks": 0.0 if self.sink == "zero" else self.sinks,
+            "dropout": self.weight_dropout, "backend": self.backend,
+        }  # fmt: skip
+        q, rotary = q[..., : self.nope_head_dim], dict[str, Any](q_rope=q_rope) if self.rope_head_dim else {}
+        with call.remember(k, v, k_rope) as states:
+            if call.moves_states:
+                from attnzoo.ops.distributed_attention import expanded_attention
+
+                stored = self.cache_type.stored(*states)
+                groups = self.heads.groups_read
+                out = expanded_attention(q, stored, self.untied, call.view, groups=groups, **rotary, **options)
+            else:
+                k, v, k_rope = states
+                k, v = self.heads.spread(k, v)
+                rotary |= {"k_rope": k_rope} if self.rope_head_dim else {}
+                out = softmax_attention(q, k, v, call.view, **rotary, **options)
             y: Tensor = self.o_proj(out.flatten(2))
             return y
+
+    def untied(self, *stored: Tensor, groups: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Keys, values and the rotary key (if there is one) of what a cache holds of tokens, of some of the heads."""
+        *own, v, k_rope = stored
+        k, v = self.heads.spread(own[0] if own else v[..., : self.nope_head_dim], v)
+        rope = (k_rope,) if self.rope_head_dim else ()
+        return k[:, :, groups], v[:, :, groups], *rope
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (B, T, H, D), k (B, S, G, Dn), v (B, S, G, D) and k_rope (B, S, 1, Dr), before rotation.

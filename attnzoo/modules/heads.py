@@ -77,6 +77,11 @@ class HeadLayout:
         index = constant(self.reads, tensors[0].device, torch.long)
         return tuple(tensor.index_select(2, index) for tensor in tensors)
 
+    @property
+    def groups_read(self) -> int:
+        """Number of key/value heads that `spread` gives."""
+        return len(self.groups) if self.is_regular else len(self.kept)
+
     def of_each_head(self, weights: Tensor) -> Tensor:
         """Weights (G, ...) of key/value heads as (H, ...), those that each query head reads."""
         if self.is_regular:

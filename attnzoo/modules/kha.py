@@ -88,6 +88,8 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
+
     def __init__(
         self,
         embed_dim: int,

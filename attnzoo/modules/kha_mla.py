@@ -75,11 +75,16 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
         mapped = qk_norm_rope(q[..., :width], head_map=self.q_knock, backend=self.backend)
         return torch.cat([mapped, q[..., width:]], dim=-1)
 
-    def expand(self, c: Tensor) -> tuple[Tensor, Tensor]:
+    def expand(self, c: Tensor, groups: slice | None = None) -> tuple[Tensor, Tensor]:
         """As the base's, after the shared maps."""
-        k, v = super().expand(c)
+        k, v = super().expand(c, groups)
         k = qk_norm_rope(k, head_map=self.k_knock, backend=self.backend)
         return k, qk_norm_rope(v, head_map=self.v_knock, backend=self.backend)
+
+    def expansion_parameters(self) -> tuple[Tensor, ...]:
+        """As the base's, and the maps of keys and values."""
+        maps = [m.weight for m in (self.k_knock, self.v_knock) if m is not None]
+        return *super().expansion_parameters(), *maps
 
     def can_absorb(self) -> bool:
         """Whether the expansion and the maps behind it are matrices."""

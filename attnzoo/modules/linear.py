@@ -65,6 +65,7 @@ class LinearAttention(FeatureAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    sequence_forms: tuple[str, ...] = ("state",)
     norm: nn.RMSNorm | None
 
     def __init__(
@@ -140,6 +141,7 @@ class LinearAttention(FeatureAttention):
             "size": self.chunk_size,
             "causal": self.causal,
             "mask": call.view.mask,
+            "shards": call.view.shards,
             "backend": self.backend,
         }
         with without_autocast(x):
@@ -151,7 +153,10 @@ class LinearAttention(FeatureAttention):
         gate = None if self.g_proj is None else self.g_proj(x)
         y = self.project_heads(norm_and_gate(out, self.norm, gate, dtype=v.dtype, backend=self.backend))
         if cache is not None and state is not None:
-            cache.store(state, plain_k)
+            if call.view.shards is None:
+                cache.store(state, plain_k)
+            else:
+                cache.fill(state, call.view.shards.summed(plain_k.sum(1)), call.view.shards.tokens)
         return y
 
     def normalised_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +164,11 @@ class LinearAttention(FeatureAttention):
         if not self.sum_norm:
             return q, k
         return q / (q.sum(-1, keepdim=True) + 1e-4), k / (k.sum(-1, keepdim=True) + 1e-4)
+
+    def state_numbers(self, tokens: int) -> int:  # noqa: ARG002
+        """Numbers of the states that a rank with so many tokens shares, whatever their number."""
+        groups, width = self.cache_widths()[1]
+        return groups * width * (self.v_head_dim + int(self.normalize))
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:  # noqa: ARG002
         """0: the state does not grow; see `state_bytes`."""

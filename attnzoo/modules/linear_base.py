@@ -133,17 +133,19 @@ class FeatureAttention(Mechanism):
         k = k.view(B, S, self.num_kv_heads, self.head_dim).to(compute_dtype)
         v = v.view(B, S, self.num_kv_heads, self.v_head_dim)
         if call.cache is not None:
-            call.cache.check_fits(B, T, q)
+            call.cache.check_fits(B, T if call.view.shards is None else call.view.shards.tokens, q)
         with without_autocast(x):
             q = (self.feature_map_q(q) + self.feature_eps) * self.scale
             k = self.feature_map_k(k) + self.feature_eps
             q, k = self.normalised_features(q, k)
         mask = call.view.mask
         lengths = None if mask is None else mask.lengths
-        real = None if mask is None or source is not x else mask.real_queries
+        real, shards = None if mask is None or source is not x else mask.real_queries, call.view.shards
+        if real is not None and shards is not None:
+            real = real.index_select(1, shards.positions)
         if lengths is not None:
-            is_real = torch.arange(call.past, call.past + S, device=x.device) < lengths[:, None]
-            real = is_real if real is None else real & is_real
+            at = torch.arange(call.past, call.past + S, device=x.device) if shards is None else shards.positions
+            real = at < lengths[:, None] if real is None else real & (at < lengths[:, None])
         if real is not None:
             k = k * real.to(k.dtype)[:, :, None, None]
         k, v = self.heads.spread(k, v)

@@ -110,6 +110,14 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         if hasattr(self, "gate_fc2"):
             nn.init.zeros_(self.gate_fc2.weight)
 
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
+
+    def sequence_obstacle(self) -> str | None:
+        """A mean over tokens is not that of a shard."""
+        if self.gate_input != "token":
+            return f"gate_input must be 'token', since a mean is over tokens of all ranks, got {self.gate_input!r}"
+        return None
+
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Positions = None, cache: KeyValueCache | None = None,

@@ -127,6 +127,8 @@ class StaticContextAttention(GroupedQueryAttention):
         if isinstance(out, nn.Linear) and out_std is not None:
             nn.init.normal_(out.weight, std=out_std)
 
+    sequence_reason = "its static tokens are no part of one sequence"
+
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None, *, num_static: int = 0, mask: Mask = None,
         positions: Positions = None, cache: StaticContextCache | None = None,

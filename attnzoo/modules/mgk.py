@@ -160,6 +160,17 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             nn.init.normal_(shift, std=0.5)
             nn.init.zeros_(shift[0])
 
+    sequence_forms: tuple[str, ...] = ("gather",)
+    sequence_cache = False
+
+    def sequence_obstacle(self) -> str | None:
+        """The linear form has sums of its own."""
+        return (
+            "attention must be 'softmax', got 'linear', whose keys are summed before they are gathered"
+            if self.attention == "linear"
+            else None
+        )
+
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Positions = None, cache: Any = None,

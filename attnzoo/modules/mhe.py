@@ -53,6 +53,7 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
     """
 
     takes_bias = False
+    sequence_forms: tuple[str, ...] = ("ring", "heads", "gather")
 
     q_head_embed: nn.Parameter
     k_head_embed: nn.Parameter

@@ -84,6 +84,7 @@ class MultiHeadLinearAttention(FeatureAttention):
 
     cache_type = BlockStateCache
     takes_left_padding = False  # Blocks go by the index of a token.
+    sequence_forms: tuple[str, ...] = ("state",)
     norm_name = "g_norm"
     g_norm: nn.RMSNorm | None
     lepe: nn.Conv2d | None
@@ -222,13 +223,18 @@ class MultiHeadLinearAttention(FeatureAttention):
         if context is not None:
             raise ValueError(f"context must be None: no cross-attention is defined; got {describe(context)}")
         call = self.begin(x, None, mask, positions, cache)
-        self.check_length(x.shape[1], call)
+        shards, tokens = call.view.shards, x.shape[1]
+        if shards is not None:
+            tokens = shards.tokens
+            if call.view.mask is not None and call.view.mask.cu_seqlens is not None:
+                raise ValueError("mask must not be packed on a shard: every document starts a new block")
+        self.check_length(tokens, call)
         plain_q, plain_k, q, k, v = self.features(x, call)
         order = raster_order(self.grid, self.block_grid, x.device)
         state, sums = (None, None) if cache is None else cache.current()
         options: dict[str, Any] = {
             "size": self.block_size, "causal": self.causal, "mask": call.view.mask, "order": order, "past": call.past,
-            "mixing": self.mixing(block_count(call.past + x.shape[1], self.block_size), q.dtype),
+            "mixing": self.mixing(block_count(call.past + tokens, self.block_size), q.dtype), "shards": shards,
             "backend": self.backend,
         }  # fmt: skip
         with without_autocast(x):
@@ -244,8 +250,23 @@ class MultiHeadLinearAttention(FeatureAttention):
         gate = None if self.g_proj is None else self.g_proj(x)
         y = self.project_heads(norm_and_gate(out, self.g_norm, gate, dtype=v.dtype, backend=self.backend))
         if cache is not None and state is not None:
-            cache.store(state, plain_k)
+            if shards is None:
+                cache.store(state, plain_k)
+            else:
+                sums = shards.gathered(plain_k.detach())[0].unflatten(1, (-1, self.block_size)).sum(2)
+                cache.fill(state, sums, tokens)
         return y
+
+    def state_numbers(self, tokens: int) -> int:
+        """Numbers of the states that a rank with so many tokens shares, those of its blocks."""
+        groups, width = self.cache_widths()[1]
+        return tokens // self.block_size * groups * width * (self.v_head_dim + int(self.normalizer == "mixed"))
+
+    def sequence_obstacle(self) -> str | None:
+        """Blocks of images are no runs of tokens."""
+        if self.grid is not None or self.normalizer == "compat":
+            return "a grid and normalizer 'compat' need all tokens of an image"
+        return None
 
     def check_length(self, tokens: int, call: Call) -> None:
         """Refuse a number of tokens that grid, normalizer or extrapolation exclude."""

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.cache import CacheLayout, LatentCache
@@ -77,6 +78,8 @@ class MultiHeadLatentAttention(Mechanism):
 
     cache_type = LatentCache
     factored_circuits = True
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
+    expands_states = True
     one_source_reason = "key and value come from one latent, so they have one input"
     shown = ("rope_mode", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "pruned_heads")
 
@@ -164,7 +167,14 @@ class MultiHeadLatentAttention(Mechanism):
         q, q_rope, latent = self.compress(self.queries(x), call)
         options: dict[str, Any] = {"scale": self.scale, "dropout": self.weight_dropout, "backend": self.backend}
         with call.remember(latent) as (latent,):
-            if self.absorbs(x, call.past):
+            if call.moves_states:
+                from attnzoo.ops.distributed_attention import expanded_attention
+
+                out = expanded_attention(
+                    q, (latent,), self.expanded, call.view, groups=self.heads.groups_read, q_rope=q_rope,
+                    parameters=self.expansion_parameters(), **options,
+                )  # fmt: skip
+            elif self.absorbs(x, call.past) and (call.view.shards is None or self.kv_b_proj.bias is None):
                 # The same as attention of H queries of width R + Gr dr over one key, which is the value too.
                 key, value, bias = self.expansion()
                 query = self.heads.products(q, key)
@@ -172,8 +182,8 @@ class MultiHeadLatentAttention(Mechanism):
                 out = self.heads.products(u, value.transpose(1, 2))
                 out = out if bias is None else out + self._seen_bias(bias, out, latent, call)
             else:
-                k, v = self.heads.spread(*self.expand(latent[:, :, 0, : self.kv_lora_rank]))
-                k_rope = None if q_rope is None else latent[..., self.kv_lora_rank :]
+                k, v, *rope = self.expanded(latent)
+                k_rope = rope[0] if rope else None
                 out = softmax_attention(q, k, v, call.view, q_rope=q_rope, k_rope=k_rope, **options)
             y: Tensor = self.o_proj(out.flatten(2))
             return y
@@ -209,11 +219,29 @@ class MultiHeadLatentAttention(Mechanism):
             q_rope = (own[:, :, None] * q_rope[..., None, :]).flatten(-2)
         return q, q_rope, torch.cat([c, k_rope.flatten(2)], dim=-1).unsqueeze(2)
 
-    def expand(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, S, G, dn) and values (B, S, G, Dv) of latents c (B, S, R)."""
+    def expanded(self, latent: Tensor, groups: slice | None = None) -> tuple[Tensor, ...]:
+        """Keys, values and the rotary key (if there is one) of latents (B, S, 1, R + Gr dr), of some of the heads."""
+        c, own = latent[:, :, 0, : self.kv_lora_rank], groups if self.heads.is_regular else None
+        k, v = self.heads.spread(*self.expand(c, own))
+        rope = (latent[..., self.kv_lora_rank :],) if self.rope_mode != "pre" and self.qk_rope_head_dim else ()
+        return (k, v, *rope) if groups is None or own is not None else (k[:, :, groups], v[:, :, groups], *rope)
+
+    def expand(self, c: Tensor, groups: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Keys (B, S, G, dn) and values (B, S, G, Dv) of latents c (B, S, R), of all heads or of these."""
         widths = [self.qk_nope_head_dim, self.v_head_dim]
-        k, v = self.kv_b_proj(c).view(*c.shape[:2], self.num_kv_heads, sum(widths)).split(widths, dim=-1)
+        if groups is not None and is_plain(self.kv_b_proj):
+            rows = slice(groups.start * sum(widths), groups.stop * sum(widths))
+            weight, bias = self.kv_b_proj.weight[rows], self.kv_b_proj.bias
+            kv, groups = F.linear(c, weight, None if bias is None else bias[rows]), None
+        else:
+            kv = self.kv_b_proj(c)
+        kv = kv.unflatten(-1, (-1, sum(widths)))
+        k, v = (kv if groups is None else kv[:, :, groups]).split(widths, dim=-1)
         return k, v
+
+    def expansion_parameters(self) -> tuple[Tensor, ...]:
+        """What `expand` reads."""
+        return tuple(self.kv_b_proj.parameters())
 
     def expansion(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Wuk (G, dn, R), Wuv (G, Dv, R) and the values' bias (G, Dv) or None: what `expand` multiplies by."""

@@ -91,6 +91,7 @@ class MixtureOfAttentionHeads(Mechanism):
     """
 
     input_layer = "k_proj"
+    sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
     routing: Routing | None = None
     aux_loss_group: Any = None
     o_bias: nn.Parameter | None

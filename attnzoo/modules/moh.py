@@ -83,6 +83,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    sequence_forms: tuple[str, ...] = ("ring", "heads", "gather")
     routing: Routing | None = None
     aux_loss_group: Any = None
     routed_router: nn.Linear | None
@@ -153,6 +154,10 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         # Normal as the projections and never 0, or every token would take the same heads.
         self.reset_parameters()
 
+    def splits_evenly(self, parts: int) -> bool:  # noqa: ARG002
+        """Never: routed heads carry different loads."""
+        return False
+
     @property
     def active_share(self) -> float:
         """Active heads of a token over all heads."""
@@ -209,7 +214,9 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         if self.sparse is False or call.cache is not None:
             return False
         obstacle, mask = None, call.view.mask
-        if not self.causal:
+        if call.view.shards is not None:
+            obstacle = "the tokens are spread over processes"
+        elif not self.causal:
             obstacle = "it is for causal self-attention without a cache"
         elif mask is not None and mask.dense_mask is not None:
             obstacle = "a dense mask has an entry for every pair"

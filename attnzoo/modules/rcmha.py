@@ -104,6 +104,8 @@ class RelativeConvAttention(Mechanism):
         for parameter in (self.rel_key, self.rel_bias, self.content_bias):
             nn.init.zeros_(parameter)
 
+    sequence_reason = "its convolutions and tables of distances reach over the border of a shard"
+
     def forward(
         self, x: Tensor, context: None = None, *, memory: Tensor | None = None, mask: Mask = None,
         positions: Positions = None, cache: ConvolutionCache | None = None,

@@ -111,6 +111,15 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         if (bias := getattr(self, "o_head_bias", None)) is not None:
             nn.init.zeros_(bias)
 
+    sequence_forms: tuple[str, ...] = ("gather",)
+    sequence_cache = False
+
+    def sequence_obstacle(self) -> str | None:
+        """Numbers in a head's list count tokens of all ranks."""
+        if self.rope_positions == "rank" and self.rope is not None:
+            return "rope_positions must be 'original', since numbers in a list count tokens of all ranks, got 'rank'"
+        return "packed must not be True" if self.packed is True else None
+
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Positions = None, cache: Any = None,
@@ -190,7 +199,9 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         if self.packed is False:
             return False
         obstacle = None
-        if not self.causal or call.view.mask is not None or call.cache is not None:
+        if call.view.shards is not None:
+            obstacle = "the tokens are spread over processes"
+        elif not self.causal or call.view.mask is not None or call.cache is not None:
             obstacle = "it is for causal self-attention without a mask and a cache"
         elif self.weight_dropout:
             obstacle = f"it has no dropout, got {self.dropout}"

@@ -70,6 +70,8 @@ class TABAttention(GroupedQueryAttention):
         self.gate_rows = tuple(gate_rows)
         self.bottleneck_index = bottleneck_index
 
+    sequence_reason = "its gated rows belong to single tokens of an image"
+
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: None = None, cache: None = None, attn_override: Tensor | None = None, need_weights: bool = False,

@@ -60,6 +60,8 @@ class TalkingHeadsAttention(Mechanism):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
+    sequence_forms: tuple[str, ...] = ("ring", "gather")
+    mixes_heads = True
     shown = ("num_qk_heads", "num_v_heads", "rope", "sliding_window", "pruned_heads")
 
     def __init__(

@@ -126,7 +126,7 @@ def composed_attention(
     targets = _heads_after(post, softmax_heads)
     rules = ScoreRules(scale, dropout=dropout)
     wanted = None if value_heads is None else constant(value_heads, q.device, torch.long)
-    observer = current_observer()
+    observer = current_observer() if view.shards is None else None
     if observer is not None:
         reads = None if value_heads is None else tuple(head * v.shape[2] // targets for head in value_heads)
         observer(Observation("composed_attention", q, k, v, view, rules, pre, post, wanted, reads))
@@ -134,6 +134,11 @@ def composed_attention(
         q = _on_heads(pre, q)
         out = softmax_attention(q, k, v, view, scale=scale, dropout=dropout, backend=backend)
         return _chosen(_on_heads(post, out), wanted)
+    if view.shards is not None:
+        composed: Tensor = view.shards.ops.sharded_composition(
+            q, k, v, pre, post, view, scale=scale, chunk_size=chunk_size, value_heads=value_heads, backend=backend
+        )
+        return composed
     obstacles = {
         "triton": lambda: _kernel_obstacle(q, v, pre, post, view, dropout), "eager": lambda: None,
         "sdpa": lambda: _MIXED, "flash": lambda: _MIXED,

@@ -48,7 +48,11 @@ def latent_attention(
         BackendUnavailable: if a named backend cannot serve the call.
     """
     R = latent_width
-    if decodes(q, latent, view, q, q_rope, latent) and (backend == "triton" or (backend == "auto" and q.is_cuda)):
+    if (
+        view.shards is None
+        and decodes(q, latent, view, q, q_rope, latent)
+        and (backend == "triton" or (backend == "auto" and q.is_cuda))
+    ):
         # No other kernel takes a head as wide as a latent, so "auto" asks ours first.
         obstacle = softmax_kernel_obstacle(q, q, q_rope, dropout, MAX_LATENT)
         if obstacle is None:

@@ -6,6 +6,8 @@ Plain linear attention has w_ts = 1; multi-head linear attention w_ts = m[block 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,7 @@ def linear_attention(
     order: Tensor | None = None,
     state: Tensor | None = None,
     past: int = 0,
+    shards: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """sum_s w_ts (q_t . k_s) v_s (B, T, H, Dv), and with a state the state after these tokens.
@@ -48,6 +51,8 @@ def linear_attention(
             mixing one for each block up to that of the first new token (B, past // size + 1, G, D, Dv). It is not
             changed, and no gradient goes to it.
         past: number of tokens in the state.
+        shards: how the tokens of a longer sequence are spread over processes, if they are; then mask and mixing are
+            those of all tokens, and a state is 0.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -57,6 +62,13 @@ def linear_attention(
     Raises:
         BackendUnavailable: if a named backend cannot serve the call.
     """
+    if shards is not None:
+        options: dict[str, Any] = {"size": size, "causal": causal, "backend": backend}
+        if mixing is not None:
+            passed: tuple[Tensor, Tensor] = shards.ops.pass_block_states(q, k, v, shards, mixing=mixing, **options)
+        else:
+            passed = shards.ops.pass_state(q, k, v, shards, mask=mask, **options)
+        return passed
     form = choose_form(backend, v.device, v.dtype)
     (B, T, H, D), G = q.shape, k.shape[2]
     mask = None if mask is None or mask.cu_seqlens is None else mask

@@ -56,6 +56,21 @@ def mixture_attention(
     Raises:
         BackendUnavailable: if a named backend cannot serve the call.
     """
+    if view.shards is not None:
+        outs = []
+        for rows, stop, own in view.shards.ops.query_runs(view, k.shape[1], False):
+            if own.mask is not None and own.mask.cu_seqlens is not None:
+                visible = own.dense((q.shape[0], 1, rows.stop - rows.start, stop), q.device)
+                assert visible is not None
+                own = Visibility(False, mask=AttentionMask.dense(visible))
+            prior = log_prior if log_prior is None or log_prior.shape[1] == 1 else log_prior[:, :stop]
+            outs.append(
+                mixture_attention(
+                    q[:, rows], k[:, :stop], v[:, :stop], own, precision=precision, log_prior=prior, hard=hard, eps=eps,
+                    dropout=dropout, backend=backend,
+                )
+            )  # fmt: skip
+        return torch.cat(outs, 1)
     # A size is a tensor while a program is traced, and a power of that is float32.
     T, D, dtype = q.shape[1], int(q.shape[3]), v.dtype
     compute_dtype = torch.promote_types(q.dtype, torch.float32)

@@ -92,6 +92,8 @@ def softmax_attention(
         scale, softcap, alibi_slopes, sinks, bias, q_rope, k_rope, head_scale, dropout, decay, output_gate
     )
     _check(q, k, v, view, rules)
+    if view.shards is not None:
+        return _finished(view.shards.ops.sharded_attention(q, k, v, view, rules, backend), head_scale, output_gate)
     observer = current_observer()
     if observer is not None:
         observer(Observation("softmax_attention", q, k, v, view, rules))
@@ -133,26 +135,55 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, view: Visibilit
 
     `head_scale` and `output_gate` are left to `softmax_attention`; everything else is as there.
     """
-    compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    B, T, H, _ = q.shape
-    S, repeats = k.shape[1], H // max(k.shape[2], 1)
     with without_autocast(q):
-        k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
-        v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
-        s = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype))
-        if rules.q_rope is not None and rules.k_rope is not None:
-            rotary = rules.q_rope.to(compute_dtype), rules.k_rope[:, :, 0].to(compute_dtype)
-            s = s + torch.einsum("bthr,bsr->bhts", *rotary)
-        s = s * rules.scale
-        if rules.softcap is not None:
-            s = rules.softcap * torch.tanh(s / rules.softcap)
-        bias = _bias(T, S, q.device, view, rules)
-        if bias is not None:
-            s = s + bias.to(compute_dtype)
+        s, v = _scores(q, k, v, view, rules)
         sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
-        p = masked_softmax(s, view.dense((B, H, T, S), q.device), sinks)
+        p = masked_softmax(s, view.dense(s.shape, q.device), sinks)  # type: ignore[arg-type]
         p = F.dropout(p, rules.dropout)
         return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
+
+
+def softmax_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules
+) -> tuple[Tensor, Tensor]:
+    """The definition over a part of the keys: outputs (B, T, H, Dv), and the log-sum-exp (B, T, H) of the scores.
+
+    Both in at least float32, and differentiable; `ops.distributed_attention.merge_partials` merges them. A query that
+    sees none of the keys has output 0 and log-sum-exp -inf. Sinks, factors of the outputs and dropout are left out.
+    """
+    if k.shape[1] == 0:
+        s = q[..., 0].to(torch.promote_types(q.dtype, torch.float32))
+        return s[..., None].new_zeros(*q.shape[:3], v.shape[3]), torch.full_like(s, -math.inf)
+    with without_autocast(q):
+        s, v = _scores(q, k, v, view, rules)
+        visible = view.dense(s.shape, q.device)  # type: ignore[arg-type]
+        if visible is None:
+            lse = s.logsumexp(-1, keepdim=True)
+            p = torch.exp(s - lse)
+        else:
+            seen = visible.any(-1, keepdim=True)
+            s = s.masked_fill(~(visible | ~seen), -math.inf)
+            lse = s.logsumexp(-1, keepdim=True)
+            p = torch.exp(s - lse).masked_fill(~seen, 0.0)
+            lse = lse.masked_fill(~seen, -math.inf)
+        return torch.einsum("bhts,bshd->bthd", p, v.to(p.dtype)), lse[..., 0].transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> tuple[Tensor, Tensor]:
+    """All scores (B, H, T, S) before masks and the sink, in at least float32, and the values of each query head."""
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    T, S, repeats = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
+    k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
+    v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
+    s = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype))
+    if rules.q_rope is not None and rules.k_rope is not None:
+        rotary = rules.q_rope.to(compute_dtype), rules.k_rope[:, :, 0].to(compute_dtype)
+        s = s + torch.einsum("bthr,bsr->bhts", *rotary)
+    s = s * rules.scale
+    if rules.softcap is not None:
+        s = rules.softcap * torch.tanh(s / rules.softcap)
+    bias = _bias(T, S, q.device, view, rules)
+    return (s if bias is None else s + bias.to(compute_dtype)), v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
@@ -336,7 +367,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules)
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if view.causal and view.query_start is None and T > S:
+    if view.causal and view.query_start is None and view.shards is None and T > S:
         raise ValueError(f"causal attention needs T <= S, got {T} queries and {S} keys")
     q_rope, k_rope, head_scale, bias = rules.q_rope, rules.k_rope, rules.head_scale, rules.bias
     if (q_rope is None) != (k_rope is None):

@@ -1,0 +1,59 @@
+"""What a sharded sequence costs in messages, by formula; `counting_traffic` counts the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """Bytes that one rank sends for one sequence in an attention layer, forward and backward, in contiguous layout.
+
+    With P ranks, T tokens, n numbers of a token that travel (what a cache keeps of it), b bytes a number and w those of
+    a gradient or a state, at least 4:
+
+        gather   (P-1)/P T n b                                                  the same
+        ring     (P-1)/P T n b                                                  the same + T n w
+                 in two sweeps (P-1)/P T (n1 + n) b, n1 what scores need         2 (P-1)/P T n b + T n w
+        heads    (P-1)/P^2 T (H D + H Dv + max(G, P) (D + Dv)) b                the same
+                 of expanded keys (P-1)/P T n b + (P-1)/P^2 T H (D + Dv) b       the same
+        state    (P-1) G Df (Dv + 1) w; of blocks of C tokens T/(P C) times that the same
+
+    without the 1 where there is no normaliser.
+
+    Args:
+        module: a mechanism.
+        form: one of those of `SequenceParallel`, but "hybrid".
+        tokens: T.
+        ranks: P.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: for another form.
+    """
+    P, T, b = ranks, tokens, dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    if form == "state":
+        sent = (P - 1) * module.state_numbers(T // P) * wide
+        return sent, sent
+    n = sum(heads * width for heads, width in module.cache_widths())
+    once = (P - 1) * T * b // P
+    if form == "gather":
+        return once * n, once * n
+    (G, D), *rest = module.cache_widths()
+    if form == "ring" and module.mixes_heads:
+        return once * (module.score_numbers() + n), 2 * once * n + T * n * wide
+    if form == "ring":
+        if not module.expands_states:
+            # An operation reads as many keys as values.
+            n = max(G, rest[0][0]) * (D + rest[0][1])
+        return once * n, once * n + T * n * wide
+    if form != "heads":
+        raise ValueError(f"form must be 'gather', 'heads', 'ring' or 'state', got {form!r}")
+    H, Dv = module.num_heads, module.v_head_dim
+    if module.expands_states:
+        sent = once * n + once * H * (module.head_dim + Dv) // P
+    else:
+        sent = once * (H * (D + Dv) + max(G, rest[0][0], P) * (D + Dv) + module.factor_numbers()) // P
+    return sent, sent
