@@ -154,16 +154,9 @@ class DifferentialAttention(Mechanism):
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, context as one tensor.
 
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: (B, S, kdim) for cross-attention. Needs causal=False.
-            mask: boolean, broadcastable to (B, H, T, S), True = may attend, for both maps of a head; or an
-                AttentionMask. With a cache it covers cached and new keys.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document. A pair (queries, keys) in cross-attention.
-            cache: from `init_cache`; filled in place.
+        Masks act on both maps.
         """
         call = begin(self, x, context, mask, positions, cache)
         (B, T, _), S, H, G, D = x.shape, call.source.shape[1], self.num_heads, self.num_kv_heads, self.head_dim

@@ -179,16 +179,9 @@ class ForgettingAttention(Mechanism):
         self, x: Tensor, context: None = None, *, mask: Mask = None, positions: Positions = None,
         cache: ForgettingCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, without context.
 
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: must be None.
-            mask: boolean, broadcastable to (B, H, T, S), True = may attend; or an AttentionMask, which can name padding
-                by its lengths or real_queries. With a cache it covers cached and new keys.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document.
-            cache: from `init_cache`; filled in place.
+        Padding is what an AttentionMask names by its lengths or real_queries.
         """
         if context is not None:
             raise ValueError(f"context must be None: no decay to other sequences is defined; got {describe(context)}")

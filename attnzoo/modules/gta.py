@@ -128,17 +128,7 @@ class GroupedTiedAttention(Mechanism):
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: TokenCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
-
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: (B, S, kdim) for cross-attention; needs causal=False, and positions if rope is set.
-            mask: boolean, broadcastable to (B, H, T, S), True = may attend; or an AttentionMask. With a
-                cache it covers cached and new keys.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document. A pair (queries, keys) in cross-attention.
-            cache: from `init_cache`; filled in place.
-        """
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, context as one tensor."""
         call = begin(self, x, context, mask, positions, cache)
         q, k, v, k_rope = self.project(x, call.source)
         q_rope = qk_norm_rope(q[..., self.nope_head_dim :], call.q_table, backend=self.backend)

@@ -124,15 +124,9 @@ class LinearAttention(FeatureAttention):
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: StateCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, context as one tensor.
 
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: (B, S, kdim) for cross-attention; needs causal=False, and positions if rope is set.
-            mask: AttentionMask.padding or .packed; a dense mask has no meaning here.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document. A pair (queries, keys) in cross-attention.
-            cache: from `init_cache`; its sums are updated in place.
+        Masks are `AttentionMask.padding` or `.packed`; a dense one has no meaning here.
         """
         call = self.begin(x, context, mask, positions, cache)
         plain_q, plain_k, q, k, v = self.features(x, call)

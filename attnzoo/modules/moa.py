@@ -185,17 +185,9 @@ class MixtureOfAttentionHeads(Mechanism):
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, context as one tensor.
 
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: (B, S, kdim) for cross-attention; needs causal=False, and positions if rope is set. The router
-                and the queries read x.
-            mask: boolean, broadcastable to (B, H, T, S), True = may attend; or an AttentionMask. With a
-                cache it covers cached and new keys. A mask of single heads goes by key/value head, then slot.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document. A pair (queries, keys) in cross-attention.
-            cache: from `init_cache`; filled in place.
+        The router and the queries read x; a mask of single heads goes by key/value head, then slot.
         """
         call = begin(self, x, context, mask, positions, cache)
         (B, T, E), real = x.shape, call.real_tokens(x)

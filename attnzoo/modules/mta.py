@@ -186,16 +186,9 @@ class MultiTokenAttention(Mechanism):
         self, x: Tensor, context: None = None, *, mask: Mask = None, positions: Positions = None,
         cache: RecentQueriesCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, T, E) -> (B, T, E).
+        """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`, without context.
 
-        Args:
-            x: input; with a cache, the new tokens only.
-            context: must be None.
-            mask: boolean, broadcastable to (B, H, T, S), True = may attend; or an AttentionMask. With a filled cache it
-                covers cached and new keys, and must be the same for all queries.
-            positions: (T,) or (B, T) integers for the rotation. Default: continue the cache, else 0 .. T-1,
-                restarting in each packed document.
-            cache: from `init_cache`; filled in place.
+        With a filled cache a mask must be the same for all queries.
         """
         if context is not None:
             raise ValueError(f"context must be None: its scores have no earlier queries; got {describe(context)}")
