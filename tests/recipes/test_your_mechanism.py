@@ -90,7 +90,8 @@ def compare(folder, line):
     call(line)
     rows = json.loads((folder / "runs" / "mine" / "results.json").read_text())["rows"]
     for row in rows:
-        assert row["parameters"] == pytest.approx(rows[0]["parameters"], rel=5e-3)
+        # Half a step of 8 in the width of two MLPs of three matrices each.
+        assert abs(row["parameters"] - rows[0]["parameters"]) <= 4 * 3 * 32 * 2
         assert row["decode_tokens_per_second"] > 0
     runs = (folder / "runs" / "mine" / "cells").rglob("result.json")
     return [(row["mechanism"], row["seeds"], row["note"]) for row in rows], {p: p.stat().st_mtime_ns for p in runs}
