@@ -156,7 +156,7 @@ def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
     first = rows[0]["mechanism"]
     sentences = [
         f"Held equal to {first}: {facts['equal']}; data and their order seed by seed, optimiser, schedule, "
-        f"{facts['training']}. Each run's own record agrees with this; a run whose record does not has no figures here."
+        f"{facts['training']}. Figures are those of runs whose own record agrees with this."
     ]
     if facts.get("unigram") is not None:
         sentences.append(
