@@ -124,6 +124,19 @@ def latent(heads: int, R: int, rope: int) -> Callable[[torch.dtype], object]:
     return call
 
 
+def factors(heads: int, D: int, rank: int) -> Callable[[torch.dtype], object]:
+    """One token over a cache of 8,192 factors of keys and values."""
+
+    def call(dtype: torch.dtype) -> None:
+        from attnzoo_kernels.decode.factors import decode_factors
+
+        shapes = (heads, D, heads, D)
+        held = [tensor(B, rank, 8192, n, dtype=dtype, grad=False).transpose(1, 2) for n in shapes]
+        decode_factors(tensor(B, 1, heads, D, dtype=dtype, grad=False), *held, scale=0.1, query_start=8191)
+
+    return call
+
+
 def norm_rope(D: int, kind: str, style: str = "half") -> Callable[[torch.dtype], object]:
     """Head map, norm and rotation, forward and backward."""
 
@@ -228,6 +241,8 @@ CASES: dict[str, Callable[[torch.dtype], object]] = {
     "latent decode 512+64, 16 heads": latent(16, 512, 64),
     "latent decode 512+64, 128 heads": latent(128, 512, 64),
     "latent decode 256+32": latent(8, 256, 32),
+    "decode from 2 factors, 47 heads of 64": factors(47, 64, 2),
+    "decode from 1 factor, 16 heads of 128": factors(16, 128, 1),
     **{f"qk_norm_rope {kind} {D}": norm_rope(D, kind) for kind in ("none", "linear", "gated") for D in (64, 128, 256)},
     "qk_norm_rope gated 128 interleaved": norm_rope(128, "gated", "interleaved"),
     "composed 8 heads of 128": composed(8, 128, True),
@@ -262,6 +277,7 @@ SHORT = [
     ("sigmoid 128", "bf16", "sm_90"),
     ("decode 128", "bf16", "sm_90"),
     ("decode tied 64+64", "bf16", "gfx942"),
+    ("decode from 2 factors, 47 heads of 64", "bf16", "sm_90"),
     ("latent decode 512+64, 16 heads", "bf16", "sm_90"),
     ("latent decode 512+64, 128 heads", "bf16", "sm_90"),
     ("qk_norm_rope gated 128", "bf16", "sm_90"),

@@ -36,7 +36,8 @@ DEVICE = torch.device("cuda", 63)
 # No width or number of blocks is one of these.
 B, T, PAST = 2, 23, 19
 ATTENTION = {
-    "softmax_attention": "softmax", "decode_attention": "decode", "composed_attention": "composed",
+    "softmax_attention": "softmax", "decode_attention": "decode", "decode_factors": "factors",
+    "composed_attention": "composed",
     "sigmoid_attention": "sigmoid", "linear_attention": "linear", "linear_attention_step": "linear step",
     "routed_attention": "routed",
 }  # fmt: skip
@@ -47,13 +48,11 @@ PLAIN = (
     "mgk",
     "mgk-hard",
     "rcmha",
-    "tpa",
-    "tpa-kv",
     "mta",
     "mta-full",
     "selective",
 )
-"""Mechanisms that no kernel of ours covers, of mgk and tpa a decoding step."""
+"""Mechanisms that no kernel of ours covers, of mgk a decoding step."""
 
 
 @dataclass

@@ -20,11 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
 from attnzoo.masks import Visibility
+from attnzoo.ops.factored_attention import tensor_product
 from attnzoo.ops.head_mixing import knock_mlp
 from attnzoo.ops.latent_attention import latent_attention
 from attnzoo.ops.sigmoid_attention import sigmoid_attention
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.rotary import Rotary, rotary_table, rotate
+from attnzoo_kernels.decode.factors import decode_factors
 from attnzoo_kernels.tuning import Config, pinned
 
 Inputs = list[Tensor]
@@ -408,6 +410,30 @@ def latent_decode_rows(bench: Bench) -> Iterator[Row]:
             )  # fmt: skip
 
 
+def factor_rows(bench: Bench) -> Iterator[Row]:
+    """One token over a cache of factors of rank 2, 47 heads of 64, beside attention that forms keys and values."""
+    for B, S in ((8, 8192), (1, 32768)):
+        b, s, h = bench.size(B, 1), bench.size(S, 70), bench.size(47, 3)
+        d = bench.size(64, 16)
+
+        def ours(x: Inputs) -> Tensor:
+            return decode_factors(*x, scale=0.125, query_start=x[1].shape[1] - 1)
+
+        def formula(x: Inputs) -> Tensor:
+            k, v = tensor_product(*x[1:3]), tensor_product(*x[3:])
+            return softmax_attention(x[0], k, v, scale=0.125, backend="eager")
+
+        row = (slice(b - 1, b),)
+        yield Row(
+            f"factors H=47 B={B} S={S}", "decode", {"B": b, "S": s, "H": h, "D": d},
+            lambda seed, b=b, s=s, h=h, d=d: bench.tensors(
+                seed, (b, 1, h, d), (b, s, 2, h), (b, s, 2, d), (b, s, 2, h), (b, s, 2, d)
+            ),
+            ours, formula, {"formed": formula}, parts=(Part(row, (row,) * 5),), goals=(Goal("formed", 1.0),),
+            flops=8.0 * b * h * s * d, bytes=4.0 * b * s * (h + d) * torch.finfo(bench.dtype).bits / 8,
+        )  # fmt: skip
+
+
 def qk_norm_rope_rows(bench: Bench) -> Iterator[Row]:
     """QK norm and rotation, without and with a head map, over 16k tokens of 16 heads."""
     t, n, d = bench.size(4096, 33), bench.size(16, 2), bench.size(128, 16)
@@ -488,7 +514,7 @@ def module_rows(bench: Bench) -> Iterator[Row]:
 
 GRIDS: dict[str, tuple[Callable[[Bench], Iterator[Row]], ...]] = {
     "train": (train_rows, latent_rows, extended_rows, sigmoid_rows),
-    "decode": (decode_rows, latent_decode_rows),
+    "decode": (decode_rows, latent_decode_rows, factor_rows),
     "others": (qk_norm_rope_rows, module_rows),
     "candidates": (candidate_rows,),
 }

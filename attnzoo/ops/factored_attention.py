@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.backends import choose
 from attnzoo.masks import Visibility
 from attnzoo.ops.observation import current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import masked_softmax
-from attnzoo.ops.softmax_attention import decodes, softmax_attention
+from attnzoo.ops.softmax_attention import decodes, softmax_attention, softmax_kernel_obstacle
 
 
 def tensor_product(a: Tensor, b: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def factored_attention(
         k_h = (1 / Rk) sum_r k_a[r, h] k_b[r],  v_h = (1 / Rv) sum_r v_a[r, h] v_b[r]
 
     A few new tokens over a cache read the factors, which all heads share, and form neither keys nor values while that
-    takes fewer multiplications ("auto" and "eager"). Everything else is `softmax_attention` over formed heads, and so
-    is what an observer sees.
+    takes fewer multiplications ("auto", "eager" and "triton"). Everything else is `softmax_attention` over formed
+    heads, and so is what an observer sees.
 
     Args:
         q: queries (B, T, H, D).
@@ -54,8 +55,18 @@ def factored_attention(
     """
     ranks, widths = (k_b.shape[2], v_b.shape[2]), (k_b.shape[3], v_b.shape[3])
     # Without a cache the number of queries is not asked for: an exported program would be tied to it.
-    unformed = view.query_start and backend in ("auto", "eager") and current_observer() is None
+    unformed = view.query_start and backend in ("auto", "eager", "triton") and current_observer() is None
     if unformed and decodes(q, k_b, view, q, k_a, k_b, v_a, v_b) and factors_are_cheaper(q.shape[1], ranks, widths):
+
+        def triton() -> str | None:
+            return softmax_kernel_obstacle(q, v_b, None, dropout)
+
+        if choose(backend, "factored_attention", {"triton": triton, "eager": lambda: None}, q.device) == "triton":
+            from attnzoo_kernels.decode.factors import decode_factors
+
+            options = view.for_kernel((q.shape[0], q.shape[2], q.shape[1], k_b.shape[1]), q.device)
+            del options["documents"]
+            return decode_factors(q, k_a, k_b, v_a, v_b, scale=scale, **options)
         return _from_factors(q, k_a, k_b, v_a, v_b, view, scale, dropout)
     k, v = tensor_product(k_a, k_b), tensor_product(v_a, v_b)
     return softmax_attention(q, k, v, view, scale=scale, dropout=dropout, backend=backend)

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
+from attnzoo.ops.factored_attention import tensor_product
 from attnzoo.ops.head_mixing import knock_linear, knock_mlp
 from attnzoo.ops.head_routing import routed_attention
 from attnzoo.ops.latent_attention import latent_attention
@@ -110,6 +111,22 @@ def sigmoid(D: int, **words: Any) -> Case:
 def decode(D: int, tokens: int, S: int = 1000) -> Case:
     shapes = [(2, tokens, 8, D), (2, S, 2, D), (2, S, 2, D)]
     return by_backend(shapes, "---", lambda *x, backend: softmax_attention(*x, Visibility(), backend=backend))
+
+
+def factored(H: int, D: int, rank: int) -> Case:
+    """One token over a cache of factors; keys and values are formed in the plain form."""
+
+    def fused(*x: Tensor) -> list[Tensor]:
+        from attnzoo_kernels.decode.factors import decode_factors
+
+        return [decode_factors(*x, scale=D**-0.5, query_start=x[1].shape[1] - 1)]
+
+    def plain(q: Tensor, *x: Tensor) -> list[Tensor]:
+        k, v = tensor_product(*x[:2]), tensor_product(*x[2:])
+        return [softmax_attention(q, k, v, Visibility(), scale=D**-0.5, backend="eager")]
+
+    shapes = ((2, 1, H, D), *((2, 1000, rank, n) for n in (H, D, H, D)))
+    return Case(shapes, "-----", fused, plain)
 
 
 def latent(H: int, R: int, rope: int) -> Case:
@@ -229,6 +246,7 @@ CASES: dict[str, dict[str, Case]] = {
         f"{D}, {n} tokens": decode(D, n) for D, n in ((64, 1), (80, 1), (128, 1), (256, 1), (128, 5), (128, 16))
     },
     "latent decode": {"16 heads": latent(16, 512, 64), "128 heads": latent(128, 512, 64), "256+32": latent(8, 256, 32)},
+    "factors": {"47 heads of 64": factored(47, 64, 2), "8 heads of 128": factored(8, 128, 1)},
     "dcmha": {
         "8 heads of 64": composed(8, 64, "qk"), "8 heads of 128": composed(8, 128, "qk"),
         "16 heads of 64, query side": composed(16, 64, "q"), "talking heads": composed(4, 80, "b"),
