@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnzoo_recipes.compare.plan import VARIED
 from attnzoo_recipes.files import write_atomically
 
 Row = dict[str, Any]
@@ -154,9 +155,13 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 def _facts(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
     first = rows[0]["mechanism"]
+    # The path of a setting may be that of the data, the optimiser or the schedule.
+    others = "data and their order seed by seed, optimiser, schedule, "
+    if facts.get("vary", "attention") not in VARIED:
+        others = "the order of the data seed by seed, "
     sentences = [
-        f"Held equal to {first}: {facts['equal']}; data and their order seed by seed, optimiser, schedule, "
-        f"{facts['training']}. Figures are those of runs whose own record agrees with this."
+        f"Held equal to {first}: {facts['equal']}; {others}{facts['training']}. Figures are those of runs whose own "
+        "record agrees with this."
     ]
     if facts.get("unigram") is not None:
         sentences.append(
