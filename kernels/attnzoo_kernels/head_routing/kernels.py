@@ -128,19 +128,19 @@ def head_routing_fwd_kernel(
     )
     if first_ptr is not None:
         acc, m, l = walk_keys(
-            acc, m, l, lo, full_lo, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-            stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
-            SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+            acc, m, l, lo, full_lo, b_q, b_q, token, token, first, last, 0, 0, 0, None, None, None, k_ptr, v_ptr, None,
+            None, None, 0.0, 0.0, None, None, None, 0.0, stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0,
+            D, DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
         )  # fmt: skip
     acc, m, l = walk_keys(
-        acc, m, l, full_lo, full_hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-        stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
-        SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+        acc, m, l, full_lo, full_hi, b_q, b_q, token, token, first, last, 0, 0, 0, None, None, None, k_ptr, v_ptr, None,
+        None, None, 0.0, 0.0, None, None, None, 0.0, stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D,
+        DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     acc, m, l = walk_keys(
-        acc, m, l, full_hi, hi, b_q, b_q, token, token, first, last, k_ptr, v_ptr, None, None, None, None, 0.0,
-        stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False,
-        SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
+        acc, m, l, full_hi, hi, b_q, b_q, token, token, first, last, 0, 0, 0, None, None, None, k_ptr, v_ptr, None,
+        None, None, 0.0, 0.0, None, None, None, 0.0, stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale, 0.0, 0, 0, D,
+        DV, 0, True, False, False, False, False, SEGMENT, True, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     shift, norm = shift_and_norm(m, l, PRECISION == "ieee")
     factor = norm
@@ -232,9 +232,9 @@ def head_routing_bwd_dq_kernel(
     )
     b_dq, spare, r = walk_keys_back(
         b_dq, spare, r, lo, full_lo, full_hi, hi, b_q, b_q, b_do, shift, norm, delta, token, token, first, last, k_ptr,
-        v_ptr, None, None, None, None, None, 0.0, gate[:, None], stride_k_s, stride_v_s, 0, 0, 0, 0, 0, T, T, scale,
-        0.0, 0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S, BLOCK_D, BLOCK_DV,
-        16,
+        v_ptr, None, None, None, 0.0, 0.0, None, None, None, None, 0.0, gate[:, None], stride_k_s, stride_v_s, 0, 0, 0,
+        0, 0, T, T, scale, 0.0, 0, 0, D, DV, 0, True, False, False, False, False, SEGMENT, False, PRECISION, BLOCK_S,
+        BLOCK_D, BLOCK_DV, 16,
     )  # fmt: skip
     place = (b * T + o_t) * G * GROUP + o_h
     b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
