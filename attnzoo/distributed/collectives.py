@@ -147,3 +147,37 @@ def differentiable_exchange(x: Tensor, group: Any) -> Tensor:
     """`exchange`; gradients go the way back."""
     out: Tensor = _Exchange.apply(x, group)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # noqa: ARG004
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def copied(x: Tensor, group: Any) -> Tensor:
+    """x, the same on all ranks, of which each reads a part: its gradient is the sum over the ranks."""
+    out: Tensor = _Copied.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def reduced(x: Tensor, group: Any) -> Tensor:
+    """The sum of x over the ranks, which all of them read alike: each gets the gradient of the sum."""
+    out: Tensor = _Reduced.apply(x, group)  # type: ignore[no-untyped-call]
+    return out

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnzoo.backends import check_name
 from attnzoo.cache import CacheLayout, KeyValueCache
+from attnzoo.distributed.collectives import copied
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
 from attnzoo.modules.checks import check_groups, derive_head_dim
@@ -66,6 +67,8 @@ class Mechanism(Recorded, nn.Module):
     one_source_reason = "keys and values are made from it"
     sequence_parallel: Any = None
     """How a longer sequence is spread over processes, set by `attnzoo.distributed.parallelize`."""
+    tensor_group: Any = None
+    """The processes that the heads are split over, set by a tensor-parallel plan."""
     sequence_forms: tuple[str, ...] = ()
     """Forms in which `forward` serves a sharded sequence, named by the class that defines it."""
     sequence_cache = True
@@ -207,6 +210,58 @@ class Mechanism(Recorded, nn.Module):
     def factor_numbers(self) -> int:
         """Numbers of a token beside queries, keys, values and outputs that go to the ranks of other heads."""
         return 0
+
+    # Heads split over ranks
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """How submodules and parameters are split for tensor parallelism, by name.
+
+        Of a linear layer "heads" or "groups" (rows of query or key/value heads), "columns", or "read by all" (whole,
+        and all heads read its output); of other submodules "shared" (whole, and each rank applies it to its own heads)
+        or "whole" (whole, and all ranks do the same with it); of a parameter the dimension of its heads.
+        """
+        return {}
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """Why heads cannot be split over so many ranks, or None."""
+        if self.pruned_heads:
+            return f"it must not be pruned, got pruned heads {self.pruned_heads}"
+        obstacle = Mechanism.split_obstacle(self, parts)
+        return None if obstacle is None else f"that needs {obstacle}"
+
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """The plan for `torch.distributed.tensor.parallel.parallelize_module(module, mesh, plan)`.
+
+        Heads are split over the mesh; latents, shared keys and routers are whole on every rank. x and y are whole. The
+        module's numbers of heads become those of a rank. Merge it into the plan of a model by putting the module's name
+        before every key.
+
+        Raises:
+            ValueError: for a mechanism, or an option of it, that has no plan.
+        """
+        from attnzoo.distributed.tensor import plan_of
+
+        return plan_of(self)
+
+    def take_heads(self, group: Any) -> None:
+        """Become the part of a rank: numbers of heads, and what is kept for each head as numbers."""
+        self.tensor_group = group
+        H, G = self.num_heads // group.size, max(self.num_kv_heads // group.size, 1)
+        if (slopes := getattr(self, "alibi_slopes", None)) is not None:
+            self.alibi_slopes = slopes[group.rank * H : (group.rank + 1) * H]
+        self.num_heads, self.num_kv_heads, self.heads = H, G, HeadLayout.of(H, G)
+
+    def read_by_all(self, x: Tensor) -> Tensor:
+        """x, the same on all ranks, as their own heads read it: gradients are summed."""
+        return x if self.tensor_group is None else copied(x, self.tensor_group.group)
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """This rank's heads of x (.., H), which all ranks have: floating x with summed gradients."""
+        if self.tensor_group is None:
+            return x
+        first = self.tensor_group.rank * self.num_heads
+        whole = self.read_by_all(x) if x.is_floating_point() else x
+        return whole[..., first : first + self.num_heads]
 
     # Caches
 

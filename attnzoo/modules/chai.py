@@ -189,6 +189,10 @@ class ClusteredHeadAttention(Recorded, nn.Module):
             holder.states, holder.clusters = call.cache, clusters
         return y
 
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """There is none."""
+        raise ValueError(f"{type(self).__name__} has no tensor-parallel plan: it clusters the heads of all ranks")
+
     def probe(
         self, x: Tensor, *, mask: Tensor | AttentionMask | None = None, positions: Tensor | None = None
     ) -> Tensor:

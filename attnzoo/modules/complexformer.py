@@ -14,6 +14,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import keep_entries
 from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.ops.submodules import local
 from attnzoo.rotary import Rotary
 from attnzoo.rules import NUMBER, POSITIVE, check, check_options, one_of
 
@@ -117,7 +118,7 @@ class ComplexAttention(GroupedQueryAttention):
         """x (B, T, E) -> (B, T, E); arguments as in `GroupedQueryAttention.forward`."""
         call = begin(self, x, context, mask, positions, cache)
         q, k, v = self.project(x, *call.sources)
-        q = self.turn(q, self.phase_bias)
+        q = self.turn(q, local(self.phase_bias))
         k = self.turn(self.of_each_query_head(k))
         q, k = call.rotate(q, k)
         with call.remember(k, v) as (k, v):
@@ -131,7 +132,7 @@ class ComplexAttention(GroupedQueryAttention):
         """|z| e^(i (phase_scale angle(z) + shift)) of z (B, T, H, D), before positions."""
         re, im = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=-1)
         modulus = (re.square() + im.square() + self.eps).sqrt()
-        angle = self.phase_scale.to(re.dtype) * torch.atan2(im, re)
+        angle = local(self.phase_scale).to(re.dtype) * torch.atan2(im, re)
         angle = angle if shift is None else angle + shift.to(re.dtype)
         return torch.cat([modulus * angle.cos(), modulus * angle.sin()], dim=-1).to(z.dtype)
 
@@ -152,6 +153,10 @@ class ComplexAttention(GroupedQueryAttention):
         if part != "full":
             raise ValueError(f"part must be 'full': behind scaled angles there is no linear form, got {part!r}")
         return super().qk_circuit()
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's, and phases by head."""
+        return {**super().tensor_splits(), "phase_scale": 0, "phase_bias": 0}
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads."""

@@ -17,10 +17,14 @@ from attnzoo.ops.composed_attention import Composition, DynamicProjection, compo
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant
+from attnzoo.ops.submodules import local
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+DYNAMIC_SPLITS: dict[str, Any] = {"w1": "heads", "w2": 0, "gate": "heads"}
 
 
 class DynamicWeights(nn.Module):
@@ -67,7 +71,7 @@ class DynamicWeights(nn.Module):
         with without_autocast(x):
             raw = raw.to(compute_dtype).view(*x.shape[:2], groups, stages, hidden)
             inner = F.gelu(raw, approximate="tanh" if self.act == "gelu_tanh" else "none")
-            d = torch.einsum("blnpk,npkrm->blnprm", inner, self.w2.to(compute_dtype))
+            d = torch.einsum("blnpk,npkrm->blnprm", inner, local(self.w2).to(compute_dtype))
             u, v = d[..., :rank, :], d[..., rank:, :]
             u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
             g = torch.tanh(gate.to(compute_dtype)).view(*x.shape[:2], groups, stages, heads)
@@ -255,7 +259,7 @@ class DynamicallyComposableAttention(Mechanism):
         if stage not in self.stages:
             return None
         at = self.stages.index(stage)
-        base = self.pre_base if stage == "pre" else self.post_base
+        base = local(self.pre_base if stage == "pre" else self.post_base)
         query, key = (None if side is None else side[at] for side in (of_queries, of_keys))
         return Composition(base, query=query, key=key)
 
@@ -350,6 +354,30 @@ class DynamicallyComposableAttention(Mechanism):
         rows = self._part_rows(part)
         wq, wk = self.head_weights()
         return [(wq[h, rows], wk[h // self.heads.group_size, rows]) for h in range(self.score_heads)]
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Everything by composition group."""
+        sides = {f"{side}.{name}": kind for side in ("q_dyn", "k_dyn") for name, kind in DYNAMIC_SPLITS.items()}
+        return {
+            "q_proj": "heads", "k_proj": "groups", "v_proj": "groups", "o_proj": "columns", "q_norm": "shared",
+            "k_norm": "shared", "pre_base": 0, "post_base": 0, **sides,
+        }  # fmt: skip
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """As the base's; ranks take whole composition groups."""
+        if self.head_groups % parts:
+            return (
+                f"head_groups must be a multiple of the ranks, since a group's heads are mixed, got {self.head_groups}"
+            )
+        return super().tensor_obstacle(parts)
+
+    def take_heads(self, group: Any) -> None:
+        """As the base's, and the composition groups of a rank."""
+        super().take_heads(group)
+        self.head_groups //= group.size
+        for side in (self.q_dyn, self.k_dyn):
+            if side is not None:
+                side.sizes = (self.head_groups, *side.sizes[1:])
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the value halves down to these places of heads and of value heads; queries and keys stay."""

@@ -145,6 +145,12 @@ class EnhancedMultiheadAttention(Mechanism):
     sequence_forms: tuple[str, ...] = ("gather",)
     mixes_heads = True
 
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """There is none."""
+        raise ValueError(
+            f"{type(self).__name__} has no tensor-parallel plan: every output mixes the scores of all heads"
+        )
+
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,

@@ -126,6 +126,11 @@ class GatedAttention(GroupedQueryAttention):
         gate = 2 * tokens * self.g_proj.in_features * self.g_proj.out_features
         return {**super().flops_by_part(T, S), "gate": gate}
 
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's, and the gate by the heads at its position."""
+        kind = {"output": "heads", "query": "heads", "dense": "whole"}.get(self.gate, "groups")
+        return {**super().tensor_splits(), "g_proj": kind}
+
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads."""
         super().keep_heads(heads, groups)

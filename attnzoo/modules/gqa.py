@@ -13,6 +13,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
+from attnzoo.ops.submodules import local
 from attnzoo.rotary import Rotary
 from attnzoo.rules import SWITCH_OR_JOINT, check, check_sizes
 
@@ -175,7 +176,7 @@ class GroupedQueryAttention(Mechanism):
         slopes = None if self.alibi_slopes is None else constant(self.alibi_slopes, device)
         return {
             "scale": self.scale, "softcap": self.logit_softcap, "alibi_slopes": slopes,
-            "sinks": 0.0 if self.sink == "zero" else self.sinks, "dropout": self.weight_dropout,
+            "sinks": 0.0 if self.sink == "zero" else local(self.sinks), "dropout": self.weight_dropout,
             "backend": self.backend,
         }  # fmt: skip
 
@@ -187,6 +188,13 @@ class GroupedQueryAttention(Mechanism):
         projections = 2 * T * self.embed_dim * H * (D + Dv) + 2 * keys * G * (self.kdim * D + self.vdim * Dv)
         pairs = attention_pairs(T, S, causal=self.causal, window=self.sliding_window, sink_tokens=self.sink_tokens)
         return {"projections": projections, "attention": 2 * H * (D + Dv) * pairs}
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Projections and sinks by head; norms are of all heads."""
+        return {
+            "q_proj": "heads", "k_proj": "groups", "v_proj": "groups", "o_proj": "columns", "q_norm": "shared",
+            "k_norm": "shared", "sinks": 0,
+        }  # fmt: skip
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads.

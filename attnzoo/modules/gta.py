@@ -13,7 +13,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.ops.submodules import matrix_of
+from attnzoo.ops.submodules import local, matrix_of
 from attnzoo.rotary import Rotary, as_rotary
 
 
@@ -134,8 +134,8 @@ class GroupedTiedAttention(Mechanism):
         q_rope = qk_norm_rope(q[..., self.nope_head_dim :], call.q_table, backend=self.backend)
         k_rope = qk_norm_rope(k_rope, call.k_table, backend=self.backend)
         options: dict[str, Any] = {
-            "scale": self.scale, "softcap": self.logit_softcap, "sinks": 0.0 if self.sink == "zero" else self.sinks,
-            "dropout": self.weight_dropout, "backend": self.backend,
+            "scale": self.scale, "softcap": self.logit_softcap, "dropout": self.weight_dropout,
+            "sinks": 0.0 if self.sink == "zero" else local(self.sinks), "backend": self.backend,
         }  # fmt: skip
         q, rotary = q[..., : self.nope_head_dim], dict[str, Any](q_rope=q_rope) if self.rope_head_dim else {}
         with call.remember(k, v, k_rope) as states:
@@ -211,6 +211,12 @@ class GroupedTiedAttention(Mechanism):
     def value_weights(self) -> Tensor:
         """Weights (G, D, kdim) of the tied state, detached."""
         return self.head_weights()[1]
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Projections and sinks by head; all heads read the rotary key."""
+        return {
+            "q_proj": "heads", "kv_proj": "groups", "k_rope_proj": "read by all", "o_proj": "columns", "sinks": 0,
+        }  # fmt: skip
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of tied states; the shared rotary key stays."""

@@ -43,6 +43,10 @@ class KnockingHeads(Mechanism):
             if isinstance(child, HeadMap | GatedHeadMap):
                 child.reset_parameters()
 
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's; the maps are of all heads."""
+        return {**super().tensor_splits(), "q_knock": "shared", "k_knock": "shared", "v_knock": "shared"}
+
     def knock_parameters(self) -> list[nn.Parameter]:
         """The shared maps' weights, for an optimiser group of their own: decay pulls them to 0, not to 1."""
         maps = (self.q_knock, self.k_knock, self.v_knock)

@@ -205,6 +205,20 @@ class FeatureAttention(Mechanism):
             raise ValueError(f"part must be 'full': features behind a map are no linear form, got {part!r}")
         return super().qk_circuit()
 
+    def tensor_splits(self) -> dict[str, Any]:
+        """Projections by head; maps and norms of heads are of all."""
+        return {
+            "q_proj": "heads", "k_proj": "groups", "v_proj": "groups", "g_proj": "heads", "o_proj": "columns",
+            "feature_map_q": "shared", "feature_map_k": "shared", self.norm_name: "shared", "q_norm": "whole",
+            "k_norm": "whole",
+        }  # fmt: skip
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """As the base's."""
+        if self.q_norm is not None:
+            return "qk_norm must be False: its statistics are those of all heads together"
+        return super().tensor_obstacle(parts)
+
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnzoo.cache import CacheLayout, KeyValueCache, MeanCache
 from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.heads import HeadLayout
 from attnzoo.ops.head_routing import Routing
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
@@ -134,7 +135,7 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
             if isinstance(cache, MeanCache):
                 cache.store(*sums)
             k, v = self.heads.spread(k, v)
-            scale = factors.expand(-1, x.shape[1], -1)
+            scale = self.own_heads(factors).expand(-1, x.shape[1], -1)
             out = softmax_attention(
                 q, k, v, call.view, head_scale=scale, bias=call.bias, **self.score_options(q.device)
             )
@@ -180,7 +181,7 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
 
     def factors(self, g: Tensor) -> Tensor:
         """Factors a (.., H) of the heads that are left, in the module's phase."""
-        H, k = self.heads.total, self.num_active
+        H, k = self.gated_heads.total, self.num_active
         chooses = self.phase == "argmax" or (
             self.phase == "expert" and (self.training or self.expert_index is not None)
         )
@@ -198,15 +199,30 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
                 index = torch.multinomial(rows, 1)[:, 0] if rows.numel() else rows.new_zeros(0, dtype=torch.long)
             # Adding 0 gives the gate a gradient, of 0, as wrappers expect of every parameter.
             a = H / k * members[index].view(*g.shape[:-1], H) + 0 * g[..., :1]
-        return a if len(self.heads.kept) == H else a[..., list(self.heads.kept)]
+        return a if len(self.gated_heads.kept) == H else a[..., list(self.gated_heads.kept)]
 
     def members(self, like: Tensor) -> Tensor:
         """Which head (H) each expert (n) has: 1 or 0."""
-        H, k = self.heads.total, self.num_active
+        H, k = self.gated_heads.total, self.num_active
         if k == H - 1:
             return 1 - torch.eye(H, dtype=like.dtype, device=like.device)
         rows = [float(h in subset) for subset in itertools.combinations(range(H), k) for h in range(H)]
         return constant(tuple(rows), like.device).to(like.dtype).view(-1, H)
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's; the gate is whole."""
+        return {**super().tensor_splits(), "gate_fc1": "whole", "gate_fc2": "whole"}
+
+    @property
+    def gated_heads(self) -> HeadLayout:
+        """The heads that the gate knows: those of all ranks."""
+        heads: HeadLayout = self.__dict__.get("whole_heads", self.heads)
+        return heads
+
+    def take_heads(self, group: Any) -> None:
+        """As the base's; the gate keeps all heads."""
+        self.whole_heads = self.heads
+        super().take_heads(group)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The gate's parameters, which steps of the responsibilities train, and steps of the experts do not."""

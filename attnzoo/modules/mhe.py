@@ -15,7 +15,7 @@ from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.ops.submodules import matrix_of
+from attnzoo.ops.submodules import local, matrix_of
 from attnzoo.rotary import Rotary, rotate
 from attnzoo.rules import check, check_options, one_of
 
@@ -109,14 +109,14 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         """Queries (B, T, H, D) with their embeddings, and the seeds of keys (B, S, 1, D) and values (B, S, 1, Dv)."""
         (B, T, _), S = x.shape, key.shape[1]
         q = self.q_proj(x).view(B, T, 1, self.head_dim)
-        e = self.q_head_embed.to(q.dtype)
+        e = local(self.q_head_embed).to(q.dtype)
         k = self.k_proj(key).view(B, S, self.num_kv_heads, self.head_dim)
         v = self.v_proj(value).view(B, S, self.num_kv_heads, self.v_head_dim)
         return q * (1 + e) if self.mode == "mul" else q + e, k, v
 
     def embedded_keys(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys (.., D + r) whose products are those with the keys of each head."""
-        e, multiplies = self.k_head_embed.to(q.dtype), self.mode == "mul"
+        e, multiplies = local(self.k_head_embed).to(q.dtype), self.mode == "mul"
         if call.q_table is None or call.k_table is None:
             # Adding 0 gives the parameter a gradient, of 0, as wrappers expect of every parameter.
             return q * (1 + e) if multiplies else q + 0 * e, k
@@ -137,7 +137,7 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
 
     def embedded_values(self, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Outputs (B, T, H, Dv) of attention over seeds, with the values' embeddings."""
-        options, e = self.score_options(q.device), self.v_head_embed.to(v.dtype)
+        options, e = self.score_options(q.device), local(self.v_head_embed).to(v.dtype)
         if self.mode == "mul":
             return softmax_attention(q, k, v, view, **options) * (1 + e)
         hides = view.mask is not None and (view.mask.lengths is not None or view.mask.dense_mask is not None)
@@ -176,6 +176,11 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
     def no_weight_decay(self) -> set[str]:
         """The embeddings: decay would make the heads equal."""
         return set(EMBEDDINGS)
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Embeddings by head; all heads read the seeds."""
+        seeds = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "read by all")
+        return {**super().tensor_splits(), **seeds, **dict.fromkeys(EMBEDDINGS, 0)}
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut down to these heads: embeddings, columns of the output; the seeds of keys and values go with the last."""

@@ -18,7 +18,7 @@ from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing, leading
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.submodules import is_plain, place_of
+from attnzoo.ops.submodules import is_plain, local, place_of
 from attnzoo.ops.token_blocks import block_count, block_sizes, check_image, raster_order
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_options, check_sizes, describe, one_of
@@ -201,7 +201,8 @@ class MultiHeadLinearAttention(FeatureAttention):
 
     def mixing(self, blocks: int, dtype: torch.dtype) -> Tensor:
         """The matrix that is used, (blocks, blocks) or (H, blocks, blocks): clipped, triangular, continued."""
-        matrix = clipped(self.mixing_matrix.to(dtype), self.mixing_clip)
+        own = local(self.mixing_matrix) if self.mixing_matrix.ndim == 3 else self.read_by_all(self.mixing_matrix)
+        matrix = clipped(own.to(dtype), self.mixing_clip)
         if self.causal:
             return extended(matrix, blocks, self.extrapolation).tril()
         return leading(matrix, blocks)
@@ -261,6 +262,10 @@ class MultiHeadLinearAttention(FeatureAttention):
         """Numbers of the states that a rank with so many tokens shares, those of its blocks."""
         groups, width = self.cache_widths()[1]
         return tokens // self.block_size * groups * width * (self.v_head_dim + int(self.normalizer == "mixed"))
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's; the mixing matrix by head where each has its own."""
+        return {**super().tensor_splits(), "mixing_matrix": 0 if self.mixing_matrix.ndim == 3 else "whole"}
 
     def sequence_obstacle(self) -> str | None:
         """Blocks of images are no runs of tokens."""

@@ -211,6 +211,7 @@ class MultiHeadLatentAttention(Mechanism):
         if not self.qk_rope_head_dim:
             return q, None, c.unsqueeze(2)
         q, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        k_rope = self.read_by_all(k_rope)
         q_rope, k_rope = call.rotate(q_rope, k_rope.unflatten(-1, (self.rope_kv_heads, self.qk_rope_head_dim)))
         if self.rope_kv_heads > 1:
             # Each head's rotary query goes to the slot of its key, zeros elsewhere.
@@ -368,6 +369,20 @@ class MultiHeadLatentAttention(Mechanism):
             return down, down.new_zeros(self.rope_kv_heads, 0, self.kdim)
         weight = matrix_of(self.kv_a_proj_with_mqa)
         return weight[: self.kv_lora_rank], weight[self.kv_lora_rank :].view(self.rope_kv_heads, -1, self.kdim)
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Queries and the expansion by head; latents are whole."""
+        whole = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_proj", "kv_a_layernorm", "k_proj", "v_proj")
+        by_head = {"q_proj": "heads", "q_b_proj": "heads", "kv_b_proj": "groups", "o_proj": "columns"}
+        return {**by_head, **dict.fromkeys(whole, "whole")}
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """As the base's."""
+        if self.rope_mode == "pre" or self.rope_kv_heads > 1:
+            return "its latent is made from the keys of all heads (rope_mode 'pre'), or it has several rotary keys"
+        if self.num_kv_heads % parts:
+            return f"num_kv_heads must be a multiple of the ranks, got {self.num_kv_heads}"
+        return super().tensor_obstacle(parts)
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of heads; latents and the cache stay as they are."""

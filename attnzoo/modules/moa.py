@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.cache import KeyValueCache
+from attnzoo.distributed.collectives import reduced
 from attnzoo.modules.base import Factors, Mechanism, per_head
 from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
@@ -18,7 +19,7 @@ from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.ops.submodules import is_plain, precise_linear
+from attnzoo.ops.submodules import is_plain, local, precise_linear
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
 from attnzoo.tracing import is_exported
@@ -197,7 +198,7 @@ class MixtureOfAttentionHeads(Mechanism):
         gates = gates if real is None else gates * real[..., None].to(gates.dtype)
         routes = Routes.of(chosen.flatten(), self.num_experts)
         # Slots of a key/value head side by side, so that head h reads h // (k M / G).
-        rows = _cast(x).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
+        rows = self.read_by_all(_cast(x)).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
         project = _product_with(self.q_experts, rows.dtype)
         q = project(rows, routes=routes, out_groups=G, backend=self.backend)
         q = qk_norm_rope(q.reshape(B, T, slots * M, self.head_dim), call.q_table, backend=self.backend)
@@ -207,7 +208,7 @@ class MixtureOfAttentionHeads(Mechanism):
             out = softmax_attention(
                 q, k, v, call.view, scale=self.scale, dropout=self.weight_dropout, backend=self.backend
             )  # fmt: skip
-            out, factors = out.reshape(B * T, G, slots, M // G * Dv), gates.reshape(B * T, slots)
+            out, factors = out.reshape(B * T, G, slots, M // G * Dv), self.read_by_all(gates).reshape(B * T, slots)
             project = _product_with(self.o_experts, out.dtype)
             if is_plain(self.head_outputs, nn.Identity):
                 # Nobody looks at the heads' outputs, so the projection takes the gates.
@@ -217,6 +218,7 @@ class MixtureOfAttentionHeads(Mechanism):
                 gated = self.head_outputs(gated.reshape(B, T, slots * M * Dv))
                 y = project(gated.reshape(B * T, 1, slots, M * Dv), routes=routes, backend=self.backend)
             y = y.reshape(B, T, slots, E).sum(2)
+            y = y if self.tensor_group is None else reduced(y, self.tensor_group.group)
             self._keep_statistics(logits, chosen, gates, real)
             return y if self.o_bias is None else y + self.o_bias.to(y.dtype)
 
@@ -224,6 +226,27 @@ class MixtureOfAttentionHeads(Mechanism):
     def head_outputs(self) -> nn.Module:
         """The identity whose input is the output of every active head times its gate, (B, T, k M Dv), slot-major."""
         return self._modules["head_outputs"]  # type: ignore[return-value]
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """The heads of every expert; the router is whole."""
+        return {
+            "k_proj": "groups", "v_proj": "groups", "q_experts.weight": 1, "o_experts.weight": 2, "router": "whole",
+            "noise": "whole", "o_bias": "whole",
+        }  # fmt: skip
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """Ranks take heads of every expert, and the key/value heads that these read."""
+        if self.heads_per_expert % parts or self.num_kv_heads % parts:
+            return (
+                "heads_per_expert and num_kv_heads must be multiples of the ranks, got "
+                f"{self.heads_per_expert} and {self.num_kv_heads}"
+            )
+        return super().tensor_obstacle(parts)
+
+    def take_heads(self, group: Any) -> None:
+        """As the base's, and the heads of an expert."""
+        super().take_heads(group)
+        self.heads_per_expert //= group.size
 
     def observed_heads(self) -> tuple[int, ...]:
         """Attention goes by key/value head, then slot; the outputs by slot."""
@@ -324,7 +347,7 @@ def _product_with(experts: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     """`expert_linear_pieces` with the matrices of a submodule; one that is not plain is called instead."""
     if not isinstance(experts, Experts) or not is_plain(experts, Experts):
         return experts
-    return partial(expert_linear_pieces, weight=experts.weight.to(dtype))
+    return partial(expert_linear_pieces, weight=local(experts.weight).to(dtype))
 
 
 def _cast(x: Tensor) -> Tensor:

@@ -171,6 +171,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         call = begin(self, x, context, mask, positions, cache)
         q, k, v = self.project(x, *call.sources)
         gates, active, probability = self.gates(x, q)
+        gates = self.own_heads(gates)
         q = qk_norm_rope(q, call.q_table, backend=self.backend)
         k = qk_norm_rope(k, call.k_table, backend=self.backend)
         with call.remember(k, v) as (k, v):
@@ -214,7 +215,9 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         if self.sparse is False or call.cache is not None:
             return False
         obstacle, mask = None, call.view.mask
-        if call.view.shards is not None:
+        if self.tensor_group is not None:
+            obstacle = "the heads are spread over processes"
+        elif call.view.shards is not None:
             obstacle = "the tokens are spread over processes"
         elif not self.causal:
             obstacle = "it is for causal self-attention without a cache"
@@ -241,6 +244,16 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         """As the base's, with all heads; and "router"."""
         rows = sum(router.out_features for router in self._routers() if router is not None)
         return {**super().flops_by_part(T, S), "router": 2 * T * self.embed_dim * rows}
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's; routers are whole, since they choose among the heads of all ranks."""
+        return {**super().tensor_splits(), **dict.fromkeys(("routed_router", "shared_router", "type_router"), "whole")}
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """As the base's."""
+        if self.router == "query_norm":
+            return "router 'query_norm' compares the queries of all heads"
+        return "sparse must not be True" if self.sparse is True else super().tensor_obstacle(parts)
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """As the base's, and of the routers: as if the other heads' logits were -inf, not a mask of their outputs.

@@ -95,6 +95,9 @@ class AttentionMechanism(Protocol):
     def prune_heads(self, indices: Iterable[int]) -> None:
         """Remove heads (of a mixture of experts: experts) by their original numbers."""
 
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """The plan of `torch.distributed.tensor.parallel.parallelize_module` that splits heads; may be missing."""
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, relative to the module, that are not decayed."""
 
@@ -102,15 +105,19 @@ class AttentionMechanism(Protocol):
         """Put parameters back between their bounds; called before every optimiser step."""
 
 
+OPTIONAL = {"tensor_parallel_plan"}
+"""Names in the contract that a module may lack."""
+
+
 def _members() -> tuple[str, ...]:
     named = set(AttentionMechanism.__annotations__) | {
         name for name, value in vars(AttentionMechanism).items() if callable(value) or isinstance(value, property)
     }
-    return tuple(sorted(name for name in named if not name.startswith("_")))
+    return tuple(sorted(name for name in named if not name.startswith("_") and name not in OPTIONAL))
 
 
 MEMBERS = _members()
-"""Names of everything in the contract."""
+"""Names of everything in the contract that a module must have."""
 
 
 def missing_members(module: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, k
 from attnzoo.ops.causal_convolution import CausalConvolution
 from attnzoo.ops.composed_attention import composed_attention
 from attnzoo.ops.relative_scores import RelativeDistances
+from attnzoo.ops.submodules import local
 from attnzoo.rules import check_sizes, describe
 
 
@@ -135,13 +136,20 @@ class RelativeConvAttention(Mechanism):
             if cache is not None:
                 cache.store_rows(*new)
             offset = call.view.start(x.shape[1], k.shape[1])
-            relative = RelativeDistances(q, self.rel_key, self.rel_bias, self.scale, offset)
+            relative = RelativeDistances(q, local(self.rel_key), local(self.rel_bias), self.scale, offset)
             out = composed_attention(
-                q + self.content_bias.to(q.dtype), k, v, relative, None, call.view, scale=self.scale,
+                q + local(self.content_bias).to(q.dtype), k, v, relative, None, call.view, scale=self.scale,
                 dropout=self.weight_dropout, chunk_size=self.chunk_size, backend=self.backend,
             )  # fmt: skip
             y: Tensor = self.o_proj(out.flatten(2))
             return y
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Projections and tables by head; convolutions are of all heads."""
+        return {
+            "q_proj": "heads", "k_proj": "heads", "v_proj": "heads", "o_proj": "columns", "q_conv": "shared",
+            "k_conv": "shared", "v_conv": "shared", "rel_key": 1, "rel_bias": 1, "content_bias": 0,
+        }  # fmt: skip
 
     def begin(
         self, x: Tensor, context: None, memory: Tensor | None, mask: Mask, positions: Positions,

@@ -164,7 +164,8 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         routing = None
         if self.training and not is_exported():
             routing = Routing.of(chosen, probability, real, self.aux_loss_group)
-        return gates, chosen if real is None else chosen & real[..., None], routing
+        chosen = chosen if real is None else chosen & real[..., None]
+        return self.own_heads(gates), self.own_heads(chosen), routing
 
     def _keep_statistics(self, routing: Routing | None) -> None:
         """Set `aux_loss` and `routing`, to None outside training; an exported program keeps neither."""
@@ -178,6 +179,16 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward left, which belongs to its graph, and without a process group."""
         return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """As the base's; the router is whole."""
+        return {**super().tensor_splits(), "router": "whole", "o_head_bias": "whole"}
+
+    def tensor_obstacle(self, parts: int) -> str | None:
+        """As the base's."""
+        if self.o_head_bias is not None or self.packed is True:
+            return "head_out_bias and packed must not be True"
+        return super().tensor_obstacle(parts)
 
     def rotate_by_rank(self, q: Tensor, k: Tensor, chosen: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, T, H, D) rotated by their number in the head's list, which restarts in documents."""

@@ -62,6 +62,13 @@ class TalkingHeadsAttention(Mechanism):
 
     sequence_forms: tuple[str, ...] = ("ring", "gather")
     mixes_heads = True
+
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """There is none."""
+        raise ValueError(
+            f"{type(self).__name__} has no tensor-parallel plan: every output mixes the scores of all heads"
+        )
+
     shown = ("num_qk_heads", "num_v_heads", "rope", "sliding_window", "pruned_heads")
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,14 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     assert module is not None
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooked
+
+
+Split = TypeVar("Split", bound=Tensor | None)
+
+
+def local(parameter: Split) -> Split:
+    """A parameter as operations take it: of one that is split over ranks (a DTensor) this rank's part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[union-attr]
 
 
 def matrix_of(linear: nn.Module) -> Tensor:
