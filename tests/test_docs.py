@@ -32,6 +32,7 @@ def test_examples_run(page, capsys, tmp_path, monkeypatch):
     blocks = examples(page)
     assert blocks or page.stem in COMMANDS
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     files = []
     for block in blocks:
         # A block that begins with the name of a file is that file, from which later blocks may import.

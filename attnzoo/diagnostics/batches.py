@@ -27,6 +27,22 @@ def tokens_and_mask(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     return tokens if integral else None, mask.bool() if isinstance(mask, Tensor) else None
 
 
+def decoder_tokens_and_mask(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The same for the decoder of an encoder-decoder model, whose tokens a mapping may hold."""
+    if not isinstance(batch, Mapping):
+        return None, None
+    tokens, mask = batch.get("decoder_input_ids"), batch.get("decoder_attention_mask")
+    return tokens, None if mask is None else mask.bool()
+
+
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules of the decoder of a transformers encoder-decoder model; none for other models."""
+    decoder: Any = getattr(model, "get_decoder", None)
+    if decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    return set(decoder().modules())
+
+
 def run_batch(
     model: nn.Module, batch: Any, mask: Tensor | None, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> None:  # fmt: skip

@@ -33,6 +33,8 @@ THEMES: dict[str, dict[str, Any]] = {
 _COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999933", "#F0E442")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_NUMBERED = 80
+"""Cells of a heat map that is small enough for their numbers."""
 _SEQUENTIAL, _DIVERGING, _MISSING = "cividis", "PuOr", "#7f7f7f"
 DPI = 130
 FONT = "DejaVu Sans"
@@ -165,7 +167,7 @@ def heatmap(
         for axes, (name, (layers, steps, values)) in zip(panels, tables.items(), strict=True):
             image = _grid(axes, values, low, high, _SEQUENTIAL, log)
             _ticks(axes, "x", [f"{step:,}" for step in steps], 10)
-            _ticks(axes, "y", [_short(layer) for layer in layers], 30)
+            _ticks(axes, "y", _shorts(layers), 30)
             axes.set(xlabel="training step", ylabel="layer")
             if name:
                 axes.set_title(name)
@@ -200,10 +202,10 @@ def trajectory(
         for name, rows in models.items():
             if by is not None:
                 known = dict.fromkeys(row.get(by) for row in rows)
-                for key in known:
+                for key, short in zip(known, _shorts(list(known)), strict=True):
                     own = [row for row in rows if row.get(by) == key]
                     steps, means, _, _ = over_steps(own, metric)
-                    called = f"{by} {_short(key)}" if not name else f"{name}, {by} {_short(key)}"
+                    called = f"{by} {short}" if not name else f"{name}, {by} {short}"
                     axes.plot(steps, means, label=called, **_line(number, look))
                     number += 1
                 continue
@@ -255,17 +257,23 @@ def head_map(
     with _themed(theme):
         rows = max(table.shape[0] for table in tables.values())
         columns = sum(table.shape[1] + 3 for table in tables.values())
+        named = _shorts(layers if layers is not None else range(rows))
+        numbered = rows * max(table.shape[1] for table in tables.values()) <= _NUMBERED
+        across = (0.5 if numbered else 0.34) * columns + 0.07 * max(map(len, named), default=0)
         figure, panels = _figure(
-            len(tables), width=min(max(4.2, 1.8 + 0.34 * columns), 16), height=min(max(2.6, 1.4 + 0.3 * rows), 10)
+            len(tables), width=min(max(4.2, 1.8 + across), 16), height=min(max(2.6, 1.4 + 0.3 * rows), 10)
         )
         image = None
         for axes, (name, table) in zip(panels, tables.items(), strict=True):
             colours = _SEQUENTIAL if center is None else _DIVERGING
             image = _grid(axes, table.tolist(), low, high, colours, False)
             _ticks(axes, "x", [str(head) for head in range(table.shape[1])], 16)
-            named = list(layers) if layers is not None else [str(layer) for layer in range(table.shape[0])]
-            _ticks(axes, "y", [_short(layer) for layer in named], 32)
-            axes.set(xlabel="head", ylabel="layer")
+            if numbered:
+                _number(axes, image, table.tolist())
+            # The panels have one vertical axis.
+            first = axes is panels[0]
+            _ticks(axes, "y", named if first else [""] * len(named), 32)
+            axes.set(xlabel="head", ylabel="layer" if first else "")
             if name:
                 axes.set_title(name)
         _colour_bar(figure, image, panels, label(metric))
@@ -514,6 +522,16 @@ def _grid(
     return axes.imshow(values, cmap=cmap, norm=norm, aspect=aspect, interpolation="nearest")
 
 
+def _number(axes: Any, image: Any, values: Sequence[Sequence[float]]) -> None:
+    """Write each cell's number into it, dark on light colours and light on dark ones."""
+    for row, of_row in enumerate(values):
+        for column, value in enumerate(of_row):
+            if math.isfinite(value):
+                red, green, blue, _ = image.cmap(image.norm(value))
+                shade = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=shade, fontsize=7)
+
+
 def _colour_bar(figure: Any, image: Any, panels: Sequence[Any], text: str) -> Any:
     bar = figure.colorbar(image, ax=list(panels), shrink=0.9, pad=0.02)
     bar.set_label(text)
@@ -566,10 +584,12 @@ def _limits(tables: Sequence[Sequence[Sequence[float]]], log: bool) -> tuple[flo
     return (low, high) if low < high else (low - 0.5, high + 0.5) if not log else (low / 2, high * 2)
 
 
-def _short(layer: Any) -> str:
-    """The number in a module's name, which distinguishes the layers of one model; otherwise the name."""
-    numbers = [part for part in str(layer).split(".") if part.isdigit()]
-    return numbers[0] if len(numbers) == 1 else str(layer)
+def _shorts(layers: Sequence[Any]) -> list[str]:
+    """The numbers in modules' names if they distinguish the layers; otherwise the names."""
+    names = [str(layer) for layer in layers]
+    numbers = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    single = [found[0] for found in numbers if len(found) == 1]
+    return single if len(set(single)) == len(names) else names
 
 
 def _visible(token: str) -> str:

@@ -268,7 +268,7 @@ def test_what_a_report_refuses():
         head_report(model, [_tokens()], period=14)
     cache = model.init_caches(B, T)
     model(_tokens()[:, :4], caches=cache)
-    with pytest.raises(ValueError, match="batches must need no cache and no context, got 9 queries and 13 keys"):
+    with pytest.raises(ValueError, match="batches must need no cache, got 9 queries and 13 keys"):
         head_report(model, [_tokens()[:, 4:]], forward=lambda m, x: m(x, caches=cache))
     with pytest.raises(ValueError, match="has no attention patterns: LinearAttention has no softmax"):
         head_report(zoo.build("linear"), [torch.randn(B, T, zoo.E).double()])

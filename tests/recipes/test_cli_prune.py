@@ -170,7 +170,7 @@ def test_batches_of_pairs_are_of_nearly_equal_sizes(tiny_encoder, pairs_file):
 def test_curves_of_one_measurement_are_the_librarys(tiny_llama, unit):
     model = tiny_llama[1]
     batches = [torch.randint(5, 60, (3, 8), generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    task = Task(batches, next_token_losses, 6, False, "", None, {})
+    task = Task(batches, next_token_losses, 6, False, "", None, 0.0, {})
     common = {"percents": (25, 50, 75), "granularity": "token", "unit": unit, "min_heads_per_layer": 1,
               "rescale": True, "seeds": (3,)}  # fmt: skip
     found = greedy_curves(model, task, ("l2", "none", "minmax"), coupled=False, **common)

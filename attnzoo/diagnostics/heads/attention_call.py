@@ -36,6 +36,7 @@ class AttentionCall:
         post: map of the weights over heads, or None.
         heads: which of the patterns, in which order, belong to the H heads. None: all of them.
         obstacle: why there are no patterns, or None.
+        cross: whether keys come from other tokens than queries.
     """
 
     layer: AttentionLayer
@@ -50,6 +51,7 @@ class AttentionCall:
     post: ScoreMap | None = field(default=None, repr=False)
     heads: tuple[int, ...] | None = None
     obstacle: str | None = field(default=None, repr=False)
+    cross: bool = False
 
     @property
     def num_keys(self) -> int:

@@ -52,6 +52,11 @@ class LayerReport:
         """Heads H."""
         return self.pair_cosine.shape[0]
 
+    def measure(self, name: str) -> Tensor:
+        """(H,) of one measure, NaN if the layer does not have it."""
+        missing = torch.full((self.num_heads,), math.nan, dtype=torch.float64)
+        return self.measures.get(name, missing)
+
 
 class RunningMeasures:
     """Running sums of one layer's measures.
@@ -70,29 +75,35 @@ class RunningMeasures:
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
         self.note = ""
-        self.composed = False
+        self.composed = self.improper = False
 
-    def add(self, call: AttentionCall, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Add one call; tokens (B, T) or None, mask (B, T) of the real tokens or None.
+    def add(
+        self, call: AttentionCall, tokens: Tensor | None, mask: Tensor | None, key_mask: Tensor | None
+    ) -> None:  # fmt: skip
+        """Add one call; tokens (B, T) or None, masks of the real tokens (B, T) and keys (B, S) or None.
 
         Padding counts neither as queries nor as keys, and places are those among the real tokens.
         """
         B, H, T, _ = call.outputs.shape
-        if call.num_keys != T:
-            raise ValueError(f"batches must need no cache and no context, got {T} queries and {call.num_keys} keys")
+        S = call.num_keys
+        if not call.cross and S != T:
+            raise ValueError(f"batches must need no cache, got {T} queries and {S} keys")
+        tokens = None if call.cross else tokens
         device = call.outputs.device
         real = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-        if real.shape != (B, T):
-            raise ValueError(f"mask must have shape {(B, T)}, got {tuple(real.shape)}")
+        real_keys = torch.ones(B, S, dtype=torch.bool, device=device) if key_mask is None else key_mask.to(device)
+        for given, expected in ((real, (B, T)), (real_keys, (B, S))):
+            if given.shape != expected:
+                raise ValueError(f"mask must have shape {expected}, got {tuple(given.shape)}")
         if tokens is not None and tokens.shape != (B, T):
             raise ValueError(f"tokens must have shape {(B, T)}, that of the queries, got {tuple(tokens.shape)}")
-        if self.period is not None and not 1 <= self.period <= (longest := int(real.sum(1).max())):
+        if self.period is not None and not call.cross and not 1 <= self.period <= (longest := int(real.sum(1).max())):
             raise ValueError(f"period must lie between 1 and the {longest} tokens, got {self.period}")
         if not bool(real.any()):
             return
         tokens = None if tokens is None else tokens.to(device)
         self.queries += int(real.sum())
-        order = None if mask is None else similarity.real_first(real)
+        order = None if key_mask is None else similarity.real_first(real_keys)
         keys = tokens if tokens is None or order is None else tokens.gather(1, order)
         gram = torch.zeros(B, H, H, dtype=torch.float64, device=device)
         kinds = torch.zeros(len(similarity.DETECTABLE), B, H, dtype=torch.float64, device=device)
@@ -102,11 +113,13 @@ class RunningMeasures:
             i = (real.cumsum(1) - 1)[:, rows]
             if order is not None:
                 p = p.gather(-1, order[:, None, None].expand_as(p))
-                p = p.masked_fill(~(m[:, None, :, None] & real.gather(1, order)[:, None, None]), 0.0)
+                p = p.masked_fill(~(m[:, None, :, None] & real_keys.gather(1, order)[:, None, None]), 0.0)
+            elif mask is not None:
+                p = p.masked_fill(~m[:, None, :, None], 0.0)
             flat = p.flatten(2)
             gram += flat @ flat.mT
             self._check(call, p, m)
-            self._single(p, m, i, call.visible_counts(rows, None if mask is None else real))
+            self._single(p, m, i, call.visible_counts(rows, None if key_mask is None else real_keys), call.cross)
             if tokens is not None and keys is not None:
                 self._kinds(p, tokens[:, rows], keys, i, kinds, weight)
         scale = gram.diagonal(dim1=1, dim2=2).sqrt()
@@ -121,16 +134,20 @@ class RunningMeasures:
                 self._put(f"detect_{kind}", share[some].sum(0), int(some.sum()))
 
     def _check(self, call: AttentionCall, p: Tensor, m: Tensor) -> None:
-        """Note whether rows are not distributions."""
+        """Note whether rows are not distributions, or of keys of other tokens."""
+        if call.cross:
+            self.note = "keys are other tokens than queries, so heads have no distances and no offsets"
         if call.post is not None:
             self.composed = True
             self.note = "weights are composed over heads and may be negative, so heads have cosines alone"
         elif bool(((p.sum(-1) - 1).abs() > _TOLERANCE)[m[:, None].expand(p.shape[:3])].any()):
+            self.improper = True
             self.note = "rows do not add up to 1, so they have no entropy and no distance"
 
-    def _single(self, p: Tensor, m: Tensor, i: Tensor, visible: Tensor) -> None:
-        """Add the measures of single heads, of p (B, H, t, T) with real rows m (B, t) at places i (B, t).
+    def _single(self, p: Tensor, m: Tensor, i: Tensor, visible: Tensor, cross: bool) -> None:
+        """Add the measures of single heads, of p (B, H, t, S) with real rows m (B, t) at places i (B, t).
 
+        Those of places are left out if keys are other tokens than queries (cross).
         visible, broadcastable to (B, H, t), says how many keys a row sees.
         """
         j = torch.arange(p.shape[-1], device=p.device)
@@ -139,14 +156,14 @@ class RunningMeasures:
         many = m[:, None] & (seen > 1)
         relative = torch.where(many, entropy / seen.log().clamp(min=1e-30), torch.zeros_like(entropy))
         self._put("normalized_entropy", relative.sum((0, 2)), many.sum((0, 2)).double())
-        for name, values in {
-            "entropy": entropy,
-            "distance": (p * (i[:, None, :, None] - j).abs()).sum(-1),
-            "distance_argmax": (i[:, None] - p.argmax(-1)).abs().double(),
-            "confidence": p.amax(-1),
-            "sink": p[..., 0],
-        }.items():
+        of_rows = {"entropy": entropy, "confidence": p.amax(-1), "sink": p[..., 0]}
+        if not cross:
+            of_rows["distance"] = (p * (i[:, None, :, None] - j).abs()).sum(-1)
+            of_rows["distance_argmax"] = (i[:, None] - p.argmax(-1)).abs().double()
+        for name, values in of_rows.items():
             self._put(name, (values * m[:, None]).sum((0, 2)), float(m.sum()))
+        if cross:
+            return
         offsets = {"current_token": 0, "previous_token": 1}
         if self.period is not None:
             offsets["induction_stripe"] = self.period - 1
@@ -180,9 +197,11 @@ class RunningMeasures:
     def report(self) -> LayerReport:
         """The averages so far."""
         means = {name: (total / self.counts[name]).cpu() for name, total in self.totals.items()}
+        for name in MEASURES:
+            means.setdefault(name, torch.full_like(means["entropy"], math.nan))
         pairs = {name: means.pop(name) for name in ("pair_cosine", "output_cosine")}
         for name, values in means.items():
-            if self.composed or (self.note and name in _OF_DISTRIBUTIONS):
+            if self.composed or (self.improper and name in _OF_DISTRIBUTIONS):
                 means[name] = torch.full_like(values, math.nan)
         order = [name for name in MEASURES if name in means]
         measures = {name: means[name] for name in (*order, *(name for name in means if name not in order))}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ KINDS = ("queries", "keys", "values", "patterns", "outputs")
 """What `capture` can keep of a layer."""
 
 _NAME = "attnzoo_observed"
+_CONTEXTS = ("context", "key_value_states", "encoder_hidden_states")
+"""Names by which attention modules are given other tokens for their keys."""
 
 
 @contextmanager
@@ -172,11 +174,13 @@ class _Running:
 
     Attributes:
         layer: the layer.
+        cross: whether it was given other tokens for its keys.
         projected: outputs (B, heads, T, width) of its projections by kind, of a mechanism without patterns.
         observation: of the first operation that ran in it.
     """
 
     layer: AttentionLayer
+    cross: bool = False
     projected: dict[str, Tensor] = field(default_factory=dict)
     observation: Observation | None = None
 
@@ -189,8 +193,10 @@ class _Observer:
         self.running: list[_Running] = []
 
     def attach(self, layer: AttentionLayer, undo: list[Callable[[], None]]) -> None:
-        def enter(*_: Any) -> None:
-            self.running.append(_Running(layer))
+        def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            context = inputs[1:2] if layer.mechanism is not None else ()
+            cross = any(x is not None for x in (*context, *(named.get(name) for name in _CONTEXTS)))
+            self.running.append(_Running(layer, cross))
 
         def leave(*_: Any) -> None:
             # A forward pass that failed below leaves its own entries behind.
@@ -199,7 +205,7 @@ class _Observer:
 
         handles = [
             layer.hook_heads(lambda heads: self.finish(layer, heads)),
-            layer.module.register_forward_pre_hook(enter),
+            layer.module.register_forward_pre_hook(enter, with_kwargs=True),
             layer.module.register_forward_hook(leave, always_call=True),
         ]
         if not _may_have_patterns(layer):
@@ -231,13 +237,14 @@ class _Observer:
             )
         else:
             top = self.running[-1]
-            self.running[-1] = _Running(layer)
+            self.running[-1] = _Running(layer, top.cross)
             if top.observation is not None:
                 call = call_of(layer, top.observation, outputs)
             else:
                 q, k, v = (top.projected.get(kind) for kind in ("queries", "keys", "values"))
                 value_of = () if v is None else _regular(layer.num_heads, v.shape[1])
                 call = AttentionCall(layer, q, k, v, outputs, value_of, obstacle=_obstacle(layer))
+            call = replace(call, cross=top.cross)
         with torch.no_grad():
             self.visit(call)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
+from attnzoo.diagnostics.batches import decoder_modules, decoder_tokens_and_mask, run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads import similarity
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.measures import LayerReport, RunningMeasures
@@ -37,19 +37,24 @@ class HeadReport:
     layers: tuple[LayerReport, ...]
     queries: int
 
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures that any layer has."""
+        return list(dict.fromkeys(name for layer in self.layers for name in layer.measures))
+
     def table(self, measure: str) -> Tensor:
-        """(L, H) of one measure; NaN for heads that a smaller layer does not have.
+        """(L, H) of one measure; NaN for heads and measures that a layer does not have.
 
         Raises:
             ValueError: for a measure that the report does not hold.
         """
-        names = list(self.layers[0].measures)
+        names = self.measures
         if measure not in names:
             raise ValueError(f"measure must be one of {', '.join(map(repr, names))}, got {measure!r}")
         width = max(layer.num_heads for layer in self.layers)
         table = torch.full((len(self.layers), width), math.nan, dtype=torch.float64)
         for row, layer in zip(table, self.layers, strict=True):
-            row[: layer.num_heads] = layer.measures[measure]
+            row[: layer.num_heads] = layer.measure(measure)
         return table
 
     def pair_cosine_mean(self) -> Tensor:
@@ -112,13 +117,13 @@ class HeadReport:
         return pandas.DataFrame(rows)
 
     def __str__(self) -> str:
-        names = list(self.layers[0].measures)
+        names = self.measures
         shown = [name.removesuffix("_head") for name in names]
         widths = [max(len(name), 7) for name in shown]
         lines = ["head    " + "  ".join(name.rjust(width) for name, width in zip(shown, widths, strict=True))]
         for layer in self.layers:
             for head in range(layer.num_heads):
-                cells = (f"{float(layer.measures[name][head]):.3f}" for name in names)
+                cells = (f"{float(layer.measure(name)[head]):.3f}" for name in names)
                 row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
                 lines.append(f"L{layer.index}H{head}".ljust(8) + row)
             if layer.note:
@@ -139,14 +144,16 @@ def head_report(
 
     Averages are over tokens, not over batches, so it does not matter how the data is split. Layers whose rows are not
     distributions have NaN where that matters: entropies and distances with a sink in the softmax's denominator, and
-    everything but cosines with composed weights. Scores of `similarity.DETECTABLE` are shares of the weight that does
+    everything but cosines with composed weights; attention over other tokens (cross-attention) has no distances and
+    offsets. Scores of `similarity.DETECTABLE` are shares of the weight that does
     not go to the first key.
 
     Args:
         model: any model that `attention_layers` understands, with softmax patterns.
         batches: tensors, called as model(batch), of tokens (B, T) or inputs (B, T, E); pairs (tensor, mask) with a
             boolean mask (B, T) of the real tokens, padded on either side, called as model(tensor, mask=...); or
-            mappings, called as model(**batch), with "input_ids" and "attention_mask" (B, T) as transformers has them.
+            mappings, called as model(**batch), with "input_ids" and "attention_mask" (B, T) as transformers has them,
+            and "decoder_input_ids" and "decoder_attention_mask" for the decoder of an encoder-decoder model.
             Padding counts neither as queries nor as keys. Where padding comes first, models that take "positions" or
             "position_ids" and are not given any get those of the real tokens.
         layers: indices of the layers to report. Default: all.
@@ -155,8 +162,8 @@ def head_report(
         forward: calls the model on a batch in another way.
 
     Raises:
-        ValueError: if there are no batches or no real tokens, for a batch or mask of another form, if a call has other
-            queries than keys, or if a layer has no patterns.
+        ValueError: if there are no batches or no real tokens, for a batch or mask of another form, if a call has a
+            cache, or if a layer has no patterns.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
@@ -164,16 +171,18 @@ def head_report(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        current: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+        current: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 2
+        of_decoder = decoder_modules(model)
 
         def visit(call: AttentionCall) -> None:
             if call.layer.index not in sums:
                 sums[call.layer.index] = RunningMeasures(call.layer, period, block)
-            sums[call.layer.index].add(call, *current[0])
+            own = current[call.layer.module in of_decoder]
+            sums[call.layer.index].add(call, *own, current[0][1] if call.cross else own[1])
 
         with observe(model, visit, layers), torch.no_grad():
             for batch in batches:
-                current[0] = tokens_and_mask(batch)
+                current[:] = [tokens_and_mask(batch), decoder_tokens_and_mask(batch)]
                 run_batch(model, batch, current[0][1], forward)
     finally:
         for module, was in training.items():

@@ -83,6 +83,11 @@ def head_importance(
             # (B, T, L, H); of "batch" B = T = 1.
             s = s.view(*s.shape[:-1], -1, size).sum(-1)
             if granularity == "token":
+                if measured.lengths > 1:
+                    raise ValueError(
+                        "granularity 'token' needs layers that all run over the same tokens, got one with an encoder "
+                        "and a decoder"
+                    )
                 real = _real_tokens(batch, s.shape[:2]) if valid is None else valid(batch)[:count]
                 if tuple(real.shape) != tuple(s.shape[:2]):
                     raise ValueError(f"valid must give a mask of shape {tuple(s.shape[:2])}, got {tuple(real.shape)}")
@@ -127,7 +132,11 @@ def head_gradients(
 
 
 class _Gradients:
-    """s batch by batch, (B, T, L, H) on the CPU; T is 1 for coupled examples, and so is B if they are summed."""
+    """s batch by batch, (B, T, L, H) on the CPU.
+
+    T is 1 for coupled examples and where layers run over different tokens (`lengths` is the number of their lengths),
+    and B is 1 if examples are summed.
+    """
 
     def __init__(self, model: nn.Module, slots: HeadSlots, loss_fn: LossFn, mask: Tensor | None, coupled: bool,
                  together: bool = False) -> None:  # fmt: skip
@@ -137,6 +146,7 @@ class _Gradients:
         self.mask, self.coupled, self.together = mask, coupled, together
         self.first: Any = None
         self.mean_loss = 0.0
+        self.lengths = 1
 
     def over(self, batches: Iterable[Any], wanted: int | None, progress: bool) -> Iterator[tuple[Any, Tensor, int]]:
         """Batch, its s, and how many of its examples count."""
@@ -195,15 +205,17 @@ class _Gradients:
 
     def _by_token(self, leaves: list[list[Tensor]], losses: Tensor) -> Tensor:
         shape = leaves[0][0].shape if leaves[0] else next(calls for calls in leaves if calls)[0].shape
-        table = torch.zeros(*shape[:2], *self.slots.shape, dtype=torch.float64)
+        self.lengths = len({leaf.shape[1:-1] for calls in leaves for leaf in calls})
+        tokens = shape[1] if self.lengths == 1 else 1
+        table = torch.zeros(shape[0], tokens, *self.slots.shape, dtype=torch.float64)
         for index, grads in enumerate(self._grad(losses.sum(), leaves)):
             for grad in grads:
-                if grad.shape[:2] != shape[:2] or grad.ndim != 3 or shape[0] != losses.numel():
+                if grad.shape[0] != shape[0] or grad.ndim != 3 or shape[0] != losses.numel():
                     raise ValueError(
                         "loss_fn must run the model once on as many sequences as it returns losses, or else be called "
                         f"with coupled=True, got heads {tuple(grad.shape)} for {losses.numel()} losses"
                     )
-                table[:, :, index, list(self.slots.kept[index])] += grad
+                table[:, :, index, list(self.slots.kept[index])] += grad if self.lengths == 1 else grad.sum(1, True)
         return table
 
     def _check_uncoupled(self, leaves: list[list[Tensor]], losses: Tensor) -> None:

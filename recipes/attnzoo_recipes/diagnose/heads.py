@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import attnzoo
 from attnzoo.diagnostics import plots
+from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.clusters import chai_cluster_error, elbow
 from attnzoo.diagnostics.heads.observe import observe
@@ -26,6 +28,7 @@ from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
 from attnzoo_recipes.diagnose.options import Options, parser_of, shared
 from attnzoo_recipes.diagnose.results import Results, finite_mean, text_table
+from attnzoo_recipes.diagnose.tensors import SUFFIXES, batches_of, inputs_of, read_tensors
 from attnzoo_recipes.diagnose.texts import reader, sequences
 from attnzoo_recipes.options import command_line, device_named, mistakes_in_one_sentence, take_allowed_imports
 
@@ -87,9 +90,13 @@ def parse(words: Sequence[str]) -> HeadsOptions:
         "a run folder or .ckpt of attnzoo-pretrain, or a local Hugging Face folder",
     )
     add = parser.add_argument
-    add("--text", metavar="FILE", help="UTF-8 text, read by the model's own tokenizer", required=True)
+    add(
+        "--text", "--data", metavar="FILE", required=True,
+        help="UTF-8 text, read by the model's own tokenizer, or tensors by the names of the model's arguments "
+        "(.safetensors, .npz, .pt)",
+    )  # fmt: skip
     add("--length", type=int, default=128, help="tokens of a sequence")
-    add("--sequences", type=int, help="number of sequences, which the text must fill (default: up to 16)")
+    add("--sequences", type=int, help="number of sequences, which the text must fill (default: up to 16; all tensors)")
     add("--batch-size", type=int, default=4, help="sequences processed together")
     add("--threshold", type=float, default=0.4, help="share of a head's weight that makes it a kind")
     add(
@@ -113,12 +120,10 @@ def heads(options: HeadsOptions) -> None:
     """Load, run, print and write."""
     results = Results(options.out)
     device = device_named(options.device)
-    loaded = load_model(options.model, name=options.name, allowed=options.allowed, device=device)
+    whole = options.text.suffix in SUFFIXES
+    loaded = load_model(options.model, name=options.name, allowed=options.allowed, device=device, whole=whole)
     attention_layers(loaded.model)
-    tokens = sequences("text", options.text, reader(loaded), options.length, options.sequences)
-    if options.probe_tokens > options.length:
-        raise ValueError(f"probe_tokens must not exceed length, got {options.probe_tokens} and {options.length}")
-    batches = torch.split(tokens.to(device), options.batch_size)
+    batches = _batches(options, loaded, device)
     report = head_report(loaded.model, _with_progress(batches, "heads"))
     clusters = layer_clusters(loaded.model, _with_progress(batches, "clusters"), options.probe_tokens)
     table = text_table(layer_rows(report, clusters), _COLUMNS)
@@ -129,8 +134,18 @@ def heads(options: HeadsOptions) -> None:
     sys.stdout.write(f"written to {options.out}: report.html, heads.json, heads.csv and pictures\n")
 
 
+def _batches(options: HeadsOptions, loaded: LoadedModel, device: torch.device) -> Sequence[Any]:
+    if options.text.suffix in SUFFIXES:
+        tensors = read_tensors("data", options.text, loaded.model, options.sequences)
+        return batches_of(inputs_of(loaded.model, tensors), options.batch_size, device)
+    tokens = sequences("text", options.text, reader(loaded), options.length, options.sequences)
+    if options.probe_tokens > options.length:
+        raise ValueError(f"probe_tokens must not exceed length, got {options.probe_tokens} and {options.length}")
+    return torch.split(tokens.to(device), options.batch_size)
+
+
 @torch.no_grad()
-def layer_clusters(model: nn.Module, batches: Iterable[Tensor], probe_tokens: int) -> list[Clusters]:
+def layer_clusters(model: nn.Module, batches: Iterable[Any], probe_tokens: int) -> list[Clusters]:
     """Clusters of the heads of every layer by their patterns, per sequence, with errors summed over sequences.
 
     Causal patterns are compared on the first `probe_tokens` tokens, as in CHAI; patterns that are not causal, on all.
@@ -140,7 +155,10 @@ def layer_clusters(model: nn.Module, batches: Iterable[Tensor], probe_tokens: in
 
     def visit(call: AttentionCall) -> None:
         pattern = call.pattern()
-        causal = not bool(pattern.triu(1).any())
+        T, S = pattern.shape[-2:]
+        # Zeros change no distance, and make a pattern over another sequence square.
+        pattern = F.pad(pattern, (0, max(T - S, 0), 0, max(S - T, 0)))
+        causal = not call.cross and not bool(pattern.triu(1).any())
         probe = min(probe_tokens, pattern.shape[-1]) if causal else pattern.shape[-1]
         index = call.layer.index
         error = chai_cluster_error(pattern, probe).cpu()
@@ -149,7 +167,7 @@ def layer_clusters(model: nn.Module, batches: Iterable[Tensor], probe_tokens: in
 
     with observe(model, visit):
         for batch in batches:
-            model(batch)
+            run_batch(model, batch, tokens_and_mask(batch)[1])
     return [Clusters(errors[index], elbow(errors[index]), probes[index]) for index in sorted(errors)]
 
 
@@ -187,7 +205,7 @@ def by_kind(report: HeadReport, threshold: float) -> dict[str, list[str]]:
     """
     labels: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for layer in report.layers:
-        shares = torch.stack([layer.measures[f"detect_{kind}"] for kind in DETECTABLE]).nan_to_num(-1.0)
+        shares = torch.stack([layer.measure(f"detect_{kind}") for kind in DETECTABLE]).nan_to_num(-1.0)
         for head in range(layer.num_heads):
             name = f"L{layer.index}H{head}"
             best = int(shares[:, head].argmax())
@@ -233,7 +251,7 @@ def write_report(
     facts = describe(loaded)
     introduction = (
         f"{facts['class']} with {facts['parameters']:,} parameters from {facts['model']}, on {report.queries:,} tokens "
-        f"of {options.text} in sequences of {options.length}. {summary(report, options.threshold)}."
+        f"of {options.text}{_of_length(options)}. {summary(report, options.threshold)}."
     )
     notes = [Text(f"{layer.name}: {layer.note}.") for layer in report.layers if layer.note]
     attended: list[Text | Table | Picture] = [
@@ -270,7 +288,9 @@ def _kinds(
         ),
         Table([{"kind": _kind_name(kind), "heads": ", ".join(own) or "none"} for kind, own in kinds.items()]),
     ]
-    tables = {_kind_name(kind): report.table(f"detect_{kind}") for kind in DETECTABLE}
+    tables = {
+        _kind_name(kind): report.table(f"detect_{kind}") for kind in DETECTABLE if f"detect_{kind}" in report.measures
+    }
     if any(bool(table.isfinite().any()) for table in tables.values()):
         parts.append(
             results.picture(
@@ -330,6 +350,10 @@ def evenly(count: int, most: int) -> list[int]:
 def _with_progress(batches: Sequence[Tensor], what: str) -> Iterable[Tensor]:
     bar: Iterable[Tensor] = tqdm(batches, unit="batch", desc=what, delay=2, leave=False, disable=None)
     return bar
+
+
+def _of_length(options: HeadsOptions) -> str:
+    return "" if options.text.suffix in SUFFIXES else f" in sequences of {options.length}"
 
 
 def _kind_name(kind: str) -> str:

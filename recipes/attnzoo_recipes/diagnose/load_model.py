@@ -51,6 +51,7 @@ def load_model(
     num_kv_heads: int | None = None,
     allowed: Iterable[str] = ALLOWED,
     device: torch.device | str = "cpu",
+    whole: bool = False,
 ) -> LoadedModel:
     """Read a model; nothing is downloaded and no code from the files is run.
 
@@ -65,6 +66,7 @@ def load_model(
             of the keys' weight.
         allowed: packages that a checkpoint may name.
         device: where the model is moved.
+        whole: keep what a Hugging Face model that is not a causal language model has on top, such as a classifier.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.
@@ -75,9 +77,9 @@ def load_model(
         raise FileNotFoundError(f"MODEL must be a file or folder, got {str(path)!r}, which does not exist")
     if path.is_file() and path.suffix == _TENSORS:
         configured = (path.parent / "config.json").is_file()
-        loaded = _hugging_face(path.parent) if configured else _weights([path], path, num_heads, num_kv_heads)
+        loaded = _hugging_face(path.parent, whole) if configured else _weights([path], path, num_heads, num_kv_heads)
     elif path.is_dir() and (path / "config.json").is_file():
-        loaded = _hugging_face(path)
+        loaded = _hugging_face(path, whole)
     elif path.is_dir() and (files := sorted(file for file in path.glob(f"*{_TENSORS}") if file.is_file())):
         loaded = _weights(files, path, num_heads, num_kv_heads)
     elif path.is_dir() or path.suffix == SUFFIX:
@@ -106,7 +108,7 @@ def _checkpoint(path: Path, allowed: Iterable[str]) -> LoadedModel:
     return LoadedModel(model, f"{path.stem or path.name}", "attnzoo", file, tokenizer)
 
 
-def _hugging_face(folder: Path) -> LoadedModel:
+def _hugging_face(folder: Path, whole: bool) -> LoadedModel:
     try:
         import transformers
     except ImportError:
@@ -131,7 +133,7 @@ def _hugging_face(folder: Path) -> LoadedModel:
     own = own_code(folder, "config.json")
     if own is not None:
         sys.stderr.write(f"{own}; transformers' {type(model).__name__} is used\n")
-    return LoadedModel(model if causal else model.base_model, folder.resolve().name, "huggingface", folder)
+    return LoadedModel(model if causal or whole else model.base_model, folder.resolve().name, "huggingface", folder)
 
 
 def own_code(folder: Path, name: str) -> str | None:

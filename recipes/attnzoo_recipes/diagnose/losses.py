@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo_recipes.diagnose.load_model import LoadedModel
+from attnzoo_recipes.diagnose.tensors import inputs_of
 from attnzoo_recipes.diagnose.texts import PairBatch
 from attnzoo_recipes.lm import DecoderLM
 
 RETRIEVAL_SCALE = 20.0
 """Logits of `retrieval_losses` are cosines times this."""
+
+_IGNORED = -100
 
 
 def next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -40,6 +44,52 @@ def embeddings(model: nn.Module, ids: Tensor, real: Tensor) -> Tensor:
     hidden: Tensor = model(input_ids=ids, attention_mask=real.long()).last_hidden_state
     weight = real[..., None].to(hidden.dtype)
     return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def label_losses(model: nn.Module, batch: Mapping[str, Tensor], shifted: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each example's labels, and the share of them that is most likely: (B,) each.
+
+    Args:
+        model: called as model(**batch); gives logits (B, C), or (B, T, C) for labels (B, T).
+        batch: inputs, and "labels": classes, where -100 does not count. Without labels, those of a model that predicts
+            tokens are its real input tokens.
+        shifted: whether the logits at a token are those of the next token's label.
+
+    Raises:
+        ValueError: without labels, or for labels that are not classes of the logits.
+    """
+    output: Any = model(**inputs_of(model, batch))
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    labels = batch.get("labels")
+    if labels is None and shifted:
+        labels = batch["input_ids" if "input_ids" in batch else "tokens"]
+        if (mask := batch.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask == 0, _IGNORED)
+    if labels is None or not isinstance(logits, Tensor):
+        raise ValueError(f"data must hold labels, and {type(model).__name__} give logits, to measure a loss")
+    classes = logits.shape[-1]
+    fits = not labels.is_floating_point() and logits.shape[:-1] == labels.shape and classes > 1
+    if not fits or not bool(((labels >= 0) & (labels < classes) | (labels == _IGNORED)).all()):
+        raise ValueError(
+            f"labels must be one class for each of the logits, got {labels.dtype} of shape {tuple(labels.shape)} for "
+            f"logits of shape {tuple(logits.shape)}"
+        )
+    logits, labels = logits.float(), labels.long()
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != _IGNORED
+    if not bool(counted.flatten(1).any(1).all() if counted.ndim > 1 else counted.all()):
+        raise ValueError(f"labels must have at least one class other than {_IGNORED} in each example")
+    nats = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    right = (logits.argmax(-1) == labels).double()
+    counted = counted.view(len(labels), -1)
+    return tuple((x.view(len(labels), -1) * counted).sum(1) / counted.sum(1) for x in (nats, right))  # type: ignore
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a batch of tensors."""
+    output: Any = model(**inputs_of(model, batch))
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]
 
 
 def predicts_tokens(loaded: LoadedModel) -> bool:

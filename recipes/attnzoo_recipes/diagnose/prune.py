@@ -25,7 +25,8 @@ from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
 from attnzoo_recipes.diagnose.options import Options, comma_separated, comma_separated_numbers, parser_of, shared
 from attnzoo_recipes.diagnose.prune_study import Study, drawn, study, task_of
-from attnzoo_recipes.diagnose.results import Results, text_table
+from attnzoo_recipes.diagnose.results import Results, finite_mean, text_table
+from attnzoo_recipes.diagnose.tensors import SUFFIXES
 from attnzoo_recipes.options import command_line, device_named, mistakes_in_one_sentence, take_allowed_imports
 
 NORMALIZATIONS = ("l2", "minmax", "none")
@@ -76,12 +77,14 @@ def parse(words: Sequence[str]) -> PruneOptions:
         "prune",
         "Rank a model's heads by importance, measure its loss while heads are removed in that order and in others, and "
         "the speed of the model without them: prune.json, prune.csv, pictures and report.html. The data are a text for "
-        'language models, and lines {"query": "...", "document": "..."} for encoders, which then retrieve the document '
-        "of each query.",
+        'language models, lines {"query": "...", "document": "..."} for encoders, which then retrieve the document of '
+        "each query, and for any model tensors by the names of its arguments, with labels.",
         "a run folder or .ckpt of attnzoo-pretrain, or a local Hugging Face folder",
     )
     add = parser.add_argument
-    add("--data", metavar="FILE", required=True, help="UTF-8 text, or lines of pairs")
+    add(
+        "--data", metavar="FILE", required=True, help="UTF-8 text, lines of pairs, or tensors (.safetensors, .npz, .pt)"
+    )
     add("--percents", default="10,20,30,40,50,60,70,80,90", help="of heads to remove")
     add(
         "--modes", default="greedy",
@@ -102,9 +105,9 @@ def parse(words: Sequence[str]) -> PruneOptions:
     add("--rounds", type=int, default=5, help="of the timing, which keeps the fastest")
     add("--decoded", type=int, default=32, help="tokens in the timing of decoding; 0 omits it")
     add("--examples", type=int, help="number of examples, which the file must hold (default: up to 32 sequences, all "
-        "pairs)")  # fmt: skip
+        "pairs and tensors)")  # fmt: skip
     add("--length", type=int, default=128, help="tokens of a sequence")
-    add("--batch-size", type=int, help="examples processed together (default 4 sequences, 64 pairs)")
+    add("--batch-size", type=int, help="examples processed together (default 4 sequences, 64 pairs, 16 tensors)")
     return _checked(parser.parse_args(words), allowed)
 
 
@@ -146,7 +149,10 @@ def prune(options: PruneOptions) -> None:
     """Load, measure, print and write."""
     results = Results(options.out)
     device = device_named(options.device)
-    loaded = load_model(options.model, name=options.name, allowed=options.allowed, device=device)
+    loaded = load_model(
+        options.model, name=options.name, allowed=options.allowed, device=device,
+        whole=options.data.suffix in SUFFIXES,
+    )  # fmt: skip
     attention_layers(loaded.model)
     task = task_of(
         loaded, options.data, length=options.length, examples=options.examples, batch_size=options.batch_size,
@@ -175,7 +181,8 @@ def verdict(result: Study) -> str:
     whole, name = curve.base_loss, next(iter(result.curves))
     at = min(range(len(curve.counts)), key=lambda i: abs(curve.counts[i] - curve.total / 2))
     units = "heads" if curve.unit == "head" else "key/value groups"
-    text = f"{curve.total} {units}, {result.task.examples} examples, {result.task.loss} {whole:.4f}; without the "
+    text = f"{curve.total} {units}, {result.task.examples} examples, {result.task.loss} {whole:.4f}, of "
+    text += f"equally likely answers {result.task.chance:.4f}; without the "
     text += f"{curve.counts[at]} least important ones ({name}) {float(curve.losses[at]):.4f}"
     chance = [float(own.losses[at]) for key, own in curve.baselines.items() if key.startswith("random")]
     if chance:
@@ -217,7 +224,8 @@ def speed_rows(result: Study) -> list[dict[str, Any]]:
         {
             "call": name, "removed": speed.removed[i], "masked_ms": speed.masked_ms[i],
             "structural_ms": speed.structural_ms[i], "speedup": speed.speedup[i],
-            "tokens_per_second": speed.tokens_per_second[i], "parameters": speed.parameters[i], "error": speed.error[i],
+            "tokens_per_second": finite_mean([speed.tokens_per_second[i]]), "parameters": speed.parameters[i],
+            "error": speed.error[i],
         }
         for name, speed in result.speed.items() for i in range(len(speed.fractions))
     ]  # fmt: skip
@@ -228,8 +236,8 @@ def write_files(results: Results, options: PruneOptions, loaded: LoadedModel, re
     results.json("prune.json", {
         "facts": describe(loaded) | {
             "data": str(options.data), "examples": result.task.examples, "loss": result.task.loss,
-            "score": result.task.score, "attnzoo": attnzoo.__version__, "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "score": result.task.score, "chance": result.task.chance, "attnzoo": attnzoo.__version__,
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
         },
         "settings": options.settings("data"),
         "curves": {name: curve.to_dict() for name, curve in result.curves.items()},

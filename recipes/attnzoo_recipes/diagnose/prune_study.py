@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,14 @@ from attnzoo_recipes.diagnose.load_model import LoadedModel
 from attnzoo_recipes.diagnose.losses import (
     decode,
     embeddings,
+    label_losses,
     logits_of,
     next_token_losses,
+    output_of,
     predicts_tokens,
     retrieval_losses,
 )
+from attnzoo_recipes.diagnose.tensors import SUFFIXES, batches_of, read_tensors
 from attnzoo_recipes.diagnose.texts import PairBatch, pair_batches, reader, refuse_pairs, sequences
 
 WARMUP = 1
@@ -44,7 +48,8 @@ class Task:
         coupled: whether an example's loss depends on other examples.
         loss: name of the loss, with its unit.
         score: name of the second score, or None.
-        calls: by name, a call and the number of its tokens.
+        chance: loss of a model for which all answers are equally likely.
+        calls: by name, a call and the number of its tokens, or None.
     """
 
     batches: list[Any]
@@ -53,7 +58,8 @@ class Task:
     coupled: bool
     loss: str
     score: str | None
-    calls: Mapping[str, tuple[Callable[[nn.Module], Tensor], int]]
+    chance: float
+    calls: Mapping[str, tuple[Callable[[nn.Module], Tensor], int | None]]
 
 
 @dataclass(frozen=True)
@@ -95,48 +101,71 @@ def task_of(
     loaded: LoadedModel, path: Path, *, length: int, examples: int | None, batch_size: int | None, decoded: int,
     device: torch.device,
 ) -> Task:  # fmt: skip
-    """Next-token loss on a text for language models, retrieval of documents from pairs for other models.
+    """Loss of labels for a file of tensors; else next-token loss for language models, and retrieval for others.
 
     Args:
         loaded: the model.
-        path: of the text, or of lines {"query": ..., "document": ...}.
+        path: of the tensors (see `read_tensors`), of the text, or of lines {"query": ..., "document": ...}.
         length: tokens of a sequence, or the largest number of tokens in a pair's text.
-        examples: their number, which the file must hold. Default: up to 32 sequences, or all pairs.
-        batch_size: examples processed together. Default: 4 sequences or 64 pairs. Each batch of pairs is a retrieval
-            task of its own.
+        examples: their number, which the file must hold. Default: up to 32 sequences, or all pairs or tensors.
+        batch_size: examples processed together. Default: 4 sequences, 64 pairs or 16 tensors. Each batch of
+            pairs is a retrieval task of its own.
         decoded: tokens that are read one at a time in the timing of decoding; 0 omits it.
         device: of the model.
 
     Raises:
         ValueError: for a file of another kind or with too few examples, or an argument outside its rule.
     """
-    read = reader(loaded)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if decoded < 0:
         raise ValueError(f"decoded must not be negative, got {decoded}")
+    if path.suffix in SUFFIXES:
+        return _labels(loaded, path, examples, batch_size or 16, device)
+    read = reader(loaded)
     if predicts_tokens(loaded):
         refuse_pairs("data", path)
         tokens = sequences("data", path, read, length, examples, most=32).to(device)
         batches = list(torch.split(tokens, 4 if batch_size is None else batch_size))
         first = batches[0]
-        calls: dict[str, tuple[Callable[[nn.Module], Tensor], int]] = {
+        calls: dict[str, tuple[Callable[[nn.Module], Tensor], int | None]] = {
             "prefill": (lambda model: logits_of(model, first), first.numel())
         }
         if decoded:
             steps = first[:1, :decoded]
             calls["decoding"] = (lambda model: decode(model, steps), steps.numel())
-        return Task(batches, next_token_losses, len(tokens), False, "loss (nats per token)", None, calls)
+        chance = _chance(logits_of(loaded.model, first[:1, :1]))
+        return Task(batches, next_token_losses, len(tokens), False, "loss (nats per token)", None, chance, calls)
     pairs = [
         PairBatch(*((ids.to(device), real.to(device)) for ids, real in (batch.queries, batch.documents)))
         for batch in pair_batches("data", path, read, length, examples, 64 if batch_size is None else batch_size)
     ]
     ids, real = pairs[0].documents
+    sizes = [len(batch.queries[0]) for batch in pairs]
     return Task(
-        pairs, retrieval_losses, sum(len(batch.queries[0]) for batch in pairs), True, "loss (nats per query)",
-        "share of queries whose document comes first",
+        pairs, retrieval_losses, sum(sizes), True, "loss (nats per query)",
+        "share of queries whose document comes first", sum(n * math.log(n) for n in sizes) / sum(sizes),
         {"forward": (lambda model: embeddings(model, ids, real), ids.numel())},
     )  # fmt: skip
+
+
+def _labels(loaded: LoadedModel, path: Path, examples: int | None, batch_size: int, device: torch.device) -> Task:
+    tensors = read_tensors("data", path, loaded.model, examples)
+    batches, shifted = batches_of(tensors, batch_size, device), predicts_tokens(loaded)
+    first = batches[0]
+    with torch.no_grad():
+        label_losses(loaded.model, first, shifted)
+        chance = _chance(output_of(loaded.model, first))
+    return Task(
+        batches, lambda model, batch: label_losses(model, batch, shifted), len(next(iter(tensors.values()))), False,
+        "loss (nats per label)", "share of labels that are most likely", chance,
+        {"forward": (lambda model: output_of(model, first), None)},
+    )  # fmt: skip
+
+
+def _chance(logits: Tensor) -> float:
+    """Cross-entropy of equally likely classes (..., C)."""
+    return math.log(logits.shape[-1])
 
 
 def study(
