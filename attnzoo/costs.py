@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from attnzoo.distributed.costs import bytes_sent
+from attnzoo.distributed.sequence import forms_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Cost:
         attention_intensity: FLOPs of the attention alone over cache_bytes.
         seconds: the least forward time, max(FLOPs / peak, bytes / bandwidth); None without a device.
         bound: "compute" or "memory", whichever decides; None without a device.
+        bytes_sent: bytes that a rank of a mesh sends to others, forward; 0 without a mesh.
+        bytes_sent_backward: the same in the backward pass.
     """
 
     parameters: int
@@ -61,6 +67,8 @@ class Cost:
     attention_intensity: float
     seconds: float | None
     bound: str | None
+    bytes_sent: int = 0
+    bytes_sent_backward: int = 0
 
 
 def cost(
@@ -70,6 +78,8 @@ def cost(
     past: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device: str | Device | None = None,
+    mesh: Mapping[str, int] | None = None,
+    form: str = "auto",
 ) -> Cost:
     """What a forward call of a causal mechanism costs: prefill with past = 0, decoding with seq = 1.
 
@@ -83,19 +93,33 @@ def cost(
         past: tokens in the cache.
         dtype: of weights, activations and cache.
         device: "A100", "H100", "H200", or a `Device` with peak numbers, for the time.
+        mesh: ranks by name, "sequence" (`attnzoo.distributed`) and "tensor" (heads); then everything is of one rank of
+            an even split, and the time is without that of messages. Sequences are those of one data-parallel rank.
+        form: in which the sequence is spread.
 
     Raises:
-        ValueError: for sizes below their least, an unknown device, or a dtype that its entry lacks.
+        ValueError: for sizes below their least, an unknown device, a dtype that its entry lacks, or a mesh that the
+            mechanism cannot be spread over.
     """
     for name, size, least in (("batch", batch, 1), ("seq", seq, 1), ("past", past, 0)):
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
-    parts = {name: batch * flops for name, flops in module.flops_by_part(seq, past + seq).items()}
-    forward = sum(parts.values())
     parameters = sum(p.numel() for p in module.parameters())
-    held = batch * cache_bytes(module, past + seq, dtype)
-    activations = 2 * batch * seq * module.embed_dim * dtype.itemsize
-    written = batch * min(seq * module.cache_bytes_per_token(dtype), cache_bytes(module, past + seq, dtype))
+    ranks, sent = 1, (0, 0)
+    if mesh is not None:
+        if unknown := set(mesh) - {"sequence", "tensor"}:
+            raise ValueError(f"mesh must name 'sequence' and 'tensor' ranks, got {', '.join(sorted(unknown))}")
+        ranks, tensor = mesh.get("sequence", 1), mesh.get("tensor", 1)
+        if ranks > 1 and (past or seq % ranks):
+            raise ValueError(f"seq must be a multiple of the sequence ranks {ranks} and past 0, got {seq} and {past}")
+        module, parameters = of_a_rank(module, tensor)
+        one = messages(module, seq, ranks, tensor, dtype, form)
+        sent = batch * one[0], batch * one[1]
+    parts = {name: batch * flops // ranks for name, flops in module.flops_by_part(seq, past + seq).items()}
+    forward = sum(parts.values())
+    held = batch * cache_bytes(module, past + seq, dtype) // ranks
+    activations = 2 * batch * seq * module.embed_dim * dtype.itemsize // ranks
+    written = batch * min(seq * module.cache_bytes_per_token(dtype), cache_bytes(module, past + seq, dtype)) // ranks
     moved = parameters * dtype.itemsize + activations + written + held
     seconds, bound = None, None
     if device is not None:
@@ -117,7 +141,68 @@ def cost(
         attention_intensity=parts.get("attention", 0) / held if held else 0.0,
         seconds=seconds,
         bound=bound,
+        bytes_sent=sent[0],
+        bytes_sent_backward=sent[1],
     )
+
+
+class _FirstRank:
+    """A group of processes that do not run, seen from its first rank."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def of_a_rank(module: Any, tensor: int) -> tuple[Any, int]:
+    """The module with the numbers of heads of one of so many tensor-parallel ranks, and its parameters there."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    if tensor == 1:
+        return module, sum(sizes.values())
+    module.tensor_parallel_plan()
+    if (obstacle := module.tensor_obstacle(tensor)) is not None:
+        raise ValueError(f"{type(module).__name__} cannot be split over {tensor} ranks: {obstacle}")
+    splits = module.tensor_splits()
+    groups = module.num_kv_heads
+    parameters = 0
+    for name, size in sizes.items():
+        kind = next(kind for own, kind in splits.items() if name == own or name.startswith(f"{own}."))
+        whole = kind in ("whole", "shared", "read by all") or (kind == "groups" and groups % tensor)
+        whole = whole or (kind == "columns" and name.endswith("bias"))
+        parameters += size if whole else size // tensor
+    part = copy.copy(module)
+    part._modules = {name: copy.copy(child) for name, child in module._modules.items()}
+    part.take_heads(_FirstRank(tensor))
+    return part, parameters
+
+
+def messages(module: Any, seq: int, ranks: int, tensor: int, dtype: torch.dtype, form: str) -> tuple[int, int]:
+    """Bytes that a rank sends for one sequence, forward and backward.
+
+    Tensor parallelism adds an all-reduce of the output, and backward one of the input's gradient for each projection
+    that is split; an all-reduce of n numbers over t ranks sends 2 (t - 1) / t n.
+    """
+    reduced = 2 * (tensor - 1) * (seq // ranks) * module.embed_dim * dtype.itemsize // tensor
+    kinds = module.tensor_splits().items() if tensor > 1 else ()
+    split = sum(
+        kind in ("heads", "groups") and isinstance(dict(module.named_modules()).get(name), torch.nn.Module)
+        for name, kind in kinds
+    )
+    if ranks == 1:
+        return reduced, split * reduced
+    forms = forms_of(module)
+    if not forms:
+        raise ValueError(f"{type(module).__name__} cannot run on a sharded sequence: {module.sequence_reason}")
+    if form == "auto":
+        even = "heads" in forms and module.splits_evenly(ranks)
+        form = "state" if "state" in forms else "heads" if even else "gather"
+    if form not in forms:
+        raise ValueError(f"form must be one of {', '.join(forms)} or auto for {type(module).__name__}, got {form!r}")
+    if form == "heads" and (obstacle := module.split_obstacle(ranks)) is not None:
+        raise ValueError(f"form 'heads' needs {obstacle}")
+    forward, backward = bytes_sent(module, form, seq, ranks, dtype)
+    return forward + reduced, backward + split * reduced
 
 
 def cache_bytes(module: Any, tokens: int, dtype: torch.dtype) -> int:

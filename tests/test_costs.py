@@ -100,3 +100,43 @@ def test_own_peak_numbers():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         attnzoo.cost(attnzoo.MultiHeadAttention(64, 4), **({"batch": 1, "seq": 1} | call))
+
+
+def test_a_mesh_gives_the_cost_of_one_of_its_ranks():
+    with torch.device("meta"):
+        attn = attnzoo.GroupedQueryAttention(4096, 32, 8)
+        latent, _ = deepseek()
+    whole, part = attnzoo.cost(attn, 2, 4096), attnzoo.cost(attn, 2, 4096, mesh={"sequence": 4, "tensor": 2})
+    assert part.forward_flops * 8 == whole.forward_flops
+    assert part.cache_bytes * 8 == whole.cache_bytes
+    assert part.parameters * 2 == whole.parameters
+    assert attn.num_heads == 32
+    # Heads: 3/16 T (H D + H Dv + G (D + Dv)) b with the heads of a tensor rank; and an all-reduce of a quarter of y.
+    exchanged = 2 * 3 * 4096 * (16 * 128 * 2 + 4 * 256) * 2 // 16
+    reduced = 2 * 2 * 1 * 1024 * 4096 * 2 // 2
+    assert part.bytes_sent == exchanged + reduced
+    assert part.bytes_sent_backward == exchanged + 3 * reduced
+    assert whole.bytes_sent == 0
+    # The latent is whole on every tensor rank.
+    one, two = attnzoo.cost(latent, 1, 4096), attnzoo.cost(latent, 1, 4096, mesh={"tensor": 2})
+    assert two.cache_bytes == one.cache_bytes
+    assert one.parameters / 2 < two.parameters < one.parameters
+    # Dynamic weights go with their composition groups, and the module keeps its own.
+    groups = attnzoo.DynamicallyComposableAttention(64, 8, head_groups=4)
+    assert attnzoo.cost(groups, 1, 16, mesh={"tensor": 2}).parameters * 2 == attnzoo.cost(groups, 1, 16).parameters
+    assert groups.head_groups == groups.q_dyn.sizes[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "mesh", "message"),
+    [
+        (lambda: attnzoo.TalkingHeadsAttention(64, 4), {"tensor": 2}, "has no tensor-parallel plan"),
+        (lambda: attnzoo.GroupedQueryAttention(64, 4), {"tensor": 3}, "cannot be split over 3 ranks"),
+        (lambda: attnzoo.RelativeConvAttention(64, 4), {"sequence": 2}, "cannot run on a sharded sequence"),
+        (lambda: attnzoo.GroupedQueryAttention(64, 4), {"sequence": 3}, "seq must be a multiple"),
+        (lambda: attnzoo.GroupedQueryAttention(64, 4), {"pipeline": 3}, "mesh must name"),
+    ],
+)
+def test_meshes_that_a_mechanism_cannot_be_spread_over(make, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        attnzoo.cost(make(), 1, 64, mesh=mesh)
