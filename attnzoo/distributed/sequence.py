@@ -185,7 +185,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
 
     Parameters are replicated over the group (or sharded by FSDP2 over it); each rank's gradient is a part, and their
     sum over the group is the gradient. Routers take their statistics over the group, as with `attnzoo.sync_aux_loss`,
-    unless they have a group already.
+    unless they have a group already; in form "hybrid" give them one of all ranks by that function.
 
     Args:
         model: with attention modules of this library; changed in place.
@@ -243,7 +243,7 @@ def form_of(module: Any, sp: SequenceParallel, tokens: int = 0) -> str:
     form = sp.form
     if form == "auto":
         return _automatic(module, forms, sp, tokens)
-    if form not in forms and not (form == "hybrid" and {"ring", "heads"} <= set(forms)):
+    if form not in forms and not (form == "hybrid" and {"ring", "heads"} <= set(forms) and not module.mixes_heads):
         raise ValueError(
             f"form must be one of {', '.join(forms)} or auto for {name}, got {form!r}: {_why(form, forms)}"
         )

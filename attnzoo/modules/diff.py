@@ -150,6 +150,8 @@ class DifferentialAttention(Mechanism):
         for name in LAMBDAS if self.version == 1 else ():
             nn.init.normal_(getattr(self, name), std=0.1)
 
+    sequence_forms: tuple[str, ...] = ("gather",)
+
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: KeyValueCache | None = None,
@@ -186,8 +188,15 @@ class DifferentialAttention(Mechanism):
             q1, k1, q2, k2 = (getattr(self, name) for name in LAMBDAS)
             dtype = torch.promote_types(q1.dtype, torch.float32)
             first, second = ((q.to(dtype) * k.to(dtype)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
-            factor: Tensor = first - second + self.lambda_init
+            factor: Tensor = self.read_by_all(first - second) + self.lambda_init
             return factor
+
+    def tensor_splits(self) -> dict[str, Any]:
+        """Projections by head; norms and the vectors of lambda are of all heads."""
+        return {
+            "q_proj": "heads", "k_proj": "groups", "v_proj": "groups", "o_proj": "columns", "lambda_proj": "heads",
+            **dict.fromkeys(("q_norm", "k_norm", "subln"), "shared"), **dict.fromkeys(LAMBDAS, "whole"),
+        }  # fmt: skip
 
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:
         """The key of each part, side by side, and the value."""

@@ -31,7 +31,7 @@ FORMS: dict[str, set[str]] = {
     **dict.fromkeys(("mla", "mla-pre", "kha-mla", "moh", "moh-few", "moh-norm", "moa", "mae-token"), ALL),
     **dict.fromkeys(("gated", "gated-value", "gated-key", "gated-dense", "complexformer", "dcmha-folded"), ALL),
     **dict.fromkeys(("dcmha", "talking-heads"), MIXED),
-    **dict.fromkeys(("eit", "eit-efficient", "mgk", "mgk-hard", "smha"), GATHER),
+    **dict.fromkeys(("eit", "eit-efficient", "mgk", "mgk-hard", "smha", "diff", "diff-v2"), GATHER),
     **dict.fromkeys(("linear", "linear-lm", "mhla", "mhla-heads"), STATE),
 }
 LAYOUTS = ("zigzag", "contiguous", "striped")
@@ -42,7 +42,7 @@ MADE: dict[str, Any] = {
     "talking heads of three numbers": lambda **options: attnzoo.TalkingHeadsAttention(
         E, 4, num_qk_heads=2, num_v_heads=8, **options
     ),
-    "mhla": lambda **options: attnzoo.MultiHeadLinearAttention(E, 4, 2, block_size=5, num_blocks=12, **options),
+    "mhla": lambda **options: attnzoo.MultiHeadLinearAttention(E, 4, 2, block_size=5, num_blocks=16, **options),
     "mhla-heads": lambda **options: MECHANISMS["mhla-heads"](**options),
     "mla with biases": lambda **options: attnzoo.MultiHeadLatentAttention(
         E, 4, 20, num_kv_heads=2, rope_kv_heads=2, kv_b_bias=True, **options
@@ -594,7 +594,8 @@ def check_decoding(name: str, form: str, layout: str, options: dict[str, Any]) -
         ("kha-gta", "gather", {"knock_scope": "value"}), ("mla", "ring", {}), ("mla with biases", "gather", {}),
         ("dcmha", "gather", {}),
         ("dcmha", "ring", {}), ("talking-heads", "ring", {}), ("eit", "gather", {}), ("moh", "gather", {}),
-        ("gated", "heads", {}), ("linear", "state", {}), ("mhla-heads", "state", {}), ("moa", "gather", {}),
+        ("gated", "heads", {}), ("diff", "gather", {}), ("linear", "state", {}), ("mhla-heads", "state", {}),
+        ("moa", "gather", {}),
     ],
 )  # fmt: skip
 def test_decoding_from_a_sharded_cache(name, form, options, layout, two):

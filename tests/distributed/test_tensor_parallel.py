@@ -30,7 +30,8 @@ REFUSED = {
 HAVE = [
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "mhe", "mhe-add", "complexformer", "mla", "kha-mla",
     "moh", "moh-few", "moa", "mae", "mae-token", "dcmha-folded", "dcmha by groups", "gated", "gated-value", "gated-key",
-    "gated-dense", "smha", "rcmha", "linear", "linear-lm", "mhla", "mhla-heads", "static-context",
+    "gated-dense", "smha", "rcmha", "linear", "linear-lm", "mhla", "mhla-heads", "static-context", "diff",
+    "diff-v2", "sigmoid",
 ]  # fmt: skip
 
 
