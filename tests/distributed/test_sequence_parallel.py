@@ -460,6 +460,8 @@ def check_hops() -> None:
         assert traffic.sent == hops * 2 * 14 * 2 * 16 * 8
         del y
         assert_equal(sharded_results(own, sp, x, w), expected, window)
+        other = parallelize(made("gqa", sliding_window=window), SequenceParallel(None, form="ring", layout="zigzag"))
+        assert_equal(sharded_results(other, other.sequence_parallel, x, w), expected, (window, "zigzag"))
 
 
 def test_windows_reach_as_far_as_they_need(two):
