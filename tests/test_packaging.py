@@ -203,10 +203,11 @@ FLOORS = {
         {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
-        {"__init__", "allowlist", "files", "losses", "optimisers", "signals", "tables"},
+        {"__init__", "allowlist", "files", "losses", "optimisers", "random_states",
+         "sharded_checkpoints", "signals", "tables"},
         {"data", "feed_forward", "lm", "model_config", "options"},
-        {"checkpointing", "initial_weights", "sampling", "trainer"}, {"training"}, {"callbacks"},
-        {"commandline", "diagnose", "generate", "export", "convert"},
+        {"checkpointing", "initial_weights", "sampling", "sharding", "trainer"}, {"training"}, {"callbacks"},
+        {"commandline", "consolidate", "diagnose", "generate", "export", "convert"},
         {"compare", "pretrain"},
     ],
 }  # fmt: skip
@@ -450,7 +451,7 @@ def test_types_are_shipped():
 
 def test_console_scripts_resolve():
     scripts = PYPROJECT["project"]["scripts"]
-    names = ("pretrain", "generate", "export", "convert", "compare", "spectrum", "heads", "prune")
+    names = ("pretrain", "generate", "export", "convert", "consolidate", "compare", "spectrum", "heads", "prune")
     assert set(scripts) == {f"attnzoo-{name}" for name in names}
     for name, target in scripts.items():
         entry = importlib.metadata.EntryPoint(name, target, "console_scripts")

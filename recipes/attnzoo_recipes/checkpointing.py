@@ -16,6 +16,7 @@ can leave a file NAME.tmp-RANDOM behind; the next save into the folder removes t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from attnzoo_recipes import files
+from attnzoo_recipes import files, sharded_checkpoints
 
 SUFFIX = ".ckpt"
 """File extension of checkpoints, the one that Lightning uses."""
@@ -62,8 +63,10 @@ class AtomicCheckpointIO(CheckpointIO):
         self._saved_into: set[Path] = set()
         self._to_remove: list[Path] = []
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save to a local path.
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None, sharded: bool = False
+    ) -> None:
+        """Save to a local path; if `sharded`, a folder, for which all processes have to call this.
 
         Raises:
             OSError: if this is the last failure that is allowed.
@@ -74,10 +77,13 @@ class AtomicCheckpointIO(CheckpointIO):
         target = _local(path)
         step = checkpoint.get("global_step")
         try:
-            with files.naming(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-            files.sweep(target.parent)
-            _save(checkpoint, target, step)
+            if sharded:
+                sharded_checkpoints.save(checkpoint, target, _identity(step))
+            else:
+                with files.naming(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                files.sweep(target.parent)
+                _save(checkpoint, target, step)
         except OSError as error:
             # Two files saved in one step, such as the best and the last, count as one failure.
             if step is None or step != self._failed_step:
@@ -102,7 +108,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint; if it is not valid, warn and load the newest valid one in its folder.
 
-        The path of a folder stands for the newest valid checkpoint in it.
+        The path of a folder that is no checkpoint stands for the newest valid one in it.
 
         Raises:
             FileNotFoundError: if there is no such file or folder.
@@ -112,18 +118,19 @@ class AtomicCheckpointIO(CheckpointIO):
         if weights_only is False:
             raise ValueError("weights_only must not be False: loading a checkpoint must not run code")
         target = _local(path)
-        if target.is_dir():
-            return read_checkpoint(target, map_location)
-        _refuse_special(target)
-        with target.open("rb") as file:
-            wrong = _wrong(target, file)
+        if sharded_checkpoints.is_sharded(target):
+            wrong = sharded_checkpoints.wrong(target)
             if wrong is None:
-                return _load(target, file, map_location)
-        other = newest_valid(target.parent, recursive=False)
-        if other is None:
-            raise ValueError(f"{wrong}, and no other checkpoint in its folder is valid")
-        rank_zero_warn(f"{wrong}; loading {other}, the newest valid checkpoint in its folder, instead.")
-        return read_checkpoint(other, map_location)
+                return sharded_checkpoints.read(target, functools.partial(load_file, map_location=map_location))
+        elif target.is_dir():
+            return read_checkpoint(target, map_location)
+        else:
+            _refuse_special(target)
+            with target.open("rb") as file:
+                wrong = _wrong(target, file)
+                if wrong is None:
+                    return _load(target, file, map_location)
+        return read_checkpoint(instead_of(target, wrong), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and its sidecar, but only from a folder that this object has saved into.
@@ -139,9 +146,24 @@ class AtomicCheckpointIO(CheckpointIO):
             rank_zero_warn(f"{target} is not removed: this run has saved no checkpoint into its folder.")
 
 
+def instead_of(target: Path, wrong: str) -> Path:
+    """The newest valid checkpoint in the folder of one that is not valid, with a warning.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    other = newest_valid(target.parent, recursive=False)
+    if other is None:
+        raise ValueError(f"{wrong}, and no other checkpoint in its folder is valid")
+    rank_zero_warn(f"{wrong}; loading {other}, the newest valid checkpoint in its folder, instead.")
+    return other
+
+
 def verify(path: str | Path) -> str | None:
     """None if the checkpoint is what was saved, by size and SHA-256; otherwise one sentence that says what is wrong."""
     target = _local(path)
+    if sharded_checkpoints.is_sharded(target):
+        return sharded_checkpoints.wrong(target)
     if not target.is_file():
         return f"there is no checkpoint {target}"
     with target.open("rb") as file:
@@ -155,7 +177,8 @@ def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
     are folders version_0, version_1, ... side by side follow their numbers, and others the time of their last save.
     """
     folder = _local(folder)
-    paths = [path for path in (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}") if path.is_file()]
+    found = (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}")
+    paths = [path for path in found if path.is_file() or sharded_checkpoints.is_sharded(path)]
     saved = {path: _saved(path) for path in paths}
     last: dict[Path, int] = {}
     for path, (_, time_ns) in saved.items():
@@ -181,11 +204,16 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", unverified: boo
             tensors and plain values.
     """
     target = _local(path)
-    if target.is_dir():
+    if target.is_dir() and not sharded_checkpoints.is_sharded(target):
         newest = newest_valid(target)
         if newest is None:
             raise ValueError(f"there is no valid checkpoint in {target}")
         target = newest
+    if sharded_checkpoints.is_sharded(target):
+        wrong = sharded_checkpoints.wrong(target)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return sharded_checkpoints.read(target, functools.partial(load_file, map_location=map_location))
     _refuse_special(target)
     with target.open("rb") as file:
         wrong = _wrong(target, file)
@@ -237,13 +265,18 @@ def _save(checkpoint: dict[str, Any], target: Path, step: Any) -> None:
         record = {
             "sha256": hashing.sha256.hexdigest(),
             "size": hashing.size,
-            "step": step if isinstance(step, int) else None,
             "saved_at_ns": time.time_ns(),
-            "versions": {name: _version(name) for name in ("torch", "lightning", "attnzoo")},
+            **_identity(step),
         }
         files.sync(file)
         _write_sidecar(target, [record, *_in_place(target)])
     _write_sidecar(target, [record])
+
+
+def _identity(step: Any) -> dict[str, Any]:
+    """What is recorded of every save."""
+    versions = {name: _version(name) for name in ("torch", "lightning", "attnzoo")}
+    return {"step": step if isinstance(step, int) else None, "versions": versions}
 
 
 def _in_place(target: Path) -> list[dict[str, Any]]:
@@ -261,6 +294,8 @@ def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _remove(target: Path) -> None:
+    if target.is_dir():
+        sharded_checkpoints.remove(target)
     if target.is_file() or target.is_symlink():
         target.unlink()
     _sidecar(target).unlink(missing_ok=True)
@@ -311,7 +346,10 @@ def _saved(target: Path) -> tuple[int, int]:
         size = target.stat().st_size
     except OSError:
         return -1, 0
-    found = [(record.get("step"), record.get("saved_at_ns")) for record in _records(target) if record["size"] == size]
+    records = [record for record in _records(target) if record["size"] == size]
+    if (manifest := sharded_checkpoints.manifest_of(target)) is not None:
+        records = [manifest]
+    found = [(record.get("step"), record.get("saved_at_ns")) for record in records]
     return max(((step, at) for step, at in found if isinstance(step, int) and isinstance(at, int)), default=(-1, 0))
 
 
@@ -343,6 +381,12 @@ def _wrong(target: Path, file: BufferedReader) -> str | None:
     if digest not in {record["sha256"] for record in records}:
         return f"{target} is damaged: its SHA-256 is not the one that its sidecar lists"
     return None
+
+
+def load_file(target: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The dictionary in a file, of which somebody else has to know that it is what was saved."""
+    with target.open("rb") as file:
+        return _load(target, file, map_location)
 
 
 def _load(target: Path, file: BinaryIO, map_location: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
@@ -39,8 +40,9 @@ from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.files import Unbreakable, is_failing_disk
 from attnzoo_recipes.optimisers import OptimiserMaker, ScheduleMaker
 from attnzoo_recipes.options import one_sentence, take_allowed_imports
+from attnzoo_recipes.sharding import ShardedStrategy
 from attnzoo_recipes.signals import Stop
-from attnzoo_recipes.trainer import check_strategy
+from attnzoo_recipes.trainer import LOST_PROCESS, check_strategy, is_lost_process, lost_process
 from attnzoo_recipes.training import Pretraining, check_finite
 
 CONFIG_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
@@ -129,6 +131,8 @@ class PretrainCLI(LightningCLI):
         if isinstance(trainer["val_check_interval"], int):
             # Lightning counts batches; this recipe counts optimiser steps.
             kwargs["val_check_interval"] = trainer["val_check_interval"] * batches
+        if isinstance(trainer["strategy"], ModelParallelStrategy):
+            kwargs["strategy"] = ShardedStrategy.of(trainer["strategy"])
         made = super().instantiate_trainer(
             logger=[outlive_failing_disks(logger) for logger in loggers],
             plugins=[AtomicCheckpointIO(), *_listed(trainer["plugins"])],
@@ -136,7 +140,7 @@ class PretrainCLI(LightningCLI):
             enable_progress_bar=progress == "bar",
             **kwargs,
         )
-        check_strategy(made)
+        check_strategy(made, self._get(self.config_init, "model").compile_model)
         if self.stop is not None:
             self.stop.launcher = made.strategy.launcher
         return made
@@ -230,6 +234,8 @@ def _errors_in_one_sentence() -> Iterator[None]:
             code, sentence = error.exit_code, str(error)
         elif is_out_of_memory(error):
             code, sentence = OUT_OF_MEMORY, out_of_memory(error)
+        elif is_lost_process(error):
+            code, sentence = LOST_PROCESS, lost_process(error)
         elif (unreadable := unreadable_checkpoint(error)) is not None:
             code, sentence = 2, f"error: {unreadable}"
         elif is_user_mistake(error) or is_failing_disk(error):

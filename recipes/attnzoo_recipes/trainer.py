@@ -6,18 +6,51 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from attnzoo_recipes.data.module import TextDataModule
+from attnzoo_recipes.sharding import ShardedStrategy
+
+LOST_PROCESS = 6
+"""Exit code of a process that has lost another one of its run."""
+
+_LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe", "connectfullmesh")
 
 
-def check_strategy(trainer: L.Trainer) -> None:
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exception says that another process has ended, or did not answer within the strategy's time-out."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
+
+
+def lost_process(error: BaseException) -> str:
+    """One sentence about such an exception."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"another process of this run has ended or does not answer ({reason:.200}); --ckpt_path RUN, with the run's "
+        "folder, continues from its newest checkpoint"
+    )
+
+
+def check_strategy(trainer: L.Trainer, compiled: bool = False) -> None:
     """Raise ValueError for a strategy under which this recipe has not been shown to train as in one process."""
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy, ShardedStrategy):
         raise ValueError(
-            "trainer.strategy must be auto, for one device, or one of the forms of ddp, got "
-            f"{type(trainer.strategy).__name__}"
+            "trainer.strategy must be auto, for one device, one of the forms of ddp, or ModelParallelStrategy (in "
+            f"Python, attnzoo_recipes.sharding.ShardedStrategy), got {type(trainer.strategy).__name__}"
         )
+    tensor = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    if tensor != 1:
+        raise ValueError(f"trainer.strategy.tensor_parallel_size must be 1, got {tensor}")
+    if compiled and is_sharded(trainer):
+        raise ValueError("model.compile must be false where parameters are sharded, got true")
+
+
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Whether each process has only a part of the parameters."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def run_folder(trainer: L.Trainer) -> Path:

@@ -35,6 +35,7 @@ from attnzoo_recipes.optimisers import (
     default_schedule,
     made_schedule,
 )
+from attnzoo_recipes.sharding import ShardedStrategy, sharded_decoder
 from attnzoo_recipes.trainer import check_strategy, ends_step, log_is_due
 
 
@@ -180,7 +181,7 @@ class Pretraining(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raise ValueError for a strategy that the recipe does not support, or a training without an end."""
-        check_strategy(self.trainer)
+        check_strategy(self.trainer, self.compile_model)
 
     def configure_model(self) -> None:
         """Build the decoder, once; the size of the vocabulary is known by now."""
@@ -188,6 +189,11 @@ class Pretraining(L.LightningModule):
             return
         if self.vocab_size is None:
             self.vocab_size = int(self._data().tokenizer.vocab_size)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            mesh, device = strategy.device_mesh["data_parallel"], strategy.root_device
+            self.model = sharded_decoder(self.vocab_size, self.attention, self.feed_forwards, self.sizes, mesh, device)
+            return
         self.model = DecoderLM(self.vocab_size, self.attention, **self.feed_forwards, **self.sizes)
         if self.compile_model:
             # For batches alone: samples, of every length, would make it compile again, and then round in another way.

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["attnzoo_recipes.commandline", "datasets", "matplotlib.figure"])
@@ -33,6 +35,27 @@ def command(words, prepare, *arguments, timeout=150):
         process.kill()
         raise TimeoutError(said.decode())
     return process.exitcode, said.decode(errors="replace")
+
+
+def together(words, world_size=2, prepare=None, arguments=(), timeout=150):
+    """The processes of one run, as a cluster would start them; `prepare` gets the rank and the arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*words, "--trainer.accelerator=cpu", f"--trainer.devices={world_size}"]
+
+    def one(rank):
+        return command(words, _join, rank, world_size, port, prepare, arguments, timeout=timeout)
+
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(one, range(world_size)))
+
+
+def _join(rank, world_size, port, prepare, arguments):
+    place = {"LOCAL_RANK": rank, "WORLD_SIZE": world_size, "NODE_RANK": 0, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}})
+    if prepare is not None:
+        prepare(rank, *arguments)
 
 
 def before(owner, name, action):

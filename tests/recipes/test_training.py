@@ -160,9 +160,13 @@ BAD_SETTINGS = {
     "mechanism": (["--model.attention.init_args.dropout=.nan"], "dropout must be a finite number", "got nan"),
     "keeps none": (["--checkpoints.keep=0"], "checkpoints.keep must be at least 1", "got 0"),
     "never saves": (["--checkpoints.every_n_train_steps=0"], "checkpoints.every_n_train_steps", "got 0"),
-    "ranks apart": (
-        ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
-        "trainer.strategy must be auto", "got ModelParallelStrategy",
+    "tensor parallel": (
+        ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy",
+         "--trainer.strategy.init_args.tensor_parallel_size=2"],
+        "tensor_parallel_size must be 1", "got 2",
+    ),
+    "compiled shards": (
+        ["--config=configs/distributed/fsdp.yaml", "--model.compile=true"], "model.compile must be false", "got true",
     ),
     "sharded": (["--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], "fsdp", "requires a GPU"),
     "deepspeed": (["--trainer.strategy=deepspeed"], "DeepSpeed", "installed"),

@@ -19,7 +19,7 @@ from attnzoo.costs import DEVICES
 from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
 from attnzoo_recipes.sampling import check_sampling, continue_text
-from attnzoo_recipes.trainer import log_is_due, run_folder, text_data
+from attnzoo_recipes.trainer import is_sharded, log_is_due, run_folder, text_data
 
 _KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
 
@@ -292,10 +292,9 @@ class Samples(L.Callback):
         self.temperature = temperature
         self._file = Appender()
 
-    @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write one sample; sampling has its own random state."""
-        if trainer.state.fn != "fit":
+        """Write one sample; sampling has its own random state, and needs all processes that hold parameters."""
+        if trainer.state.fn != "fit" or not (trainer.is_global_zero or is_sharded(trainer)):
             return
         text = continue_text(
             pl_module.model,
@@ -304,5 +303,7 @@ class Samples(L.Callback):
             self.max_new_tokens,
             temperature=self.temperature,
         )
+        if not trainer.is_global_zero:
+            return
         text = f"--- step {trainer.global_step}\n{self.prompt}{text}\n"
         self._file.append(run_folder(trainer) / "samples.txt", text)

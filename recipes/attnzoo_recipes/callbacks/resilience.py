@@ -18,9 +18,11 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from attnzoo_recipes.checkpointing import newest_valid
 from attnzoo_recipes.files import training_goes_on, write_atomically
+from attnzoo_recipes.random_states import random_states, set_random_states
 from attnzoo_recipes.signals import EXIT_CODES, Stop
 
 NOT_FINITE = 3
@@ -108,34 +110,6 @@ class RandomStates(L.Callback):
         self._validating = True
 
 
-def random_states() -> dict[str, Any]:
-    """The states of this process's default generators, as tensors and plain values; NumPy's if it is imported."""
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, torch.tensor(words), gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": None,
-    }
-    if "numpy" in sys.modules:
-        kind, key, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        states["numpy"] = [str(kind), torch.tensor(key.tolist()), int(position), int(has_gauss), float(cached)]
-    return states
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """The inverse of `random_states`; states that this process does not have are skipped."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    if states["numpy"] is not None and "numpy" in sys.modules:
-        numpy = sys.modules["numpy"]
-        kind, key, *rest = states["numpy"]
-        numpy.random.set_state((kind, numpy.array(key.tolist(), dtype=numpy.uint32), *rest))
-
-
 class LossGuard(L.Callback):
     """Skips an optimiser step whose loss or gradient norm is not finite, and stops after too many in a row.
 
@@ -202,6 +176,7 @@ class LossGuard(L.Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         sound = losses.isfinite().all() & (norm.isfinite() | scaled)
         by_itself = not scaled and isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+        by_itself = by_itself and not any(isinstance(gradient, DTensor) for gradient in gradients)  # cannot take a flag
         if by_itself and not (norm.is_cuda if self.wait is None else not self.wait):
             by_itself = False
             optimizer.found_inf = None  # type: ignore[attr-defined]

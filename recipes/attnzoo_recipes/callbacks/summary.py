@@ -17,7 +17,7 @@ from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.data.module import MAIN
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.sampling import continue_text
-from attnzoo_recipes.trainer import callbacks_of, is_dry_run, run_folder, text_data
+from attnzoo_recipes.trainer import callbacks_of, is_dry_run, is_sharded, run_folder, text_data
 
 WRITTEN = 200  # characters
 
@@ -88,12 +88,12 @@ class Report(L.Callback):
             "metrics": folder / "metrics.csv",
             "loss curve": folder / "loss_curve.png",
         }
-        return [_line(name, str(path)) for name, path in named.items() if path is not None and path.is_file()]
+        return [_line(name, str(path)) for name, path in named.items() if path is not None and path.exists()]
 
     def sample(self, trainer: L.Trainer) -> list[str]:
         """A text written by the model of the newest checkpoint, read from its file and decoded with its cache."""
         path = _checkpoint(trainer)
-        if path is None or not path.is_file():
+        if path is None or not path.exists() or is_sharded(trainer):  # one process may not have room for the model
             return []
         model = model_from_checkpoint(read_checkpoint(path), self.allowed)
         # Every token is at least one character, except the last ones, which may be part of one.
