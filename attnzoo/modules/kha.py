@@ -35,13 +35,16 @@ class KnockingHeads(Mechanism):
     q_knock: Map
     k_knock: Map
     v_knock: Map
+    knock_init = "identity"
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
-        """Initialise the base's parameters; the shared maps become the identity whatever std is."""
+        """Initialise the base's parameters; the shared maps start as `knock_init` says, whatever std is."""
         super().reset_parameters(std, out_std)
         for child in self.children():
             if isinstance(child, HeadMap | GatedHeadMap):
                 child.reset_parameters()
+                for weight in child.parameters() if self.knock_init == "normal" else ():
+                    nn.init.normal_(weight, std=len(weight) ** -0.5)
 
     def tensor_splits(self) -> dict[str, Any]:
         """As the base's; the maps are of all heads."""
@@ -86,6 +89,7 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
         knock_q: instead of a variant, the kind of map on queries: None, "linear" or "mlp".
         knock_k: on keys.
         knock_v: on values.
+        knock_init: "identity", or for ablations "normal" with standard deviation 1 / sqrt(D).
         options: the keyword options of `GroupedQueryAttention`.
 
     Raises:
@@ -105,14 +109,19 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
         knock_q: str | None = None,
         knock_k: str | None = None,
         knock_v: str | None = None,
+        knock_init: str = "identity",
         **options: Any,
     ) -> None:
+        check("knock_init", knock_init, one_of("identity", "normal"))
         kinds = knock_kinds(variant, (knock_q, knock_k, knock_v), "mlp")
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, **options)
         self._base_arguments = ((embed_dim, num_heads, num_kv_heads, head_dim), options)
         widths = (self.head_dim, self.head_dim, self.v_head_dim)
         for name, kind, width in zip(("q_knock", "k_knock", "v_knock"), kinds, widths, strict=True):
             setattr(self, name, head_map(kind, width, device=options.get("device"), dtype=options.get("dtype")))
+        self.knock_init = knock_init
+        if knock_init == "normal":
+            self.reset_parameters()
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,

@@ -114,9 +114,18 @@ def test_maps_are_few_and_survive_an_initialisation_of_linear_layers():
     assert torch.equal(kha.v_knock.gate_proj.weight, torch.zeros(64, 64))
 
 
+def test_maps_may_start_random():
+    kha = attnzoo.KnockingHeadsAttention(512, 8, variant="linear", knock_init="normal")
+    for _ in range(2):
+        for weight in kha.knock_parameters():
+            assert weight.std().item() == pytest.approx(1 / 8, rel=0.1)
+        kha.reset_parameters(std=0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"knock_init": "zero"}, "knock_init must be .*'identity'.*'normal'.*got 'zero'"),
         ({"base": "mla", "variant": "mlp"}, "kinds must be linear over latent attention, .*'mlp'"),
         ({"base": "mla", "rope_mode": "pre"}, "rope_mode must not be 'pre'"),
         ({"variant": "conv"}, "variant must be one of .*got 'conv'"),

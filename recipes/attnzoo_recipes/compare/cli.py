@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from attnzoo_recipes.compare.plan import (
 )
 from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
 from attnzoo_recipes.data.module import MAIN, TextDataModule
-from attnzoo_recipes.files import write_atomically
+from attnzoo_recipes.files import locked, write_atomically
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.losses import linear_cross_entropy
 from attnzoo_recipes.model_config import model_from_checkpoint
@@ -110,6 +111,9 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
     )
     parser.add_argument("--device", type=str | None, help="where speeds are measured (default: where the runs train)")
     parser.add_argument("--out", default="runs/compare", help="folder of the results")
+    parser.add_argument(
+        "--cells", type=str | None, help="folder of single runs, which comparisons may share (default: OUT/cells)"
+    )
     parser.add_argument("--train", type=dict[str, Any], default={}, help="settings over those of configs/pretrain.yaml")
     add_allow_import(parser)
     words = find_configs(words)
@@ -121,13 +125,38 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
         raise ValueError("mechanisms must be given, in --mechanisms or by --config configs/compare.yaml")
     settings = Settings.checked(
         parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed, parsed.vary, parsed["values"],
-        parsed.lrs,
+        parsed.lrs, parsed.cells,
     )  # fmt: skip
     return settings, parsed.device
 
 
-def compare(settings: Settings, passed_on: list[str], device_name: str | None = None) -> None:
-    """Train what is not finished yet, then write table.md, table.csv, learning_curves.png and quality_vs_cache.png."""
+@dataclass(frozen=True)
+class Trained:
+    """The runs of a comparison.
+
+    Attributes:
+        plans: of every variant.
+        runs: results (`finished_run`), by variant and then by seed.
+        equal: what is held equal, in words.
+        training: steps and tokens of a run, in words.
+        entropies: of the validation text.
+        accelerator: of the runs.
+        precision: of the runs.
+        rate: the learning rate of the first variant.
+    """
+
+    plans: list[Plan]
+    runs: list[dict[str, Any]]
+    equal: str
+    training: str
+    entropies: Mapping[str, Any]
+    accelerator: str
+    precision: str
+    rate: float
+
+
+def train(settings: Settings, passed_on: Sequence[str]) -> Trained:
+    """Plan all runs, and train those that are not finished yet."""
     for word in passed_on:
         if word.startswith("--") and word[2:].split("=")[0] in OWN:
             raise ValueError(f"{word.split('=')[0]} must not be given after --: attnzoo-compare sets it for each run")
@@ -144,8 +173,6 @@ def compare(settings: Settings, passed_on: list[str], device_name: str | None = 
         list(zip(settings.variants, given, strict=True)), [data for data, _ in texts], settings.match, settings.allowed
     )
     accelerator = given[0]["trainer"]["accelerator"]
-    device = device_named(device_name or default_device(accelerator))
-    precision = given[0]["trainer"]["precision"] or default_precision(accelerator)
     equal = held_equal(plans, settings.match, settings.vary)
     sys.stdout.write(f"held equal: {equal}\n")
     wanted = [(chosen, seed) for seed in range(settings.seeds) for chosen in plans]
@@ -155,28 +182,39 @@ def compare(settings: Settings, passed_on: list[str], device_name: str | None = 
         for i, (chosen, seed) in enumerate(wanted):
             name = chosen.variant.name
             bar.set_description(f"{name}, seed {seed} ({i + 1} of {len(wanted)})")
-            folder = settings.out / "cells" / f"{_as_folder(name)}-{seed}-{run_key(chosen, seed)}"
-            runs.append(finished_run(chosen, seed, command(words[chosen.variant], settings), folder, bar.update))
+            folder = settings.runs_folder / f"{_as_folder(name)}-{seed}-{run_key(chosen, seed)}"
+            with locked(folder.with_name(f"{folder.name}.lock")):
+                runs.append(finished_run(chosen, seed, command(words[chosen.variant], settings), folder, bar.update))
             done += chosen.steps
             bar.n = done
             bar.refresh()
     order = [chosen.variant.name for chosen in plans]
     runs.sort(key=lambda run: order.index(run["mechanism"]))
-    rate = common_rate(settings, given[0]["model"]["lr"] if not settings.rates else None)
-    entropies = texts[0][1]
+    return Trained(
+        plans, runs, equal, training_in_words(plans), texts[0][1], accelerator,
+        given[0]["trainer"]["precision"] or default_precision(accelerator), given[0]["model"]["lr"],
+    )  # fmt: skip
+
+
+def compare(settings: Settings, passed_on: list[str], device_name: str | None = None) -> None:
+    """Train what is not finished yet, then write table.md, table.csv, learning_curves.png and quality_vs_cache.png."""
+    trained = train(settings, passed_on)
+    plans, runs, precision = trained.plans, trained.runs, trained.precision
+    device = device_named(device_name or default_device(trained.accelerator))
+    rate = settings.rates[0] if settings.rates else None
     facts = {
         "match": settings.match,
         "vary": settings.vary,
-        "equal": equal,
-        "training": training_in_words(plans),
+        "equal": trained.equal,
+        "training": trained.training,
         "rate": rate,
         "rates": ", ".join(f"{each:g}" for each in settings.rates),
-        "unigram": entropies.get("unigram_bits_per_byte"),
-        "bigram": entropies.get("bigram_bits_per_byte"),
+        "unigram": trained.entropies.get("unigram_bits_per_byte"),
+        "bigram": trained.entropies.get("bigram_bits_per_byte"),
         "prompt_tokens": PROMPT_TOKENS,
         "decode_tokens": DECODE_TOKENS,
         "machine": machine(device, precision),
-        "versions": {"attnzoo": attnzoo.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
     shown = [run for run in runs if run["rate"] == rate]
@@ -192,12 +230,12 @@ def compare(settings: Settings, passed_on: list[str], device_name: str | None = 
     sys.stdout.write(f"\n{text}\nwritten to {settings.out}: table.md, table.csv, results.json, learning_curves.png, ")
     sys.stdout.write("quality_vs_cache.png\n")
     if not any(run["status"] in ("finished", "diverged") for run in runs):
-        raise ValueError(f"no run finished: {rows[0]['note']}; their logs are in {settings.out / 'cells'}")
+        raise ValueError(f"no run finished: {rows[0]['note']}; their logs are in {settings.runs_folder}")
 
 
-def common_rate(settings: Settings, configured: float | None) -> float | None:
-    """The learning rate of the rows of the table, if several were tried: the first that was given."""
-    return settings.rates[0] if configured is None else None
+def versions() -> dict[str, str]:
+    """Versions of what the results depend on."""
+    return {"attnzoo": attnzoo.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def pretrain_words(

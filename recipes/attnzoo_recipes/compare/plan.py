@@ -68,6 +68,7 @@ class Settings:
         vary: what differs: "attention", "feed_forward", or the path of a setting, such as model.embed_dim.
         values: those of the path, as text.
         rates: learning rates with which every variant is trained.
+        cells: folder of single runs, which comparisons may share. Default: out/cells.
 
     Raises:
         ValueError: for an argument outside its rule.
@@ -82,6 +83,12 @@ class Settings:
     vary: str = "attention"
     values: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
+    cells: Path | None = None
+
+    @property
+    def runs_folder(self) -> Path:
+        """The folder of single runs."""
+        return self.out / "cells" if self.cells is None else self.cells
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
@@ -116,6 +123,7 @@ class Settings:
         vary: str = "attention",
         values: list[str] | str | None = None,
         lrs: list[float] | str | None = None,
+        cells: str | None = None,
     ) -> Settings:
         """Settings from those of a command line.
 
@@ -155,7 +163,9 @@ class Settings:
         folder = "feed_forward" if vary == "feed_forward" else "attention"
         files = [word if _is_file_name(word) else f"{folder}/{word}.yaml" for word in words]
         configs = dict(zip(names, files, strict=True))
-        return cls(configs, seeds, match, Path(out), train, tuple(allowed), vary, chosen, rates)
+        return cls(
+            configs, seeds, match, Path(out), train, tuple(allowed), vary, chosen, rates, Path(cells) if cells else None
+        )
 
 
 def _words(given: list[str] | str) -> list[str]:
