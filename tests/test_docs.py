@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # Pages of commands.
-COMMANDS = {"comparison", "pretrain", "reliability", "speed"}
+COMMANDS = {"comparison", "evidence", "pretrain", "reliability", "speed"}
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
+import attnzoo
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.training_records import read_records
 from attnzoo_recipes.callbacks.diagnostics import HeadStatisticsCallback, SpectrumCallback
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
+from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.model_config import model_from_checkpoint
 
 MODULE = "attnzoo_recipes.callbacks.diagnostics"
@@ -142,6 +144,24 @@ def test_loggers_that_take_pictures_get_them(way, tmp_path):
     assert pixels.shape[2] == 3
     assert pixels.std() > 5
     assert callback.seconds > 0
+
+
+class OneDocument:
+    """Two validation samples in which no document begins."""
+
+    def __len__(self):
+        return 2
+
+    def __getitems__(self, indices):
+        return {"tokens": torch.arange(12).view(2, 6)}
+
+
+def test_samples_within_one_document_need_no_mask(monkeypatch):
+    data = SimpleNamespace(blocks=lambda split: OneDocument())
+    monkeypatch.setattr("attnzoo_recipes.callbacks.diagnostics.text_data", lambda trainer: data)
+    model = DecoderLM(16, lambda width: attnzoo.MultiHeadAttention(width, 2, bias=False), embed_dim=16, num_layers=1)
+    rows = HeadStatisticsCallback().rows(None, SimpleNamespace(model=model, device=torch.device("cpu")))
+    assert [row["head"] for row in rows] == [0, 1]
 
 
 def test_other_processes_do_nothing(tmp_path):

@@ -183,7 +183,7 @@ def tiny(tmp_path, corpus_file):
 
     def made(*lrs):
         train = {
-            "model": {"embed_dim": 32, "num_layers": 1, "warmup_steps": 1},
+            "model": {"embed_dim": 64, "num_layers": 1, "warmup_steps": 1},
             "data": {"source": "text", "files": [str(corpus_file)], "unit": "line", "val_fraction": 0.2,
                      "tokenizer": "byte", "block_size": 32, "batch_size": 2, "cache_dir": str(tmp_path / "data")},
             "trainer": {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 2, "log_every_n_steps": 1},

@@ -312,7 +312,8 @@ class HeadStatisticsCallback(Recorder):
             raise ValueError("the validation split must hold at least one block, got none")
         batch = blocks.__getitems__(list(range(min(self.num_sequences, len(blocks)))))
         tokens = batch["tokens"].to(pl_module.device)
-        mask = attnzoo.AttentionMask.packed(batch["cu_seqlens"].to(pl_module.device))
+        starts = batch.get("cu_seqlens")
+        mask = None if starts is None else attnzoo.AttentionMask.packed(starts.to(pl_module.device))
         report = head_report(decoder(pl_module), [tokens], forward=lambda model, ids: model(ids, mask=mask))
         rows = []
         for layer in report.layers:

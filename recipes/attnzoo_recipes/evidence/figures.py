@@ -73,7 +73,10 @@ def spectral_outliers(run: TrainedRun) -> float:
     if not files:
         raise ValueError(f"{run.folder} must hold the records of SpectrumCallback, got none")
     shares = [row["outlier_energy"] for row in read_records(files[-1]) if row["matrix"].startswith("qk")]
-    return statistics.fmean(0.0 if share is None else share for share in shares)
+    defined = [share for share in shares if share is not None]
+    if not defined:
+        raise ValueError(f"heads must be wide enough for a fit of their spectra, got none in {files[-1]}")
+    return statistics.fmean(defined)
 
 
 FIGURES: Mapping[str, Figure] = {
