@@ -177,15 +177,21 @@ def test_mistakes_end_in_one_sentence(words, message, tmp_path, capsys, monkeypa
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder of results that tests share, as claims do: what two claims have in common is trained once."""
+    return tmp_path_factory.mktemp("evidence")
+
+
 @pytest.fixture
-def tiny(tmp_path, corpus_file):
+def tiny(tmp_path, shared, corpus_file):
     """Writes a preset of two steps on the small corpus; returns its path."""
 
     def made(*lrs):
         train = {
             "model": {"embed_dim": 64, "num_layers": 1, "warmup_steps": 1},
             "data": {"source": "text", "files": [str(corpus_file)], "unit": "line", "val_fraction": 0.2,
-                     "tokenizer": "byte", "block_size": 32, "batch_size": 2, "cache_dir": str(tmp_path / "data")},
+                     "tokenizer": "byte", "block_size": 32, "batch_size": 2, "cache_dir": str(shared / "data")},
             "trainer": {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 2, "log_every_n_steps": 1},
             "samples": {"max_new_tokens": 2},
         }  # fmt: skip
@@ -260,12 +266,11 @@ def test_claims_share_runs(tiny, two_seeds, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
-def test_every_claim_trains_two_steps(path, tiny, two_seeds, tmp_path):
-    preset = tiny(1e-3)
-    out = tmp_path / "out"
-    cli.main([str(two_seeds(path.stem)), "--preset", str(preset), "--out", str(out)])
-    results = json.loads((out / f"{path.stem}-tiny.json").read_text())
+def test_every_claim_trains_two_steps(path, tiny, two_seeds, shared):
+    cli.main([str(two_seeds(path.stem)), "--preset", str(tiny(1e-3)), "--out", str(shared)])
+    results = json.loads((shared / f"{path.stem}-tiny.json").read_text())
     assert [run["status"] for run in results["runs"]] == ["finished"] * len(results["runs"])
     for check, decided in zip(results["claim"]["checks"], decisions(results, common_rates(results)), strict=True):
         assert decided.seeds == 2, check
