@@ -118,30 +118,50 @@ class Corpus:
             return self.revision
         return newest
 
+    def size(self) -> int | None:
+        """Bytes of the files; None for hub."""
+        return None if self.source == "hub" else sum(path.stat().st_size for path in self.paths())
+
     def documents(self) -> Iterator[str]:
         """The texts that are not blank, in the order of the files.
 
         Raises:
             ValueError: if a file cannot be read as the source says, or has no such field.
         """
+        return (text for text, _ in self.placed_documents())
+
+    def placed_documents(self) -> Iterator[tuple[str, int]]:
+        """As `documents`, each with about how many of `size` bytes have been read after it.
+
+        Within a file these are the characters so far, at most the file's bytes; for hub all characters.
+        """
         count = 0
-        for text in self._texts():
+        for text, place in self._texts():
             if text.strip():
-                yield text
+                yield text, place
                 count += 1
             if count == self.max_documents:
                 return
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[tuple[str, int]]:
+        place = 0
         if self.source == "hub":
-            yield from self._hub_texts()
+            for text in self._hub_texts():
+                place += len(text)
+                yield text, place
         for path in self.paths():
-            if self.source == "json":
-                yield from read_json(path, self.text_field)
-            elif self.source == "parquet":
-                yield from read_parquet(path, self.text_field)
-            else:
-                yield from read_text(path, self.unit)
+            before, size = place, path.stat().st_size
+            for text in self._texts_of(path):
+                place = min(place + len(text) + 1, before + size)
+                yield text, place
+            place = before + size
+
+    def _texts_of(self, path: Path) -> Iterator[str]:
+        if self.source == "json":
+            return read_json(path, self.text_field)
+        if self.source == "parquet":
+            return read_parquet(path, self.text_field)
+        return read_text(path, self.unit)
 
     def _hub_texts(self) -> Iterator[str]:
         """Rows of a streamed dataset, which is not copied into a cache."""

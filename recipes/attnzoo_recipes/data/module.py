@@ -126,6 +126,7 @@ class TextDataModule(L.LightningDataModule):
         seed: of the order.
         num_workers: processes that read; reading is cheap, so 0 is usually best.
         cache_dir: folder for the token files.
+        num_proc: processes that tokenise, besides the one that reads; the token files do not depend on it.
 
     Raises:
         ValueError: for an argument outside its rule; in `setup`, if the text does not fill a block.
@@ -159,6 +160,7 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str = "runs/data",
+        num_proc: int = 1,
     ) -> None:
         super().__init__()
         self.corpus = Corpus(
@@ -167,6 +169,7 @@ class TextDataModule(L.LightningDataModule):
         for argument, value, least in (
             ("block_size", block_size, 2),
             ("batch_size", batch_size, 1),
+            ("num_proc", num_proc, 1),
             ("val_tokens", block_size + 1 if val_tokens is None else val_tokens, block_size + 1),
         ):
             if value < least:
@@ -203,6 +206,7 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
+        self.num_proc = num_proc
         self._packed: PackedCorpus | None = None
         self._evaluated: dict[str, PackedCorpus] = {}
         self._restored: dict[str, Any] | None = None
@@ -227,6 +231,7 @@ class TextDataModule(L.LightningDataModule):
                     *fractions,
                     self.cache_dir,
                     self.document_token,
+                    self.num_proc,
                 )
         return self._packed
 
@@ -245,7 +250,7 @@ class TextDataModule(L.LightningDataModule):
         """All documents of a corpus as one split, in the tokens of the training text."""
         tokenizer = self.tokenizer
         if corpus.source != "tokens":
-            return pack(corpus, tokenizer, 0, 1.0, 0.0, self.cache_dir)
+            return pack(corpus, tokenizer, 0, 1.0, 0.0, self.cache_dir, num_proc=self.num_proc)
         packed = open_tokens(Path(corpus.files[0]), self.tokenizer_name, self.document_token, (0.0, 0.0))
         if packed.tokenizer.to_dict() != tokenizer.to_dict():
             raise ValueError(

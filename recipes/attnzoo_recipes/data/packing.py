@@ -5,8 +5,9 @@
     KEY/{train,val,test}.bin   ids, little-endian uint16 or uint32
     KEY/SHA256SUMS             digests of all of these, as sha256sum(1) writes and checks them
 
-Every document in a file begins with the document token, so that boundaries need no index. A folder is created under
-another name, by one process at a time, and renamed when it is complete. Opening it compares every file with its digest.
+Every document in a file begins with the document token, so that boundaries need no index. A folder is created as
+KEY.unfinished, where `parts` writes, by one process at a time, and renamed when it is complete; the next run continues
+what a killed one has left. Opening a folder compares every file with its digest.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attnzoo_recipes import files
+from attnzoo_recipes.data import parts
 from attnzoo_recipes.data.corpus import Corpus
+from attnzoo_recipes.data.parts import SPLITS, split_of
 from attnzoo_recipes.data.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
@@ -34,11 +35,10 @@ from attnzoo_recipes.data.tokenizers import (
     save_tokenizer,
 )
 
-SPLITS = ("train", "val", "test")
 _SUMS = "SHA256SUMS"
+_UNFINISHED = ".unfinished"
 _NAMES = ("meta.json", "tokenizer.json", *(f"{split}.bin" for split in SPLITS))
 _VERSION = 1
-_DOCUMENTS_AT_ONCE = 256
 _BPE_TRAINING_BYTES = 50_000_000
 
 
@@ -91,6 +91,7 @@ def pack(
     test_fraction: float,
     cache_dir: Path,
     document: str | None = None,
+    num_proc: int = 1,
 ) -> PackedCorpus:
     """The corpus as token files below cache_dir, which are created if they do not exist.
 
@@ -102,6 +103,7 @@ def pack(
         test_fraction: share of documents for testing.
         cache_dir: folder in which the corpus gets its folder.
         document: spelling of the document token in a tokenizer.json (`load_tokenizer`).
+        num_proc: processes that tokenise; the files do not depend on it.
 
     Raises:
         OSError: if the files cannot be written, with the free space of their disk.
@@ -123,8 +125,10 @@ def pack(
         with files.locked(lock) as alone:
             for left in folder.parent.glob(f"{folder.name}.tmp-*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)
+            # Without locks another process may write into the same folder, so that each needs its own.
+            unfinished = folder.with_name(folder.name + _UNFINISHED) if alone else files.temporary(folder)
             if not folder.exists():
-                _create(folder, corpus, given, settings)
+                _create(folder, unfinished, corpus, given, settings, num_proc)
     return PackedCorpus.open(folder)
 
 
@@ -190,13 +194,16 @@ def open_tokens(path: Path, tokenizer: str, document: str | None, fractions: tup
     return PackedCorpus(path if path.is_dir() else path.parent, meta, known, digest.hexdigest()[:16])
 
 
-def _create(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any]) -> None:
-    """Make the folder in one piece."""
-    unfinished = files.temporary(folder)
+def _create(
+    folder: Path, unfinished: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any], num_proc: int
+) -> None:
+    """Make the folder in one piece. Finished parts are kept for the next run, unless it could not use them."""
+    is_kept = unfinished.suffix == _UNFINISHED
     try:
         with files.naming(unfinished):
-            unfinished.mkdir()
-            _write(unfinished, corpus, tokenizer, settings)
+            unfinished.mkdir(exist_ok=True)
+            files.sweep(unfinished)
+            _write(unfinished, corpus, tokenizer, settings, num_proc)
             files.sync_folder(unfinished)
         try:
             unfinished.rename(folder)
@@ -205,8 +212,12 @@ def _create(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings:
             if not (folder / _SUMS).is_file():
                 raise
         files.sync_folder(folder.parent)
+    except ValueError:
+        is_kept = False  # what is wrong with the corpus is part of its key
+        raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not (is_kept and parts.is_begun(unfinished)):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _verify(folder: Path) -> None:
@@ -232,73 +243,27 @@ def _sum(folder: Path, name: str) -> bytes:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode()
 
 
-def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """train, val or test, a function of the document's hash."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    if place < val_fraction:
-        return "val"
-    return "test" if place < val_fraction + test_fraction else "train"
-
-
-class ByteStatistics:
-    """Counts of bytes and of pairs of bytes, for the entropies that a language model should be below."""
-
-    def __init__(self) -> None:
-        self.pairs = np.zeros((257, 256), dtype=np.int64)
-
-    def add(self, text: str) -> None:
-        """Count a document; its first byte is a pair with the beginning of the document."""
-        following = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
-        before = np.concatenate([[256], following[:-1]])
-        counts = np.bincount(before * 256 + following, minlength=257 * 256)
-        self.pairs += counts.reshape(257, 256)
-
-    def entropies(self) -> dict[str, float]:
-        """Bits per byte of the best model of single bytes, and of the best model of a byte given the previous one."""
-        total = self.pairs.sum()
-        unigram, bigram = (_bits(table).sum() for table in (self.pairs.sum(0, keepdims=True), self.pairs))
-        return {"unigram_bits_per_byte": float(unigram / total), "bigram_bits_per_byte": float(bigram / total)}
-
-
-def _bits(counts: np.ndarray) -> np.ndarray:
-    """-n log2 p of every entry, p relative to its row."""
-    rows = counts.sum(1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(counts > 0, -counts * np.log2(counts / rows), 0.0)
-
-
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any]) -> None:
+def _write(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, settings: dict[str, Any], num_proc: int = 1
+) -> None:
     fractions = settings["val_fraction"], settings["test_fraction"]
+    tokenizer = tokenizer or parts.kept_tokenizer(folder)
     if tokenizer is None:
         tokenizer = ByteTokenizer()
         if settings["tokenizer"] == "bpe":
             tokenizer = BpeTokenizer.train(_training_text(corpus, *fractions), settings["vocab_size"])
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    counts: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
-    statistics = {split: ByteStatistics() for split in ("val", "test")}
-    documents = corpus.documents()
-    with ExitStack() as stack:
-        parts = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                split = split_of(text, *fractions)
-                parts[split].write(np.concatenate([[tokenizer.document_id], ids]).astype(dtype).tobytes())
-                counts[split]["tokens"] += 1 + len(ids)
-                counts[split]["documents"] += 1
-                counts[split]["bytes"] += len(text.encode())
-                if split in statistics:
-                    statistics[split].add(text)
-        for file in parts.values():
-            files.sync(file)
-    if not any(each["documents"] for each in counts.values()):
-        raise ValueError("the corpus holds no text")
-    for split, counted in statistics.items():
-        if counts[split]["documents"]:
-            counts[split] |= counted.entropies()
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    meta = {**settings, "dtype": dtype, "splits": counts}
+    counted = parts.write_parts(folder, corpus.placed_documents, tokenizer, fractions, num_proc, corpus.size())
+    if not any(each["documents"] for each in counted.splits.values()):
+        raise ValueError("the corpus holds no text")
+    splits: dict[str, dict[str, Any]] = dict(counted.splits)
+    for split, pairs in counted.pairs.items():
+        if splits[split]["documents"]:
+            splits[split] = {**splits[split], **parts.entropies(pairs)}
+    meta = {**settings, "dtype": parts.dtype_of(tokenizer), "splits": splits}
     files.write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
     files.write_atomically(folder / _SUMS, b"".join(_sum(folder, name) for name in _NAMES))
+    parts.finish(folder)
 
 
 def _training_text(corpus: Corpus, *fractions: float) -> Iterator[str]:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_ROWS_AT_ONCE = 1024
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -74,7 +75,7 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if field not in names:
                 field_of(dict.fromkeys(names), field, str(path))
-            for batch in file.iter_batches(columns=[field]):
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[field]):
                 for value in batch.column(0):
                     row += 1
                     yield field_of({field: value.as_py()}, field, f"{path}, row {row}")
