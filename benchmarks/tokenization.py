@@ -17,6 +17,7 @@ equal, otherwise the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -46,7 +47,7 @@ def documents() -> Iterator[str]:
         starts = [0]
         while starts[-1] < len(lines):
             starts.append(starts[-1] + draw.randint(1, 400))
-        pieces = list(zip(starts, starts[1:], strict=False))
+        pieces = list(itertools.pairwise(starts))
         draw.shuffle(pieces)
         yield from ("".join(lines[first:last]) for first, last in pieces)
 

@@ -198,6 +198,8 @@ def test_token_files_say_where_there_is_no_room(corpus_file, tmp_path, monkeypat
 
     monkeypatch.setattr(files, "sync", full)
     corpus = packing.Corpus("text", (str(corpus_file),), unit="line")
-    with pytest.raises(OSError, match=r"data/\w+\.unfinished could not be written: No space .*MiB free on its disk"):
+    with pytest.raises(
+        OSError, match=r"data/\w+\.unfinished/\S+ could not be written: No space .*MiB free on its disk"
+    ):
         packing.pack(corpus, "byte", 0, 0.2, 0.2, tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())

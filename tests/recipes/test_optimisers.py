@@ -168,6 +168,7 @@ MISTAKES = {
         "os.system",
     ),
     "a class among validation sets": (['--data.val_sets={"a": {"class_path": "os.system"}}'], "os.system"),
+    "a class in a mixture": (['--data.mixture={"a": {"weight": 1, "class_path": "os.system"}}'], "os.system"),
     "a rate twice": (
         ["--optimizer=torch.optim.SGD", "--optimizer.lr=0.5"],
         "optimizer.init_args.lr must be left out, since model.lr",

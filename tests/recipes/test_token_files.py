@@ -188,6 +188,7 @@ def test_other_processes_take_the_word_of_the_first(corpus_file, tmp_path, monke
     options = {
         "source": "text", "files": [str(corpus_file)], "unit": "line", "cache_dir": str(tmp_path / "data"),
         "val_fraction": 0.2, "block_size": 16, "val_sets": {"same": {"source": "text", "files": [str(corpus_file)]}},
+        "mixture": {"again": {"source": "text", "files": [str(corpus_file)], "unit": "line", "weight": 1}},
     }  # fmt: skip
     sent = []
     modules = [TextDataModule(**options) for _ in range(2)]
@@ -196,7 +197,7 @@ def test_other_processes_take_the_word_of_the_first(corpus_file, tmp_path, monke
         module.trainer = types.SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
     modules[0].prepare_data()
     modules[0].setup("fit")
-    sent.append(pickle.dumps((modules[0].packed, modules[0]._evaluated)))
+    sent.append(pickle.dumps((modules[0].packed, modules[0]._mixed, modules[0]._evaluated)))
 
     def no_hashing(*arguments, **options):
         raise AssertionError("hashed again")
@@ -206,5 +207,6 @@ def test_other_processes_take_the_word_of_the_first(corpus_file, tmp_path, monke
     for name, (packed, split) in modules[1].validation.items():
         first, _ = modules[0].validation[name]
         assert np.array_equal(packed.tokens(split), first.tokens(split))
+    assert modules[1].key == modules[0].key
     with pytest.raises(AssertionError, match="hashed again"):
         TextDataModule(**options).prepare_data()

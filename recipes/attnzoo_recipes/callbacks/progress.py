@@ -151,7 +151,8 @@ class Checkpoints(ModelCheckpoint):
 class Throughput(L.Callback):
     """Log tokens_per_second over all devices, including the time for data and checkpoints but not for validation.
 
-    On a GPU that `attnzoo.costs.DEVICES` knows, also mfu: training FLOPs per second over the peak of all devices.
+    Of a mixture also tokens_NAME, the tokens of each source since the beginning of the run. On a GPU that
+    `attnzoo.costs.DEVICES` knows, also mfu: training FLOPs per second over the peak of all devices.
     """
 
     def __init__(self) -> None:
@@ -187,6 +188,7 @@ class Throughput(L.Callback):
         now = time.perf_counter()
         rate = self._pending / (now - self._mark)
         pl_module.log("tokens_per_second", rate, prog_bar=True)
+        pl_module.log_dict({f"tokens_{name}": float(n) for name, n in text_data(trainer).tokens_drawn.items()})
         if self._peak is not None:
             pl_module.log("mfu", rate * self._flops_per_token / (self._peak * trainer.world_size), prog_bar=True)
         self.seconds += now - self._mark

@@ -62,7 +62,8 @@ class Record(L.Callback):
             **figures(pl_module.model, tokens),
             "steps": trainer.global_step,
             "tokens": data.samples_drawn * tokens,
-            "data": data.packed.key,
+            "data": data.key,
+            **({"tokens_by_source": drawn} if (drawn := data.tokens_drawn) else {}),
             "val_data": f"{packed.key}/{split}",
             "rates": {step: rate for step, rate in self.rates.items() if int(step) in self._marked},
         }

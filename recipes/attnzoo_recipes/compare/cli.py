@@ -262,7 +262,7 @@ def prepared(sections: Sequence[Mapping[str, Any]]) -> list[tuple[Data, Mapping[
         if key not in known:
             module = TextDataModule(**section)
             packed, split = module.validation[MAIN]
-            facts = Data(module.packed.key, f"{packed.key}/{split}", module.tokenizer.vocab_size)
+            facts = Data(module.key, f"{packed.key}/{split}", module.tokenizer.vocab_size)
             known[key] = facts, packed.meta["splits"][split]
         found.append(known[key])
     return found

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +18,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from attnzoo_recipes.data.corpus import Corpus
-from attnzoo_recipes.data.order import EndlessBatches, PaddedBatches
+from attnzoo_recipes.data.order import EndlessBatches, MixedBatches, PaddedBatches, shares
 from attnzoo_recipes.data.packing import PackedCorpus, open_tokens, pack
 from attnzoo_recipes.data.tokenizers import Tokenizer
 from attnzoo_recipes.losses import IGNORED as IGNORED
 
 _STAGES = {"train": "training", "val": "validation", "test": "test"}
+_BEFORE = {"windows": "blocks", "mixture": []}  # what checkpoints had that do not say it
 _SET_NAME = re.compile(r"[A-Za-z]\w*")
+FIRST = "main"
+"""Name of `source` in a mixture."""
 MAIN = ""
 """Name of the validation set that val_loss and val_bits_per_byte are of."""
 
@@ -54,6 +60,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1 - self.block_size) // self.stride + 1)
 
+    def window(self, index: int) -> np.ndarray:
+        """The T + 1 tokens of a window and its targets."""
+        first = index * self.stride
+        return self.tokens[first : first + self.block_size + 1]
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Tokens and targets (B, T) int64, and index (B,); index -1 gives a row without targets.
 
@@ -64,7 +75,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         rows = np.full((len(indices), size + 1), filler, dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             if index >= 0:
-                row[:] = self.tokens[index * self.stride : index * self.stride + size + 1]
+                row[:] = self.window(index)
         tokens, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
         drawn = torch.tensor(indices, dtype=torch.int64)
         targets[drawn < 0] = IGNORED
@@ -74,6 +85,24 @@ class Blocks(Dataset[dict[str, Tensor]]):
             if len(found) > len(tokens) + 1:
                 batch["cu_seqlens"] = found
         return batch
+
+
+class MixedBlocks(Blocks):
+    """Windows of several sources with the same tokenizer, numbered through all of them."""
+
+    def __init__(self, sources: list[Blocks]) -> None:
+        first = sources[0]
+        super().__init__(first.tokens, first.block_size, first.document_id, first.stride, first.crossing)
+        self.sources = sources
+        self.offsets = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def window(self, index: int) -> np.ndarray:
+        """The T + 1 tokens of a window and its targets."""
+        source = int(np.searchsorted(self.offsets, index, side="right"))
+        return self.sources[source].window(index - int(self.offsets[source]) + len(self.sources[source]))
 
 
 def boundaries(tokens: Tensor, document_id: int) -> Tensor:
@@ -107,6 +136,10 @@ class TextDataModule(L.LightningDataModule):
         text_field: the field with the text, for json, parquet and hub.
         unit: what counts as a document in a text file: the whole "document", a "paragraph" or a "line".
         max_documents: largest number of documents to read.
+        mixture: further sources to train on by name, each with its weight and the settings of a source (source, files,
+            name, subset, hub_split, revision, text_field, unit, max_documents), in the tokens of `source`. Of each,
+            val_fraction and test_fraction are left out; what is for validation is a validation set of its name.
+        weight: of `source` in a mixture; weights are shares of the training tokens, relative to their sum.
         tokenizer: "byte", "bpe" (trained on the training documents), the path of a byte-level tokenizer.json, or the
             file or folder of a tokenizer that this recipe has trained.
         document_token: spelling of the token between documents, in a tokenizer.json that has one.
@@ -144,6 +177,8 @@ class TextDataModule(L.LightningDataModule):
         text_field: str = "text",
         unit: str = "document",
         max_documents: int | None = None,
+        mixture: dict[str, dict[str, Any]] | None = None,
+        weight: float = 1.0,
         tokenizer: str = "byte",
         document_token: str | None = None,
         vocab_size: int = 4096,
@@ -193,6 +228,25 @@ class TextDataModule(L.LightningDataModule):
             if not _SET_NAME.fullmatch(set_name):
                 raise ValueError(f"data.val_sets must have names of letters, digits and _, got {set_name!r}")
             self.evaluated[set_name] = _corpus(f"data.val_sets.{set_name}.", settings)
+        self.weights = {FIRST: weight}
+        self.mixture: dict[str, Corpus] = {}
+        for source_name, settings in (mixture or {}).items():
+            label = f"data.mixture.{source_name}."
+            if not _SET_NAME.fullmatch(source_name) or source_name in (FIRST, *self.evaluated):
+                raise ValueError(
+                    "data.mixture must have names of letters, digits and _, other than main and those of "
+                    f"data.val_sets, got {source_name!r}"
+                )
+            if "weight" not in settings:
+                raise ValueError(f"{label}weight must be given, got settings of {', '.join(settings) or 'nothing'}")
+            self.weights[source_name] = settings["weight"]
+            self.mixture[source_name] = _corpus(label, {k: v for k, v in settings.items() if k != "weight"})
+        for source_name, share in self.weights.items():
+            if not (isinstance(share, int | float) and 0 < share < math.inf):
+                label = "data." if source_name == FIRST else f"data.mixture.{source_name}."
+                raise ValueError(f"{label}weight must be a positive number, got {share!r}")
+        if weight != 1 and not mixture:
+            raise ValueError(f"data.weight must be given with data.mixture alone, got {weight}")
         self.tokenizer_name = tokenizer
         self.document_token = document_token
         self.bpe_vocab_size = vocab_size
@@ -208,7 +262,9 @@ class TextDataModule(L.LightningDataModule):
         self.cache_dir = Path(cache_dir)
         self.num_proc = num_proc
         self._packed: PackedCorpus | None = None
+        self._mixed: dict[str, PackedCorpus] = {}
         self._evaluated: dict[str, PackedCorpus] = {}
+        self._mixed_order: MixedBatches | None = None
         self._restored: dict[str, Any] | None = None
         self._drawn_before = 0
         self._batches_before = 0
@@ -241,17 +297,35 @@ class TextDataModule(L.LightningDataModule):
         found = {MAIN: (self.packed, "val")}
         for name, corpus in self.evaluated.items():
             if name not in self._evaluated:
-                self._evaluated[name] = self._packed_for_evaluation(corpus)
+                self._evaluated[name] = self._packed_alike(corpus, (1.0, 0.0))
             packed = self._evaluated[name]
             found[name] = packed, "val" if packed.meta["splits"]["val"]["tokens"] else "train"
+        if self.val_fraction:
+            found |= {name: (packed, "val") for name, packed in self.sources.items() if name != FIRST}
         return found
 
-    def _packed_for_evaluation(self, corpus: Corpus) -> PackedCorpus:
-        """All documents of a corpus as one split, in the tokens of the training text."""
+    @property
+    def sources(self) -> dict[str, PackedCorpus]:
+        """Token files of every source of training text, by name; the first is `FIRST`."""
+        for name, corpus in self.mixture.items():
+            if name not in self._mixed:
+                self._mixed[name] = self._packed_alike(corpus, (self.val_fraction, self.test_fraction))
+        return {FIRST: self.packed, **self._mixed}
+
+    @property
+    def key(self) -> str:
+        """Identifies the training text: that of `packed`, or of a mixture and its weights."""
+        if not self.mixture:
+            return self.packed.key
+        return hashlib.sha256(json.dumps(self._mixture_identity()).encode()).hexdigest()[:16]
+
+    def _packed_alike(self, corpus: Corpus, fractions: tuple[float, float]) -> PackedCorpus:
+        """Another corpus in the tokens of the training text; ready tokens for evaluation are one split."""
         tokenizer = self.tokenizer
         if corpus.source != "tokens":
-            return pack(corpus, tokenizer, 0, 1.0, 0.0, self.cache_dir, num_proc=self.num_proc)
-        packed = open_tokens(Path(corpus.files[0]), self.tokenizer_name, self.document_token, (0.0, 0.0))
+            return pack(corpus, tokenizer, 0, *fractions, self.cache_dir, num_proc=self.num_proc)
+        cut = (0.0, 0.0) if fractions[0] == 1.0 else fractions
+        packed = open_tokens(Path(corpus.files[0]), self.tokenizer_name, self.document_token, cut)
         if packed.tokenizer.to_dict() != tokenizer.to_dict():
             raise ValueError(
                 f"{corpus.label}files must hold tokens of the training text's tokenizer, got another's in "
@@ -271,7 +345,7 @@ class TextDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Create and check the token files, in one process."""
-        _ = self.validation
+        _ = self.sources, self.validation
 
     def setup(self, stage: str) -> None:
         """Check that the splits of this stage fill a block.
@@ -282,15 +356,15 @@ class TextDataModule(L.LightningDataModule):
         _, world_size = self._place()
         if world_size > 1 and self.trainer is not None:
             # The first process has read and hashed every file in prepare_data; the others take its word.
-            made = (self.packed, self._evaluated) if self.trainer.global_rank == 0 else None
+            made = (self.packed, self._mixed, self._evaluated) if self.trainer.global_rank == 0 else None
             received: Any = self.trainer.strategy.broadcast(made)
-            self._packed, self._evaluated = received
+            self._packed, self._mixed, self._evaluated = received
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
-            sources = self.validation if split == "val" else {MAIN: (self.packed, split)}
-            for name, (packed, part) in sources.items():
+            for name, (packed, part) in self._parts(split).items():
                 counts = packed.meta["splits"][part]
                 if len(self._windows(packed, part)) == 0:
-                    which = f"validation set {name}" if name else f"{_STAGES[split]} split"
+                    which = f"validation set {name}" if name and split == "val" else f"{_STAGES[split]} split"
+                    which += f" of {name}" if name and split == "train" else ""
                     raise ValueError(
                         f"the {which} must hold more than data.block_size = {self.block_size} tokens, got "
                         f"{counts['tokens']} in {counts['documents']} of the corpus's documents: give more text, a "
@@ -302,13 +376,22 @@ class TextDataModule(L.LightningDataModule):
                 f"got {self.batch_size} and {world_size}"
             )
 
-    def blocks(self, split: str) -> Blocks:
-        """The samples of a split; for validation, those of the main set."""
-        return self._windows(*self.validation[MAIN]) if split == "val" else self._windows(self.packed, split)
+    def _parts(self, split: str) -> dict[str, tuple[PackedCorpus, str]]:
+        """What a split consists of, by name."""
+        if split == "val":
+            return self.validation
+        if split == "train" and self.mixture:
+            return {name: (packed, split) for name, packed in self.sources.items()}
+        return {MAIN: (self.packed, split)}
 
-    def _windows(self, packed: PackedCorpus, split: str) -> Blocks:
+    def blocks(self, split: str) -> Blocks:
+        """The samples of a split; for validation, those of the main set, for training those of all sources."""
+        if split == "train" and self.mixture:
+            return MixedBlocks([self._windows(*part, training=True) for part in self._parts(split).values()])
+        return self._windows(*self._parts(split)[MAIN], training=split == "train")
+
+    def _windows(self, packed: PackedCorpus, split: str, training: bool = False) -> Blocks:
         tokens = packed.tokens(split)
-        training = packed is self._packed and split == "train"
         if not training and split != "test" and self.val_tokens is not None:
             tokens = tokens[: self.val_tokens]
         stride = 1 if training and self.windows == "random" else None
@@ -322,8 +405,16 @@ class TextDataModule(L.LightningDataModule):
             self._drawn_before = self._restored["samples"]
         self._batches_before = self._batches_seen()
         blocks = self.blocks("train")
-        sampler = EndlessBatches(len(blocks), self.batch_size, self.seed, self._drawn_before, *self._place())
-        return self._loader(blocks, sampler)
+        return self._loader(blocks, self._order(blocks))
+
+    def _order(self, blocks: Blocks) -> EndlessBatches:
+        """The order of training samples, from the next one on."""
+        place = self.batch_size, self.seed, self._drawn_before, *self._place()
+        if not isinstance(blocks, MixedBlocks):
+            return EndlessBatches(len(blocks), *place)
+        sizes = [len(source) for source in blocks.sources]
+        self._mixed_order = MixedBatches(sizes, list(self.weights.values()), *place)
+        return self._mixed_order
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Tensor]]]:
         """Every validation set once, in order."""
@@ -364,6 +455,14 @@ class TextDataModule(L.LightningDataModule):
         """Samples over all processes since the beginning of the run, earlier parts of a resumed one included."""
         return self._drawn_before + (self._batches_seen() - self._batches_before) * self.batch_size
 
+    @property
+    def tokens_drawn(self) -> dict[str, int]:
+        """Tokens of each source of a mixture among `samples_drawn`; empty without a mixture."""
+        if self._mixed_order is None:
+            return {}
+        counts = self._mixed_order.counts(self.samples_drawn)
+        return {name: count * self.block_size for name, count in zip(self.weights, counts, strict=True)}
+
     def state_dict(self) -> dict[str, Any]:
         """The number of samples drawn so far, and what identifies the data."""
         return {"samples": self.samples_drawn, **self._identity()}
@@ -377,7 +476,7 @@ class TextDataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         for name, value in self._identity().items():
-            before = state_dict.get(name, "blocks")  # what checkpoints had before there were other windows
+            before = state_dict.get(name, _BEFORE.get(name))
             if before != value:
                 raise ValueError(
                     f"the checkpoint was trained on other data: {name} was {before}, now {value}; give the "
@@ -388,7 +487,15 @@ class TextDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         return {
             "corpus": self.packed.key, "block_size": self.block_size, "seed": self.seed, "windows": self.windows,
+            "mixture": self._mixture_identity(),
         }  # fmt: skip
+
+    def _mixture_identity(self) -> list[list[Any]]:
+        """Key and share of each source."""
+        if not self.mixture:
+            return []
+        keys = [packed.key for packed in self.sources.values()]
+        return [list(pair) for pair in zip(keys, shares(list(self.weights.values())), strict=True)]
 
 
 def _corpus(label: str, settings: Mapping[str, Any]) -> Corpus:

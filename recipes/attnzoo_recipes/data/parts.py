@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -227,7 +227,7 @@ class _Worker:
 
 def _each_encoded(
     parts: Iterable[Part], tokenizer: Tokenizer, fractions: tuple[float, float], num_proc: int
-) -> Iterator[tuple[Part, Encoded]]:
+) -> Generator[tuple[Part, Encoded], None, None]:
     """Parts with their ids, in order; each of num_proc processes works on every num_proc-th part."""
     if num_proc == 1:
         for part in parts:
@@ -236,18 +236,17 @@ def _each_encoded(
     asked: deque[tuple[Part, _Worker]] = deque()
     with ExitStack() as stack:
         for part in parts:
+            found = None
             if len(asked) < num_proc:
                 worker = _Worker(tokenizer, fractions, num_proc)
                 stack.callback(worker.stop)
             else:
                 before, worker = asked.popleft()
-                found = worker.answer()
-                worker.ask(part.texts)
-                asked.append((part, worker))
-                yield before, found
-                continue
+                found = before, worker.answer()
             worker.ask(part.texts)
             asked.append((part, worker))
+            if found is not None:
+                yield found
         for part, worker in asked:
             yield part, worker.answer()
 
