@@ -170,8 +170,8 @@ def verify(path: str | Path) -> str | None:
         return _wrong(target, file)
 
 
-def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
-    """The newest checkpoint of a folder among those that `verify` accepts, or None.
+def newest_valid(folder: str | Path, recursive: bool = True, before: int | None = None) -> Path | None:
+    """The newest checkpoint of a folder among those that `verify` accepts, or None; with `before`, of earlier steps.
 
     Within a run, which has a folder of its own, it is the one of the largest step, whatever the clock said. Runs that
     are folders version_0, version_1, ... side by side follow their numbers, and others the time of their last save.
@@ -180,6 +180,8 @@ def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
     found = (folder.rglob if recursive else folder.glob)(f"*{SUFFIX}")
     paths = [path for path in found if path.is_file() or sharded_checkpoints.is_sharded(path)]
     saved = {path: _saved(path) for path in paths}
+    if before is not None:
+        saved = {path: values for path, values in saved.items() if values[0] < before}
     last: dict[Path, int] = {}
     for path, (_, time_ns) in saved.items():
         runs, _ = _run(path)
@@ -190,7 +192,7 @@ def newest_valid(folder: str | Path, recursive: bool = True) -> Path | None:
         # A link has the age of the checkpoint that it links to; the file itself comes before links to it.
         return last[runs], str(runs), number, *saved[path], not path.is_symlink(), str(path)
 
-    return next((path for path in sorted(paths, key=age, reverse=True) if verify(path) is None), None)
+    return next((path for path in sorted(saved, key=age, reverse=True) if verify(path) is None), None)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", unverified: bool = False) -> dict[str, Any]:

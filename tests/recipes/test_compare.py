@@ -240,6 +240,24 @@ def test_a_comparison_finishes_and_is_not_run_again(small, tmp_path, capsys):
     assert after == stamps
 
 
+def test_a_run_killed_after_its_last_step_is_validated(small, tmp_path):
+    words = [*small[:1], "gta", *small[2:], "--", "--trainer.max_steps=4", "--checkpoints.every_n_train_steps=2"]
+    main(words)
+    out = tmp_path / "out"
+    before = json.loads((out / "results.json").read_text())["rows"][0]
+    (result,) = out.rglob("cells/*/result.json")
+    (metrics,) = out.rglob("metrics.csv")
+    result.unlink()
+    next(out.rglob("record.json")).unlink()
+    head, *lines = metrics.read_text().splitlines(keepends=True)
+    step = head.split(",").index("step")
+    metrics.write_text("".join([head, *(line for line in lines if int(line.split(",")[step]) < 2)]))
+    main(words)
+    after = json.loads((out / "results.json").read_text())["rows"][0]
+    assert after["note"] == ""
+    assert after["val_bits_per_byte"] == before["val_bits_per_byte"]
+
+
 def test_feed_forward_layers_are_compared(small, tmp_path):
     main([*small[:1], "depth0,depth2,parallel", *small[2:], "--vary", "feed_forward"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -322,7 +322,8 @@ def finished_run(
         "--progress=lines", *([] if chosen.mlp_dim is None else [f"--model.mlp_dim={chosen.mlp_dim}"]),
     ]  # fmt: skip
     with contextlib.suppress(ValueError, OSError):
-        if versions.is_dir() and (saved := newest_valid(versions)) is not None:
+        # From the last step's own checkpoint a run would end at once, without its validation and its record.
+        if versions.is_dir() and (saved := newest_valid(versions, before=chosen.steps)) is not None:
             words.append(f"--ckpt_path={saved}")
     code, last_line = watched(words, folder / "log.txt", advance, chosen.steps)
     if code in _STOPPED:
@@ -377,9 +378,11 @@ def measured(versions: Path) -> dict[str, Any]:
     if last != last:
         return {"status": "diverged", "detail": f"validation is not a number after step {max(curve)}"}
     records = sorted(versions.glob(f"version_*/{record.FILE}"), key=lambda p: int(p.parent.name.split("_")[1]))
+    if not records:
+        return {"status": "failed", "detail": "the run left no record of itself"}
     return {
         "status": "finished", "detail": "", "val_bits_per_byte": last, "curve": sorted(curve.items()),
-        "checkpoint": str(checkpoint), "record": json.loads(records[-1].read_text()) if records else None,
+        "checkpoint": str(checkpoint), "record": json.loads(records[-1].read_text()),
     }  # fmt: skip
 
 
