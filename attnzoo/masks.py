@@ -61,7 +61,7 @@ class AttentionMask:
                 if bool((cu_seqlens.diff() < 0).any()):
                     raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
         if dense_mask is not None and dense_mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean (True = may attend), got {dense_mask.dtype}")
+            raise ValueError(f"mask must be boolean (True = may attend), got {dense_mask.dtype}{_way(dense_mask)}")
         if real_queries is not None and (real_queries.dtype != torch.bool or real_queries.ndim != 2):
             raise ValueError(
                 f"real_queries must be a boolean (B, T) tensor, got {real_queries.dtype} {tuple(real_queries.shape)}"
@@ -226,6 +226,11 @@ class CompleteMask(AttentionMask):
         super().__init__(dense_mask=dense_mask, real_queries=real_queries)
         self.bias = bias
         self.has_window = has_window
+
+
+def _way(mask: Tensor) -> str:
+    """How to make a boolean mask of one that is added to scores."""
+    return "; of a mask of 0 and -inf that is added to scores, give mask == 0" if mask.is_floating_point() else ""
 
 
 def as_mask(mask: Tensor | AttentionMask | None) -> AttentionMask | None:

@@ -15,16 +15,17 @@ from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
 from attnzoo.modules.checks import check_groups, derive_head_dim
 from attnzoo.modules.heads import HeadLayout
+from attnzoo.modules.hints import HintedCall
 from attnzoo.modules.recorded import Recorded
 from attnzoo.ops.head_mixing import HeadMap
-from attnzoo.ops.submodules import matrix_of, place_of
+from attnzoo.ops.submodules import matrix_of, own_shapes, place_of
 from attnzoo.rotary import Rotary, RotaryTable, as_rotary
 from attnzoo.rules import check_options, check_sizes
 
 Factors = list[tuple[Tensor, Tensor]]
 
 
-class Mechanism(Recorded, nn.Module):
+class Mechanism(Recorded, HintedCall, nn.Module):
     """Base of the mechanisms, and a start for one's own: see `attnzoo.modules.protocol` for the contract.
 
     A subclass has projections named q_proj, k_proj, v_proj and o_proj, or overrides what reads them: `cache_widths`,
@@ -405,7 +406,7 @@ class Mechanism(Recorded, nn.Module):
         """The sizes and the options that are set."""
         sizes = f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
         options = [f"{name}={value}" for name in self.shown if _is_set(value := getattr(self, name))]
-        return ", ".join([sizes, *options, f"causal={self.causal}", f"backend={self.backend}"])
+        return ", ".join([sizes, *options, f"causal={self.causal}", f"backend={self.backend}", *own_shapes(self)])
 
 
 def _is_set(value: Any) -> bool:

@@ -17,6 +17,7 @@ from attnzoo.modules.checks import check_input
 from attnzoo.modules.clustered_cache import ClusteredCache, ClusteredLayout
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs
+from attnzoo.modules.hints import HintedCall
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.recorded import Recorded
@@ -41,7 +42,7 @@ def _of_wrapped(name: str) -> Any:
     return property(get)
 
 
-class ClusteredHeadAttention(Recorded, nn.Module):
+class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
     """Clustered head attention around a trained module (CHAI, Agarwal et al. 2024, arXiv:2403.08058).
 
     The first probe_tokens tokens of each sequence decide which of its heads attend alike; from then on one head of

@@ -17,7 +17,7 @@ from attnzoo.ops.composed_attention import Composition, DynamicProjection, compo
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant
-from attnzoo.ops.submodules import local
+from attnzoo.ops.submodules import local, own_shapes
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
 
@@ -25,6 +25,22 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 DYNAMIC_SPLITS: dict[str, Any] = {"w1": "heads", "w2": 0, "gate": "heads"}
+
+
+class DynamicLinear(nn.Module):
+    """A matrix (out, in). No nn.Linear, so that a pass over a model's linear layers leaves its small start alone."""
+
+    def __init__(self, in_features: int, out_features: int, **factory_kwargs: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory_kwargs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return ", ".join(own_shapes(self))
 
 
 class DynamicWeights(nn.Module):
@@ -51,14 +67,14 @@ class DynamicWeights(nn.Module):
         self.sizes = (groups, stages, hidden, rank, heads)
         self.act = act
         self.eps = eps
-        self.w1 = nn.Linear(width, groups * stages * hidden, False, **factory_kwargs)
+        self.w1 = DynamicLinear(width, groups * stages * hidden, **factory_kwargs)
         self.w2 = nn.Parameter(torch.empty(groups, stages, hidden, 2 * rank, heads, **factory_kwargs))
-        self.gate = nn.Linear(width, groups * stages * heads, False, **factory_kwargs)
+        self.gate = DynamicLinear(width, groups * stages * heads, **factory_kwargs)
 
     def reset_parameters(self) -> None:
         """The official start, close to the identity: u of size 0.7, small v and gates."""
         _, _, hidden, rank, heads = self.sizes
-        width = self.w1.in_features
+        width = self.w1.weight.shape[1]
         nn.init.normal_(self.w1.weight, std=math.sqrt(2 / (width + hidden)))
         nn.init.normal_(self.w2, std=0.02 / (math.sqrt(hidden) * (heads + rank)))
         nn.init.normal_(self.gate.weight, std=0.005 * math.sqrt(2 / (width + heads)))
@@ -76,6 +92,10 @@ class DynamicWeights(nn.Module):
             u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
             g = torch.tanh(gate.to(compute_dtype)).view(*x.shape[:2], groups, stages, heads)
         return list(zip(*(z.to(x.dtype).unbind(3) for z in (u, v, g)), strict=True))
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return ", ".join(own_shapes(self))
 
 
 class DynamicallyComposableAttention(Mechanism):

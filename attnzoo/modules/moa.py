@@ -19,7 +19,7 @@ from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
-from attnzoo.ops.submodules import is_plain, local, precise_linear
+from attnzoo.ops.submodules import is_plain, local, own_shapes, precise_linear
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
 from attnzoo.tracing import is_exported
@@ -39,6 +39,10 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routes: Routes, **options: Any) -> Tensor:
         """As `expert_linear_pieces` with these matrices."""
         return expert_linear_pieces(x, self.weight.to(x.dtype), routes, **options)
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return ", ".join(own_shapes(self))
 
 
 class MixtureOfAttentionHeads(Mechanism):
@@ -340,7 +344,8 @@ class MixtureOfAttentionHeads(Mechanism):
     def extra_repr(self) -> str:
         """The sizes and the options."""
         experts = f"{self.num_experts_per_tok} of {self.num_experts} experts of {self.heads_per_expert} heads"
-        return f"{self.embed_dim}, {self.num_heads} active heads, {experts}, head_dim={self.head_dim}, rope={self.rope}"
+        sizes = f"{self.embed_dim}, {self.num_heads} active heads, {experts}, head_dim={self.head_dim}"
+        return ", ".join([sizes, f"rope={self.rope}", *own_shapes(self)])
 
 
 def _product_with(experts: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.submodules import is_plain
+from attnzoo.ops.submodules import is_plain, own_shapes
 
 
 def knock_linear(z: Tensor, weight: Tensor) -> Tensor:
@@ -61,6 +61,10 @@ class HeadMap(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (..., D) -> (..., D)."""
         return knock_linear(z, self.weight)
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return ", ".join(own_shapes(self))
 
     def matrices(self) -> tuple[Tensor, ...]:
         """The matrix (D, D)."""

@@ -24,6 +24,11 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     return not hooked
 
 
+def own_shapes(module: nn.Module) -> list[str]:
+    """ "name=(sizes)" of each parameter that a module holds itself, for its repr."""
+    return [f"{name}={tuple(parameter.shape)}" for name, parameter in module.named_parameters(recurse=False)]
+
+
 Split = TypeVar("Split", bound=Tensor | None)
 
 
