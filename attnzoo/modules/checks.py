@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.cache import StatefulCache
 from attnzoo.masks import AttentionMask
 from attnzoo.ops.submodules import is_plain
 from attnzoo.rules import check_sizes, describe
@@ -102,7 +103,9 @@ def key_value_sources(module: Any, x: Tensor, context: Any, layer: nn.Module | N
 
 def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | None) -> None:
     """Refuse a cache of another mechanism or of other sizes, and one where a cache has no meaning."""
-    if not isinstance(getattr(cache, "inner", cache), module.cache_type):
+    held, wanted = getattr(cache, "inner", cache), module.cache_type
+    # Where a mechanism keeps no state, its stateful cache looks like one of keys and values.
+    if not isinstance(held, wanted) or isinstance(held, StatefulCache) != issubclass(wanted, StatefulCache):
         raise ValueError(f"cache must come from this module's init_cache, got a {type(cache).__name__}")
     if not module.causal:
         raise ValueError("cache needs a module with causal=True, got causal=False")

@@ -137,7 +137,8 @@ class GroupedTiedAttention(Mechanism):
             "scale": self.scale, "softcap": self.logit_softcap, "dropout": self.weight_dropout,
             "sinks": 0.0 if self.sink == "zero" else local(self.sinks), "backend": self.backend,
         }  # fmt: skip
-        q, rotary = q[..., : self.nope_head_dim], dict[str, Any](q_rope=q_rope) if self.rope_head_dim else {}
+        q = q[..., : self.nope_head_dim]
+        rotary: dict[str, Any] = {"q_rope": q_rope} if self.rope_head_dim else {}
         with call.remember(k, v, k_rope) as states:
             if call.moves_states:
                 from attnzoo.ops.distributed_attention import expanded_attention

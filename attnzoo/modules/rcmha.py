@@ -86,7 +86,8 @@ class RelativeConvAttention(Mechanism):
             kernel_size=kernel_size, max_distance=max_distance, chunk_size=chunk_size
         )
         self.conv_query_memory = conv_query_memory
-        H, D, factory_kwargs = self.num_heads, self.head_dim, dict[str, Any](device=device, dtype=dtype)
+        H, D = self.num_heads, self.head_dim
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, H * D, False, **factory_kwargs)
         self.k_proj = nn.Linear(embed_dim, H * D, False, **factory_kwargs)
         self.v_proj = nn.Linear(embed_dim, H * D, bias, **factory_kwargs)
