@@ -37,6 +37,18 @@ REFERENCE = {
         lambda value: callable(value) and "modules" not in value.__module__,
     ),
     "conversion": ("Conversions", "From one attention module to another.", "attnzoo.conversion", callable),
+    "hugging_face": (
+        "Hugging Face models",
+        "attnzoo's attention in models of transformers.",
+        "attnzoo.hugging_face",
+        callable,
+    ),
+    "distributed": (
+        "Several devices",
+        "One sequence, or the heads of a layer, over several processes.",
+        "attnzoo.distributed",
+        callable,
+    ),
     "diagnostics": (
         "Diagnostics",
         "Spectra, what heads do, which of them matter, and how similar they are.",
