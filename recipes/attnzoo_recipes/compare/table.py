@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,34 +211,38 @@ def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], pat
     Of several learning rates, the lines have the common one.
     """
     figure, axes = _figure()
-    for number, (name, own) in enumerate(_finished(runs, facts.get("rate")).items()):
+    finished, ends = _finished(runs, facts.get("rate")), []
+    for number, (name, own) in enumerate(finished.items()):
         curves = [dict(run["curve"]) for run in own]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
-        style = _style(number)
-        axes.plot(steps, [statistics.fmean(v) for v in values], label=name, **style)
+        means, style = [statistics.fmean(v) for v in values], _style(number, len(finished))
+        axes.plot(steps, means, **style)
         if len(curves) > 1:
             axes.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.2
             )
-    if facts.get("bigram") is not None:
-        axes.axhline(facts["bigram"], color="0.4", linewidth=1, linestyle=":", label="bigram entropy")
-    axes.set(xlabel="optimiser step", ylabel="validation (bits per byte)", title="Learning curves")
+        if steps:
+            ends.append((steps[-1], means[-1], name, style["color"]))
+    note = "" if facts.get("bigram") is None else f"; bigram entropy {facts['bigram']:.3f}"
+    axes.set(xlabel="optimiser step", ylabel="validation (bits per byte)", title=f"Learning curves{note}")
+    _label(axes, ends)
     _finish(figure, axes, path)
 
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
     """Validation bits per byte against cache bytes per token, with standard errors."""
     figure, axes = _figure()
-    shown = [(i, row) for i, row in enumerate(rows) if row["val_bits_per_byte"] is not None]
+    shown, points = [(i, row) for i, row in enumerate(rows) if row["val_bits_per_byte"] is not None], []
     for number, row in shown:
-        style = _style(number)
+        style = _style(number, len(rows))
         x, y = row["cache_bytes_per_token"], row["val_bits_per_byte"]
         error = row["standard_error"]
         axes.errorbar(
             [x], [y], yerr=None if error is None else [error], color=style["color"], marker=style["marker"],
-            markersize=8, linestyle="", label=row["mechanism"], capsize=3,
+            markersize=8, linestyle="", capsize=3,
         )  # fmt: skip
+        points.append((x, y, row["mechanism"], style["color"]))
     if shown and all(row["cache_bytes_per_token"] > 0 for _, row in shown):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -245,6 +250,7 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
         xlabel="cache (bytes per token, bfloat16, all layers)", ylabel="validation (bits per byte)",
         title="Quality against cache",
     )  # fmt: skip
+    _label(axes, points)
     _finish(figure, axes, path)
 
 
@@ -262,14 +268,30 @@ _LINES = ("-", "--", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 
 
-def _style(number: int) -> dict[str, Any]:
+def _style(number: int, count: int) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    # More mechanisms than Okabe and Ito have colours take theirs along a map, neighbours far from each other.
+    place = (number * 5 % count if count % 5 else number * 7 % count) / count
+    mapped = colormaps["turbo"](0.04 + 0.92 * place)[:3]
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
+        "color": _COLOURS[number] if count <= len(_COLOURS) else tuple(0.85 * part for part in mapped),
+        "linestyle": _LINES[number % len(_LINES)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 5,
         "linewidth": 1.5,
     }
+
+
+def _label(axes: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Write each point's name to its right; names at one place along x keep apart."""
+    axes.margins(x=0.18)
+    low, high = axes.get_ylim()
+    gap, below = 0.036 * (high - low), dict[float, float]()
+    for x, y, name, colour in sorted(points, key=lambda point: point[1]):
+        below[x] = max(y, below.get(x, -math.inf) + gap)
+        axes.text(x, below[x], f"   {name}", va="center", fontsize=8, color=colour)
+    axes.set_ylim(low, max(high, gap + max(below.values(), default=high)))
 
 
 def _figure() -> tuple[Any, Any]:
@@ -281,8 +303,6 @@ def _figure() -> tuple[Any, Any]:
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     write_atomically(path, png.getvalue())
