@@ -186,7 +186,7 @@ def messages(module: Any, seq: int, ranks: int, tensor: int, dtype: torch.dtype,
     reduced = 2 * (tensor - 1) * (seq // ranks) * module.embed_dim * dtype.itemsize // tensor
     kinds = module.tensor_splits().items() if tensor > 1 else ()
     split = sum(
-        kind in ("heads", "groups") and isinstance(dict(module.named_modules()).get(name), torch.nn.Module)
+        kind in ("heads", "groups", "rows") and isinstance(dict(module.named_modules()).get(name), torch.nn.Module)
         for name, kind in kinds
     )
     if ranks == 1:

@@ -208,7 +208,7 @@ FLOORS = {
         {"data", "feed_forward", "lm", "model_config", "options"},
         {"checkpointing", "initial_weights", "sampling", "sharding", "trainer"}, {"training"}, {"callbacks"},
         {"commandline", "consolidate", "diagnose", "generate", "export", "convert"},
-        {"compare", "pretrain"},
+        {"compare", "pretrain"}, {"evidence"},
     ],
 }  # fmt: skip
 

@@ -85,6 +85,17 @@ class KeyValueHeads(ParallelStyle):
         return module
 
 
+class Rows(ParallelStyle):
+    """Of a matrix that is no nn.Linear: its rows by heads, and an input whose gradient is the sum over ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group, weight = device_mesh.get_group(), module.get_parameter("weight")
+        shard = distribute_tensor(weight.detach(), device_mesh, [Shard(0)])
+        module.register_parameter("weight", nn.Parameter(shard, requires_grad=weight.requires_grad))
+        module.register_forward_pre_hook(lambda _, inputs: (copied(inputs[0], group),))
+        return module
+
+
 class ReadByAllHeads(ParallelStyle):
     """Of a projection that all ranks have and whose output the heads of all ranks read: its gradient is their sum."""
 
@@ -134,7 +145,7 @@ def plan_of(module: Any) -> dict[str, ParallelStyle]:
     }
     styles: dict[str, Any] = {
         "heads": ColwiseParallel, "groups": lambda: KeyValueHeads(module.num_kv_heads), "columns": RowwiseParallel,
-        "read by all": ReadByAllHeads, "shared": SharedByHeads,
+        "rows": Rows, "read by all": ReadByAllHeads, "shared": SharedByHeads,
     }  # fmt: skip
     for own, kind in found.items():
         if not isinstance(kind, int) and kind != "whole":

@@ -24,7 +24,7 @@ from attnzoo.rules import check, check_sizes, one_of
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
-DYNAMIC_SPLITS: dict[str, Any] = {"w1": "heads", "w2": 0, "gate": "heads"}
+DYNAMIC_SPLITS: dict[str, Any] = {"w1": "rows", "w2": 0, "gate": "rows"}
 
 
 class DynamicLinear(nn.Module):
@@ -36,7 +36,7 @@ class DynamicLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return F.linear(x, self.weight)
+        return F.linear(x, local(self.weight))
 
     def extra_repr(self) -> str:
         """The shape."""

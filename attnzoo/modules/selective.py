@@ -46,6 +46,7 @@ class SelectiveAttention(GroupedQueryAttention):
 
     cache_type = SelectionCache
     takes_bias = False
+    takes_left_padding = False  # The first token of a row is protected.
     shown = ("selection_head", "rope", "sliding_window", "pruned_heads")
 
     def __init__(

@@ -296,7 +296,7 @@ def _write_sidecar(target: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _remove(target: Path) -> None:
-    if target.is_dir():
+    if sharded_checkpoints.manifest_of(target) is not None:
         sharded_checkpoints.remove(target)
     if target.is_file() or target.is_symlink():
         target.unlink()

@@ -376,6 +376,8 @@ def _assert_same_figures(one, other):
 def test_padding_on_either_side_changes_no_figure(name, side):
     if name == "rcmha" and side == "left":
         pytest.skip("its convolutions and distances see what stands before the text")
+    if name == "forgetting-pro" and side == "left":
+        pytest.skip("its token shift reads what stands before the text")
     if name == "selective" and side == "left":
         pytest.skip("it protects the first token of a row, which is padding then")
     options = {"bidirectional": {"causal": False}, "windowed": {"sliding_window": 4}}.get(name)

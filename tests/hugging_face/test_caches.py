@@ -27,7 +27,7 @@ CASES += [
     (name, "window") for name in ("gta", "dcmha", "talking-heads", "mae", "tpa") if "window" in TAKES.get(name, OPTIONS)
 ]
 CASES += [("chai", "plain")]
-NO_LEFT = ("mta", "mta-full", "mgk", "mgk-hard", "mgk-linear", "rcmha", "mhla", "mhla-heads", "chai")
+NO_LEFT = ("mta", "mta-full", "mgk", "mgk-hard", "mgk-linear", "rcmha", "mhla", "mhla-heads", "chai", "selective")
 
 
 @functools.cache

@@ -434,7 +434,7 @@ def test_opcheck() -> None:
     (q, k, v, q_rope, k_rope), options = made(joined("learned sinks", "shared part"), S=20, B=1)
     library.opcheck(
         torch.ops.attnzoo.decode_attention.default,
-        (q, k, v, q_rope, k_rope, None, options["sinks"], *(None,) * 5, 0.5, 0.0, 9, 1, 17, 2, True),
+        (q, k, v, q_rope, k_rope, None, None, options["sinks"], *(None,) * 5, 0.5, 0.0, 9, 1, 17, 2, True),
     )
 
 

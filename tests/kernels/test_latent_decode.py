@@ -242,7 +242,7 @@ def test_torch_compile_sees_one_operator() -> None:
 def test_opcheck() -> None:
     query, states = made(B=1, S=20)
     latent, k_rope = states[..., :R], states[..., R:]
-    arguments = (query[..., :R], latent, latent, query[..., R:], k_rope, *(None,) * 7, 0.3, 0.0, 0, 0, 17, 2, True)
+    arguments = (query[..., :R], latent, latent, query[..., R:], k_rope, *(None,) * 8, 0.3, 0.0, 0, 0, 17, 2, True)
     library.opcheck(torch.ops.attnzoo.decode_attention.default, arguments)
 
 

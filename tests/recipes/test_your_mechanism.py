@@ -201,7 +201,7 @@ def test_a_mechanism_that_cannot_be_cut_has_curves_without_speed(folder):
     ).eval()
     tokens = torch.arange(40).view(2, 20)
     calls = {"prefill": (lambda model: model(tokens), 40)}
-    task = Task([tokens], next_token_losses, 2, False, "loss (nats per token)", None, calls)
+    task = Task([tokens], next_token_losses, 2, False, "loss (nats per token)", None, 3.0, calls)
     result = study(
         model, task, percents=(50,), modes=("greedy",), normalize=("none",), granularity="example", unit="head",
         min_heads_per_layer=0, rescale=False, seeds=(0,), ablate=(), speed=(0, 50), rounds=1,
