@@ -285,6 +285,7 @@ def test_a_file_of_a_former_run_is_replaced_by_the_first_row(main, planted, tmp_
     assert [line["case"] for line in lines_of(tmp_path)] == ["last"]
 
 
+@pytest.mark.slow
 def test_the_budget_ends_a_row(main, planted, tmp_path, capsys):
     start = time.monotonic()
     assert main([*DRY, "--grid", str(planted), "--only", "good,hangs,last", "--budget", "25", "--row-limit", "500",

@@ -54,6 +54,7 @@ def test_a_step_that_is_late_is_ended_with_all_that_it_started_and_the_next_one_
     assert not status.exists() or "zombie" in status.read_text()
 
 
+@pytest.mark.slow
 def test_tests_that_are_late_leave_their_results(session, monkeypatch, tmp_path):
     slow = tmp_path / "test_slow.py"
     slow.write_text("import time\n\ndef test_one(): pass\n\ndef test_two(): time.sleep(99)\n")

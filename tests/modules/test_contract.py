@@ -484,12 +484,14 @@ INDUCTOR = (
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch warns about its own import
 )
+# Other forms of mechanisms that are compiled anyway.
+VARIANTS = {name for name in MECHANISMS if "-" in name}
 COMPILED = [(name, "plain") for name in MECHANISMS] + [("gqa", option) for option in OPTIONS if option != "plain"]
 
 
 @pytest.mark.parametrize(
     ("name", "option", "compiler"),
-    [(*case, "aot_eager") for case in COMPILED]
+    [pytest.param(*case, "aot_eager", marks=pytest.mark.slow if case[0] in VARIANTS else ()) for case in COMPILED]
     + [pytest.param(name, "plain", "inductor", marks=INDUCTOR) for name in ("gqa", "kha-gta")],
 )
 def test_compiles_without_a_graph_break(name: str, option: str, compiler: str) -> None:

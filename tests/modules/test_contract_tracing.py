@@ -292,7 +292,9 @@ def test_gradients_of_single_samples_are_a_loop(name: str) -> None:
 
 
 @slow_rules
-@every_mechanism
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in MECHANISMS]
+)
 def test_one_graph_serves_any_length(name: str) -> None:
     module = make(name)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")

@@ -123,7 +123,7 @@ def test_counted_costs(options):
     assert sum(p.numel() for p in attn.parameters()) == 4 * E * E + interaction
 
 
-@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize("efficient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_finite_differences(efficient):
     attn = make(efficient=efficient, chunk_size=2)
     x = sample(4).requires_grad_()

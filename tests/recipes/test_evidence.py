@@ -215,6 +215,7 @@ def two_seeds(tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_a_claim_is_tried_resumed_and_its_rule_kept(tiny, two_seeds, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     words = [str(two_seeds("gated_sink")), "--preset", str(tiny(1e-3, 3e-3)), "--out", str(out)]
@@ -259,6 +260,7 @@ def test_a_claim_is_tried_resumed_and_its_rule_kept(tiny, two_seeds, tmp_path, c
     assert "the rule of gated_sink must be that of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_claims_share_runs(tiny, two_seeds, tmp_path):
     common = ["--preset", str(tiny(1e-3)), "--out", str(tmp_path / "out")]
     cli.main([str(two_seeds("gated")), str(two_seeds("gated_sink")), *common])

@@ -112,7 +112,7 @@ def test_killed_in_the_middle_of_a_run(mechanism, more, arguments, tmp_path):
     assert_equal_runs(whole, killed)
 
 
-@pytest.mark.parametrize("sync", [4, 5, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sync", [4, *(pytest.param(sync, marks=pytest.mark.slow) for sync in (5, 6))])
 def test_killed_in_the_middle_of_a_save(sync, arguments, tmp_path):
     words = arguments("mqa", *OPTIONS, steps=STEPS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -145,7 +145,7 @@ def test_a_flipped_bit_in_the_last_checkpoint_is_noticed(arguments, run, tmp_pat
     assert read_checkpoint(tmp_path / "run" / "version_1")["global_step"] == 5
 
 
-@pytest.mark.parametrize("mechanism", ["kha", "moh", "moa"])
+@pytest.mark.parametrize("mechanism", ["kha", "moh", pytest.param("moa", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(mechanism, arguments, tmp_path):
     words = arguments(
         mechanism,
