@@ -218,8 +218,9 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         """How submodules and parameters are split for tensor parallelism, by name.
 
         Of a linear layer "heads" or "groups" (rows of query or key/value heads), "columns", or "read by all" (whole,
-        and all heads read its output); of another module with a matrix "rows"; of other submodules "shared" (whole, and each rank applies it to its own heads)
-        or "whole" (whole, and all ranks do the same with it); of a parameter the dimension of its heads.
+        and all heads read its output); of another module with a matrix "rows"; of other submodules "shared" (whole,
+        and each rank applies it to its own heads) or "whole" (whole, and all ranks do the same with it); of a
+        parameter the dimension of its heads.
         """
         return {}
 
