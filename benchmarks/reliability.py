@@ -1,6 +1,6 @@
 """What survives kills, signals, full disks, damaged files and bad batches: counts, not times.
 
-    python benchmarks/reliability.py                                   everything; about 25 minutes on 2 cores
+    python benchmarks/reliability.py                                   everything; about 35 minutes on 2 cores
     python benchmarks/reliability.py --only save resume --runs 4       a part of it
     python benchmarks/reliability.py --out benchmarks/results/reliability.jsonl
 
@@ -14,9 +14,11 @@ disk      runs on a small file system that is full for a random part of them (ne
           they must go on, say which file and how much room there is, and end as an undisturbed run, metrics and samples
           included; and runs on one that stays full, which must end with exit code 4 and a valid older checkpoint
 signals   SIGTERM, SIGINT and SIGUSR1 at random moments of the whole process, from when its handlers are there to its
-          end; the exit code must be the promised one, and what has been trained must be in a valid checkpoint
+          end (not while the system takes it down); the exit code must be the promised one, and what has been trained
+          must be in a valid checkpoint
 resume    kill -9 at a random moment of a random step, resumed from the newest valid checkpoint; weights, optimiser
-          state and losses must be equal bit for bit, for every mechanism, and for two also when compiled
+          state and losses must be equal bit for bit, for every mechanism of configs/attention, and for two also when
+          compiled
 tokens    token files with flipped bits, cut short, extended or missing; the next run must refuse them by name
 nan       one batch without a finite loss, and nothing else than such batches
 attacks   the tests of tests/recipes/test_attacks.py
@@ -63,10 +65,8 @@ from attnzoo_recipes.signals import EXIT_CODES, Stop
 
 Row = dict[str, Any]
 PACKAGES = ("attnzoo", "lightning")
-MECHANISMS = (
-    "mha", "mqa", "gqa", "gta", "mla", "kha", "moh", "moa", "dcmha", "talking_heads", "linear", "mhla",
-)  # fmt: skip
-COMPILED = ("mha", "kha")
+MECHANISMS = sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml"))
+RESUMED = [*MECHANISMS, "mha, compiled", "kha, compiled"]
 STEPS, EVERY = 40, 8
 MOMENTS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start")
 WEIGHTS = 500_000  # 2 MB: a save takes long enough to be hit
@@ -319,8 +319,8 @@ def signal_suite(runs: int, folder: Path) -> Iterator[Row]:
         wait_until(lambda child=child: has_handlers(child.pid) or child.poll() is not None)
         moment = draw.uniform(0, 1.02 * whole)
         time.sleep(moment)
-        if child.poll() is not None:
-            continue  # it had ended before: another moment is drawn
+        if has_ended(child):
+            continue  # another moment is drawn
         child.send_signal(number)
         code = child.wait()
         said = log.read_text()
@@ -353,15 +353,23 @@ def has_handlers(process: int) -> bool:
     return caught is not None and bool(int(caught.group(1), 16) >> (signal.SIGTERM - 1) & 1)
 
 
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process is over, or the system is taking it down, which takes it some time and is no moment of it."""
+    if process.poll() is not None:
+        return True
+    exiting = 0x4  # PF_EXITING of proc_pid_stat(5)
+    flags = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[6]
+    return bool(int(flags) & exiting)
+
+
 def resume_suite(runs: int, folder: Path) -> Iterator[Row]:
     """Runs that are killed at a random step and resumed, against one that was not."""
     draw = random.Random(0)
     whole: dict[str, Path] = {}
     outcomes: dict[str, list[tuple[bool, float, dict[str, Any]]]] = {}
     for attempt in range(runs):
-        name = MECHANISMS[attempt % len(MECHANISMS)]
-        compiled = name in COMPILED and attempt // len(MECHANISMS) == 1
-        case = f"{name}, compiled" if compiled else name
+        case = RESUMED[attempt % len(RESUMED)]
+        name, _, compiled = case.partition(", ")
         extra = ["--model.compile", "true"] if compiled else []
         if case not in whole:
             whole[case] = folder / f"{case}-whole"
@@ -457,7 +465,7 @@ SUITES: dict[str, tuple[Callable[[int, Path], Iterator[Row]], int]] = {
     "tokenise": (tokenise_suite, 50),
     "disk": (disk_suite, 20),
     "signals": (signal_suite, 40),
-    "resume": (resume_suite, 24),
+    "resume": (resume_suite, 2 * len(RESUMED)),
     "tokens": (tokens_suite, 40),
     "nan": (nan_suite, 4),
     "attacks": (attacks_suite, 1),
