@@ -183,10 +183,10 @@ class TokenCache:
             return self._append_linear(states, tokens), None
         return self._append_ring(tuple(state.transpose(1, 2) for state in states), tokens)
 
-    def _check(self, new: tuple[Tensor, ...]) -> int:
-        """How many new tokens; refuses states of another batch, width, dtype or device."""
+    def _check(self, new: tuple[Tensor, ...], first: int | None = None) -> int:
+        """How many new tokens; refuses states of another batch, width, dtype or device than the (first) buffers."""
         tokens = new[0].shape[1]
-        for (heads, width), buffer, state in zip(self._widths, self.buffers, new, strict=False):
+        for (heads, width), buffer, state in zip(self._widths[:first], self.buffers[:first], new, strict=True):
             expected = (self.batch_size, tokens, heads, width)
             if state.shape != expected or state.dtype != buffer.dtype or state.device != buffer.device:
                 raise ValueError(
@@ -381,19 +381,54 @@ class ConvolutionCache(StatefulCache):
         self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
 
 
-class ForgettingCache(StatefulCache):
-    """Keys, values and cumulated log gates (B, H, S, 1), and the last keys and values before a token shift.
-
-    The gates are in float32, or float64 for a float64 cache. A module without gates stores none, one without a shift
-    keeps no rows.
+class RecentCache(StatefulCache):
+    """Keys and values, and a state (B, N, ...) of rows for the last tokens, the last row for the last token.
 
     Attributes:
         known: how many of the rows belong to tokens in the cache.
     """
 
+    known = 0
+
+    def follow(self, *new: Tensor) -> None:
+        """Move on to the last rows after new ones (B, T, ...)."""
+        rows = self.state[0].shape[1]
+        pairs = zip(self.state, new, strict=True)
+        self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
+        self.known = min(rows, self.known + new[0].shape[1])
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the rows of so many last tokens."""
+        self.state = tuple(
+            torch.cat([torch.zeros_like(part[:, :tokens]), part[:, : max(0, part.shape[1] - tokens)]], 1)
+            for part in self.state
+        )
+        self.known = max(0, self.known - tokens)
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay allocated."""
+        super().reset()
+        self.known = 0
+
+    def snapshot(self, tokens: int) -> Any:
+        """As `TokenCache.snapshot`, with the rows."""
+        return super().snapshot(tokens), self.known
+
+    def restore(self, snapshot: Any) -> None:
+        """Take back what was appended since the snapshot."""
+        before, self.known = snapshot
+        super().restore(before)
+
+
+class ForgettingCache(RecentCache):
+    """Keys, values and cumulated log gates (B, H, S, 1), and the last keys and values before a token shift.
+
+    The gates are in float32, or float64 for a float64 cache. A module without gates stores none, one without a shift
+    keeps no rows.
+    """
+
     ROWS = 16
     precise = (2,)
-    known = 0
 
     def append(self, *states: Tensor) -> tuple[Any, ...]:
         """Store k (B, T, G, D), v (B, T, G, Dv) and gates (B, T, H, 1); return those of all tokens and positions."""
@@ -418,22 +453,11 @@ class ForgettingCache(StatefulCache):
 
     def check_fits(self, *new: Tensor) -> None:
         """Raise ValueError unless these keys and values fit the cache."""
-        self._check(new)
+        self._check(new, 2)
 
     def last_rows(self) -> tuple[Tensor, ...]:
         """The last key and value before the shift, (B, 1, heads, width)."""
         return tuple(part[:, -1:] for part in self.state)
-
-    def store_rows(self, *new: Tensor) -> None:
-        """Move on to the last rows of keys and values that came after those in the cache."""
-        pairs = zip(self.state, new, strict=True)
-        self.store(*(torch.cat([held, part], 1)[:, -self.ROWS :] for held, part in pairs))
-        self.known = min(self.ROWS, self.known + new[0].shape[1])
-
-    def reset(self) -> None:
-        """Forget everything; the buffers stay allocated."""
-        super().reset()
-        self.known = 0
 
     def truncate(self, length: int) -> None:
         """As `TokenCache.truncate`; with a token shift not beyond the rows that are kept, unless to 0."""
@@ -448,17 +472,7 @@ class ForgettingCache(StatefulCache):
         if not length:
             self.reset()
         elif self.state and back:
-            self.state = tuple(F.pad(part[:, :-back], (0, 0, 0, 0, back, 0)) for part in self.state)
-            self.known -= back
-
-    def snapshot(self, tokens: int) -> Any:
-        """As `TokenCache.snapshot`, with the state."""
-        return super().snapshot(tokens), self.known
-
-    def restore(self, snapshot: Any) -> None:
-        """Take back what was appended since the snapshot."""
-        before, self.known = snapshot
-        super().restore(before)
+            self.take_back(back)
 
 
 class LatentCache(TokenCache):
@@ -520,17 +534,13 @@ class FactorCache(TokenCache):
         return *kept, positions
 
 
-class RecentQueriesCache(StatefulCache):
-    """Keys and values, and the rotated queries of the last tokens, (B, rows, H, D), the last row of the last token.
+class RecentQueriesCache(RecentCache):
+    """Keys and values, and the rotated queries of the last tokens, (B, rows, H, D).
 
     A few more than are read are kept, so that as many tokens can be taken back.
-
-    Attributes:
-        held: how many rows are those of tokens.
     """
 
     SPARE = 16
-    held = 0
     earlier = 0
 
     @classmethod
@@ -546,19 +556,7 @@ class RecentQueriesCache(StatefulCache):
     def recent(self) -> Tensor:
         """The queries before the next token, as many of those that are read as there are: (B, L, H, D)."""
         (queries,) = self.state
-        return queries[:, queries.shape[1] - min(self.held, self.earlier) :]
-
-    def store_queries(self, q: Tensor) -> None:
-        """Move on to the queries after q (B, T, H, D)."""
-        (queries,) = self.state
-        rows = queries.shape[1]
-        self.store(torch.cat([queries, q], 1)[:, q.shape[1] :])
-        self.held = min(rows, self.held + q.shape[1])
-
-    def reset(self) -> None:
-        """Forget everything; the buffers stay allocated."""
-        super().reset()
-        self.held = 0
+        return queries[:, queries.shape[1] - min(self.known, self.earlier) :]
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, as long as the queries before them are kept."""
@@ -567,41 +565,56 @@ class RecentQueriesCache(StatefulCache):
         if length == 0:
             self.reset()
         elif gone:
-            (queries,) = self.state
-            if self.earlier and self.held - gone < min(self.earlier, length):
+            if self.earlier and self.known - gone < min(self.earlier, length):
                 raise ValueError(
-                    f"length must be 0 or at least {self.length - self.held + self.earlier}: queries of earlier tokens "
-                    f"are gone, got {length}"
+                    f"length must be 0 or at least {self.length - self.known + self.earlier}: queries of earlier "
+                    f"tokens are gone, got {length}"
                 )
-            self.state = (torch.cat([torch.zeros_like(queries[:, :gone]), queries[:, : queries.shape[1] - gone]], 1),)
-            self.held = max(0, self.held - gone)
+            self.take_back(gone)
             TokenCache.truncate(self, length)
 
-    def snapshot(self, tokens: int) -> Any:
-        """As `TokenCache.snapshot`, with the queries."""
-        return super().snapshot(tokens), self.held
 
-    def restore(self, snapshot: Any) -> None:
-        """Take back what was appended since the snapshot."""
-        before, self.held = snapshot
-        super().restore(before)
+class SelectionCache(RecentCache):
+    """Keys and values, and what tokens have taken from each key, (B, N, max_length) in float32 or float64.
 
+    The last row is what all tokens have taken, the row before it what all but the last have, and so on.
+    """
 
-class SelectionCache(StatefulCache):
-    """Keys and values, and what the tokens so far have taken from each key, (B, max_length) in float32 or float64."""
-
-    no_way_back = "a sum cannot give single tokens back"
+    ROWS = 16
+    """Tokens that can be taken back."""
 
     def make_sums(self) -> None:
         """Allocate the sums."""
         buffer = self.buffers[0]
         dtype = torch.promote_types(buffer.dtype, torch.float32)
-        self.state = (torch.zeros(self.batch_size, self.max_length, device=buffer.device, dtype=dtype),)
+        shape = self.batch_size, self.ROWS + 1, self.max_length
+        self.state = (torch.zeros(shape, device=buffer.device, dtype=dtype),)
 
     def removed(self) -> Tensor:
         """What was taken from each key of the cache, (B, S)."""
-        return self.state[0][:, : self.length]
+        return self.state[0][:, -1, : self.length]
 
-    def store_removed(self, removed: Tensor) -> None:
-        """Move on to what was taken from each key after the tokens that were appended, (B, S)."""
-        self.store(torch.nn.functional.pad(removed, (0, self.max_length - removed.shape[1])))
+    def store_removed(self, removed: Tensor, tokens: int) -> None:
+        """Move on by so many tokens that were appended.
+
+        removed (B, n + 1, S) says what was taken from each key after all but the last n of them, ..., and after all.
+        """
+        rows = F.pad(removed, (0, self.max_length - removed.shape[2]))
+        held = self.state[0][:, :-1]
+        self.store(torch.cat([held, rows], 1)[:, -self.ROWS - 1 :])
+        self.known = min(self.ROWS, self.known + tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on, as long as it is known what was taken before them."""
+        check_held(length, self.length)
+        back = self.length - length
+        if length and back > self.known:
+            raise ValueError(
+                f"length must be 0 or at least {self.length - self.known}: what earlier tokens had taken is known for "
+                f"the last {self.known} alone, got {length}"
+            )
+        if length:
+            self.take_back(back)
+            TokenCache.truncate(self, length)
+        else:
+            self.reset()

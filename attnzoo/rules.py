@@ -23,6 +23,11 @@ def is_integer(value: object) -> bool:
     return type(value) is int or (isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool))
 
 
+def is_real(value: object) -> bool:
+    """Whether a value is a real number, not True or False; infinity and nan are."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite real number, not True or False."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

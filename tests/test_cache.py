@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnzoo.cache import KeyValueCache, TiedCache, UntiedCache
+from attnzoo.cache import ForgettingCache, KeyValueCache, TiedCache, UntiedCache
 
 
 def numbered(start, count, heads=1, width=1):
@@ -76,6 +76,17 @@ def test_reorder_takes_whole_rows():
     k, _, _ = cache.append(rows, rows)
     assert k[:, 0].flatten().tolist() == [2, 0, 0]
     assert k[:, 1].flatten().tolist() == [0, 1, 2]
+
+
+def test_every_buffer_gets_its_states():
+    cache = ForgettingCache(1, 4, ((1, 1), (1, 1), (2, 1)))
+    k, v, gates = numbered(0, 2), numbered(0, 2), numbered(0, 2, heads=2)
+    cache.check_fits(k, v)
+    for few in ((k, v), (k,)):
+        with pytest.raises(ValueError, match="zip"):
+            cache.append(*few)
+    assert cache.length == 0
+    assert cache.append(k, v, gates)[2].shape == (1, 2, 2, 1)
 
 
 @pytest.mark.parametrize(

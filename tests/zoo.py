@@ -279,7 +279,6 @@ LACKS: dict[str, tuple[str, ...]] = {
         "padding as a mask",
         "pruning as a mask",
         "sdpa",
-        "token cache",
     ),
     "tpa": ("head order by rows", "circuits"),
     "tpa-kv": ("head order by rows", "circuits", "unnormed heads"),

@@ -16,14 +16,16 @@ from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, k
 from attnzoo.ops.head_norm import HeadNorm
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
+from attnzoo.ops.pruned_attention import pruned_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import precise_linear
 from attnzoo.ops.token_shift import token_shift
 from attnzoo.rotary import Rotary
-from attnzoo.rules import SWITCH, check, describe, one_of
+from attnzoo.rules import SWITCH, Rule, check, describe, is_real, one_of
 
 GATES = ("data", "bias", "fixed")
+TOLERANCE: Rule = ((lambda value: is_real(value) and value < 0, "be a negative number"),)
 
 
 class ForgettingAttention(Mechanism):
@@ -65,6 +67,8 @@ class ForgettingAttention(Mechanism):
         rope: rotary position embedding, or None: the gate is enough. The authors use a base of 500,000.
         scale: factor of the products. Default: D ** -0.5.
         sliding_window: a query sees this many keys at most, itself included.
+        prune_tolerance: keys are skipped whose decay leaves them a share of exp(prune_tolerance) of a query's weights
+            at most, all together (arXiv:2504.06949, where it is -10). None: none are.
         causal: must be True.
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' normal initialisation.
@@ -100,6 +104,7 @@ class ForgettingAttention(Mechanism):
         rope: Rotary | None = None,
         scale: float | None = None,
         sliding_window: int | None = None,
+        prune_tolerance: float | None = None,
         causal: bool = True,
         dropout: float = 0.0,
         init_std: float = 0.02,
@@ -130,9 +135,16 @@ class ForgettingAttention(Mechanism):
             k_shift = v_shift = output_norm = True
             qk_norm = qk_norm or True
             output_gate = output_gate or "sigmoid"
+        if prune_tolerance is not None:
+            check("prune_tolerance", prune_tolerance, TOLERANCE)
+            if sliding_window is not None or forget_gate is None:
+                raise ValueError(
+                    f"prune_tolerance needs a forget gate and no sliding_window, got {prune_tolerance}, "
+                    f"{forget_gate!r} and {sliding_window}"
+                )
         if output_gate == "silu" and output_norm:
             raise ValueError("output_gate must be 'sigmoid' or None with output_norm, got 'silu'")
-        self.forget_gate, self.output_gate = forget_gate, output_gate
+        self.forget_gate, self.output_gate, self.prune_tolerance = forget_gate, output_gate, prune_tolerance
         self.decay_times = None if decay_times is None else (float(decay_times[0]), float(decay_times[1]))
         self.has_shift = k_shift or v_shift
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -197,13 +209,15 @@ class ForgettingAttention(Mechanism):
         states = (k, v) if self.forget_gate is None else (k, v, self.cumulated_gates(x, call))
         with call.remember(*states) as (k, v, *c):
             if cache is not None and self.has_shift:
-                cache.store_rows(*new)
+                cache.follow(*new)
             k, v = self.heads.spread(k, v)
             decay = c[0][..., 0].transpose(1, 2) if c else None
-            out = softmax_attention(
-                q, k, v, call.view, scale=self.scale, decay=decay, bias=call.bias, dropout=self.weight_dropout,
-                backend=self.backend,
-            )  # fmt: skip
+            options: dict[str, Any] = {"scale": self.scale, "decay": decay, "backend": self.backend}
+            options |= {"bias": call.bias, "dropout": self.weight_dropout}
+            if self.prune_tolerance is None:
+                out = softmax_attention(q, k, v, call.view, **options)
+            else:
+                out = pruned_attention(q, k, v, call.view, tolerance=self.prune_tolerance, **options)
             gate = None if self.g_proj is None else self.g_proj(x)
             activation = self.output_gate or "sigmoid"
             heads = norm_and_gate(

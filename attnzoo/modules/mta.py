@@ -204,7 +204,7 @@ class MultiTokenAttention(Mechanism):
         with call.remember(k, v) as (k, v):
             earlier = None if cache is None else cache.recent()
             if cache is not None:
-                cache.store_queries(q)
+                cache.follow(q)
             k, v = self.heads.spread(k, v)
             out = multi_token_attention(
                 q, k, v, self.maps, call.view, scale=self.scale, earlier=earlier, dropout=self.weight_dropout,

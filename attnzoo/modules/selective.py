@@ -13,7 +13,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.selective_attention import selective_attention
-from attnzoo.rules import COUNT, SWITCH, check, check_sizes, describe
+from attnzoo.rules import COUNT, POSITIVE, SWITCH, check, check_sizes, describe
 
 
 class SelectiveAttention(GroupedQueryAttention):
@@ -34,6 +34,8 @@ class SelectiveAttention(GroupedQueryAttention):
         head_dim: width D of queries and keys. Default: E / H.
         selection_head: the head m. It cannot be pruned.
         protect_first: whether nothing is taken from a document's first token.
+        prune_threshold: keys of which F exceeds it have weight 0. It changes the weight of such a key by
+            exp(-prune_threshold) at most, relative to what it would be without F. None: all keys stay.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass.
         options: the keyword options of `GroupedQueryAttention` but sink, sink_tokens, alibi, logit_softcap, kdim and
@@ -44,10 +46,10 @@ class SelectiveAttention(GroupedQueryAttention):
         ValueError: for an argument outside its rule, naming argument, rule and value.
     """
 
-    cache_type = SelectionCache
+    cache_type: type[SelectionCache] = SelectionCache
     takes_bias = False
     takes_left_padding = False  # The first token of a row is protected.
-    shown = ("selection_head", "rope", "sliding_window", "pruned_heads")
+    shown = ("selection_head", "prune_threshold", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class SelectiveAttention(GroupedQueryAttention):
         *,
         selection_head: int = 0,
         protect_first: bool = True,
+        prune_threshold: float | None = None,
         chunk_size: int = 128,
         **options: Any,
     ) -> None:
@@ -69,11 +72,14 @@ class SelectiveAttention(GroupedQueryAttention):
             raise ValueError("causal must be True: queries choose for later ones, got causal=False")
         check("selection_head", selection_head, COUNT)
         check("protect_first", protect_first, SWITCH)
+        if prune_threshold is not None:
+            check("prune_threshold", prune_threshold, POSITIVE)
         if selection_head >= num_heads:
             raise ValueError(f"selection_head must be below num_heads, got {selection_head} and {num_heads}")
         (self.chunk_size,) = check_sizes(chunk_size=chunk_size)
         self.selection_head = int(selection_head)
         self.protect_first = protect_first
+        self.prune_threshold = None if prune_threshold is None else float(prune_threshold)
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
@@ -92,11 +98,12 @@ class SelectiveAttention(GroupedQueryAttention):
             out, removed = selective_attention(
                 q, k, v, call.view, head=self.heads.kept.index(self.selection_head), scale=self.scale,
                 removed=None if cache is None else cache.removed(), real=call.real_tokens(x),
-                protect_first=self.protect_first, dropout=self.weight_dropout, chunk_size=self.chunk_size,
+                protect_first=self.protect_first, threshold=self.prune_threshold,
+                kept=0 if cache is None else cache.ROWS, dropout=self.weight_dropout, chunk_size=self.chunk_size,
                 backend=self.backend,
             )  # fmt: skip
             if cache is not None:
-                cache.store_removed(removed)
+                cache.store_removed(removed, x.shape[1])
             y: Tensor = self.o_proj(out.flatten(2))
             return y
 
@@ -115,8 +122,9 @@ class SelectiveAttention(GroupedQueryAttention):
         return cache
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Keys, values, and one number of at least 32 bits."""
-        return super().cache_bytes_per_token(dtype) + torch.promote_types(dtype, torch.float32).itemsize
+        """Keys, values, and F for the next query and the last 16, in numbers of at least 32 bits."""
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        return super().cache_bytes_per_token(dtype) + (self.cache_type.ROWS + 1) * wide
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """That of all tokens, with a window too."""

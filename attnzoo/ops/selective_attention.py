@@ -25,16 +25,18 @@ def selective_attention(
     removed: Tensor | None = None,
     real: Tensor | None = None,
     protect_first: bool = True,
+    threshold: float | None = None,
+    kept: int = 0,
     dropout: float = 0.0,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Selective attention (Leviathan et al. 2024, arXiv:2410.02703, section 3): outputs (B, T, H, Dv) and F (B, S).
+    """Selective attention (Leviathan et al. 2024, arXiv:2410.02703, section 3): outputs (B, T, H, Dv) and F.
 
         s_hij = scale q_i . k_j
         S_ij = relu(s_mij) for j < i, 0 for the first token of a document, and where j is not visible to i
         F_ij = sum_{l < i} S_lj                          m is the selection head; F is subtracted in all heads
-        o_h = softmax_j(s_hij - F_ij where `view` allows) v_j
+        o_h = softmax_j(s_hij - F_ij where `view` allows and F_ij <= threshold) v_j
 
     A query that sees no key gives zeros. Scores, F and softmax are float32, or float64 for float64.
 
@@ -48,13 +50,16 @@ def selective_attention(
         removed: F of the first query, (B, S). Default: 0.
         real: which queries are tokens and not padding, (B, T); the others drop nothing. None: all.
         protect_first: whether the first token stays.
+        threshold: keys from which more was taken have no weight; no query after that sees them. None: all have.
+        kept: of how many last queries F is returned.
         dropout: probability of dropping a weight.
         chunk_size: queries that the plain form does at once; the scores of a chunk are recomputed in the backward
             pass, which keeps one F (B, S) for each. None, and in exported programs: all at once.
         backend: "auto" (in chunks) or "eager" (all at once). There is no kernel.
 
     Returns:
-        The outputs, and F of the query after the last.
+        The outputs, and F of the last `kept` queries, or of all if there are fewer, and of the query after the last:
+        (B, n + 1, S).
 
     Raises:
         BackendUnavailable: if a named backend cannot serve the call.
@@ -84,8 +89,15 @@ def selective_attention(
         return torch.relu(s[:, head]) * may
 
     def before(chosen: Tensor, start: Tensor) -> Tensor:
-        """F (B, t, s) of choices S (B, t, s)."""
-        return start[:, None] + F.pad(chosen.cumsum(1), (0, 0, 1, 0))[:, : chosen.shape[1]]
+        """F (B, t + 1, s) of the queries with choices S (B, t, s), and of the query after them."""
+        return start[:, None] + F.pad(chosen.cumsum(1), (0, 0, 1, 0))
+
+    def left(visible: Tensor | None, removed: Tensor) -> Tensor | None:
+        """Who sees whom where keys are dropped."""
+        if threshold is None:
+            return visible
+        seen = (removed <= threshold)[:, None]
+        return seen if visible is None else visible & seen
 
     def form(rows: slice | None, start: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(0, T) if rows is None else rows
@@ -93,20 +105,27 @@ def selective_attention(
         with without_autocast(q):
             s, visible = scores(rows, keys), view.dense((B, H, T, S), q.device, rows, keys)
             chosen = choices(s, visible, rows, keys)
-            p = F.dropout(masked_softmax(s - before(chosen, start[:, keys])[:, None], visible), dropout).to(v.dtype)
+            removed = before(chosen, start[:, keys])
+            p = masked_softmax(s - removed[:, None, :-1], left(visible, removed[:, :-1]))
             value = v[:, keys].repeat_interleave(H // max(G, 1), dim=2) if H != G else v[:, keys]
-            out = torch.einsum("bhts,bshd->bthd", p, value)
-            return out, start + F.pad(chosen.sum(1), (keys.start, S - keys.stop))
+            out = torch.einsum("bhts,bshd->bthd", F.dropout(p, dropout).to(v.dtype), value)
+            last = removed[:, -min(kept, removed.shape[1] - 1) - 1 :]
+            rest = start[:, None].expand(-1, last.shape[1], -1)
+            # A copy, since a slice would keep all rows alive.
+            return out, torch.cat([rest[..., : keys.start], last, rest[..., keys.stop :]], -1)
 
     observer = current_observer()
     if observer is not None:
         every, all_keys = slice(0, T), slice(0, S)
         with without_autocast(q):
             chosen = choices(scores(every, all_keys), view.dense((B, H, T, S), q.device), every, all_keys)
-            rules = ScoreRules(scale, bias=-before(chosen, start)[:, None], dropout=dropout)
+            taken = before(chosen, start)[:, None, :-1]
+            bias = -taken if threshold is None else (-taken).masked_fill(taken > threshold, -torch.inf)
+            rules = ScoreRules(scale, bias=bias, dropout=dropout)
         observer(Observation("selective_attention", q, k, v, view, rules))
-    outs = []
+    outs, ends = [], [start[:, None]]
     for rows in chunks_of(T, None if backend == "eager" else chunk_size):
-        out, start = recomputed(form, rows, start)
+        out, after = recomputed(form, rows, ends[-1][:, -1])
         outs.append(out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), start
+        ends[-1:] = [ends[-1][:, :-1], after] if kept else [after]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), torch.cat(ends, 1)[:, -min(kept, T) - 1 :]

@@ -7,6 +7,7 @@ import torch
 
 import attnzoo
 from attnzoo import AttentionMask, Rotary
+from attnzoo.ops.observation import observing
 from attnzoo.ops.softmax_attention import alibi_slopes, softmax_attention
 from tests.modules.test_golden import construct, load
 from tests.zoo import E, G, H, gradients
@@ -18,7 +19,7 @@ PRO = {"k_shift": True, "v_shift": True, "qk_norm": True, "output_norm": True, "
 def make(**options):
     """A module whose gates differ, in float64."""
     torch.manual_seed(3)
-    return attnzoo.ForgettingAttention(E, H, G, **{"init_std": 0.3, "dtype": torch.float64} | options)
+    return attnzoo.ForgettingAttention(E, H, **{"num_kv_heads": G, "init_std": 0.3, "dtype": torch.float64} | options)
 
 
 def sample(tokens=T, batch=2):
@@ -243,6 +244,63 @@ def test_training_stores_no_pairs_of_tokens(options):
     assert stored(512) <= 2.05 * stored(256)
 
 
+@pytest.mark.parametrize("starts", [None, [0, 300, 610, 700, 980, 1400]], ids=["one", "packed"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"pro": True, "rope": Rotary()}, {"num_kv_heads": 1}])
+def test_forgotten_keys_may_be_left_out(options, backend, starts, pairs):
+    module, pruned = (make(backend=backend, prune_tolerance=value, **options) for value in (None, -10))
+    x, weight, mask = sample(700), sample(700), None if starts is None else AttentionMask.packed(starts)
+    with torch.no_grad():
+        for one in (module, pruned):
+            # The last key/value head forgets nothing.
+            one.forget_proj.bias.copy_(torch.tensor([-2.0, -1, 40, 40]))
+    expected, found = (gradients(one, x, weight, mask=mask) for one in (module, pruned))
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= math.exp(-10) * value.abs().max(), name
+    assert not torch.equal(found["y"], expected["y"])
+    # Forward and again in the backward pass; heads that share a key leave out what all of them have forgotten.
+    whole = 2 * H * sum((min(t + 128, 700) - t) * min(t + 128, 700) for t in range(0, 700, 128))
+    if options.get("num_kv_heads") != 1:
+        assert sum(pairs) < 0.75 * whole
+    else:
+        assert sum(pairs) == whole if mask is None else sum(pairs) < whole
+
+
+@pytest.mark.parametrize("tolerance", [-5, -20.0, -math.inf])
+def test_decoding_leaves_forgotten_keys_out_too(tolerance, pairs):
+    outputs, x = [], sample(300)
+    with torch.no_grad():
+        for module in (make(), make(prune_tolerance=tolerance)):
+            cache = module.init_cache(2, 300)
+            outputs.append(torch.cat([module(part, cache=cache) for part in x.split([200, 1, 98, 1], 1)], 1))
+    error = (outputs[1] - outputs[0]).abs().max()
+    assert error == 0 if tolerance == -math.inf else 0 < error < math.exp(tolerance)
+    assert pairs[-1] == 300 * H if tolerance == -math.inf else pairs[-1] < 200 * G
+
+
+def test_a_mask_that_may_hide_a_token_from_itself_leaves_nothing_out(pairs):
+    module, pruned, x = make(), make(prune_tolerance=-1.0), sample(300)
+    far = torch.arange(300) < 5
+    for mask in (far, AttentionMask.padding([3, 300])):
+        assert torch.equal(pruned(x, mask=mask), module(x, mask=mask))
+    with observing(lambda _: None):
+        assert torch.equal(pruned(x), module(x))
+    assert pairs == [300 * 300 * H] * 3
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """How many pairs of all heads each call of softmax attention in `pruned_attention` has."""
+    held = []
+
+    def noted(q, k, *args, **options):
+        held.append(q.shape[1] * q.shape[2] * k.shape[1])
+        return softmax_attention(q, k, *args, **options)
+
+    monkeypatch.setattr("attnzoo.ops.pruned_attention.softmax_attention", noted)
+    return held
+
+
 def test_costs():
     module, base = attnzoo.ForgettingAttention(64, 4, 2), attnzoo.GroupedQueryAttention(64, 4, 2)
     ours, theirs = module.flops_by_part(32), base.flops_by_part(32)
@@ -318,6 +376,14 @@ def construct_bias(module, config):
         ({"qk_norm": "head"}, "qk_norm must be True, False or 'shared', got 'head'"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
         ({"k_shift": 1}, "k_shift must be True or False, got 1"),
+        ({"prune_tolerance": 0.0}, "prune_tolerance must be a negative number, got 0.0"),
+        ({"prune_tolerance": math.nan}, "prune_tolerance must be a negative number, got nan"),
+        ({"prune_tolerance": "-1"}, "prune_tolerance must be a negative number, got '-1'"),
+        (
+            {"prune_tolerance": -1, "sliding_window": 4},
+            "prune_tolerance needs .* no sliding_window, got -1, 'data' and 4",
+        ),
+        ({"prune_tolerance": -1, "forget_gate": None}, "prune_tolerance needs a forget gate .*, got -1, None and None"),
     ],
 )
 def test_refusals(options, message):

@@ -128,10 +128,59 @@ def test_decoding_is_the_full_forward(window, chunks):
     with torch.no_grad():
         y = torch.cat([attn(part, cache=cache) for part in x.split(chunks, 1)], 1)
     assert_close(y, attn(x))
+    rows = cache.ROWS + 1
+    assert attn.cache_bytes_per_token(torch.bfloat16) == 2 * 2 * G * 6 + 4 * rows
     assert cache.nbytes == 2 * (T + 3) * attn.cache_bytes_per_token(torch.float64)
-    assert attn.cache_bytes_per_token(torch.bfloat16) == 2 * 2 * G * 6 + 4
-    with pytest.raises(ValueError, match=f"length must be 0 or {T}: a sum cannot give single tokens back, got 3"):
-        cache.truncate(3)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"prune_threshold": 0.4}])
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [7, 1, 17, 15], [39, 1]])
+def test_the_last_16_tokens_can_be_taken_back(options, chunks):
+    attn, x, other = make(chunk_size=5, **options), sample(45), sample(20)
+    with torch.no_grad():
+        expected, cache = attn(x), attn.init_cache(2, 45)
+        for part in torch.cat([x[:, :25], other[:, :15]], 1).split(chunks, 1):
+            attn(part, cache=cache)
+        with pytest.raises(ValueError, match=r"length must be 0 or at least 24: what earlier tokens .* 16 .*, got 23"):
+            cache.truncate(23)
+        cache.truncate(25)
+        assert_close(attn(x[:, 25:28], cache=cache), expected[:, 25:28])
+        # One row was left, and three are new.
+        cache.truncate(24)
+        with pytest.raises(ValueError, match=r"length must be 0 or at least 24: .*, got 23"):
+            cache.truncate(23)
+        assert_close(attn(x[:, 24:], cache=cache), expected[:, 24:])
+        cache.truncate(0)
+        assert not cache.state[0].any()
+        assert_close(attn(x, cache=cache), expected)
+
+
+def test_a_threshold_drops_the_keys_that_are_no_longer_needed():
+    """By the error that it promises, and for keys that come back to no one."""
+    x, base = sample(), make(init_std=0.4)
+    F = removed(base, x).detach()
+    for threshold in (0.1, 0.5, 2.0):
+        attn = make(init_std=0.4, prune_threshold=threshold)
+        seen = []
+        with observing(seen.append):
+            y = attn(x)
+        dropped = F.gt(threshold)
+        assert dropped.any()
+        assert torch.equal(seen[0].rules.bias[:, 0] == -torch.inf, dropped)
+        assert_close(y, attention(base, x, dropped[:, None]))
+    assert torch.equal(make(init_std=0.4, prune_threshold=F.max().item())(x), base(x))
+
+
+def attention(attn, x, dropped):
+    """The output where these keys are hidden, by the additive bias of the definition."""
+    seen = []
+    with observing(seen.append):
+        attn(x)
+    q, k, v = (z.transpose(1, 2) for z in (seen[0].q, seen[0].k, seen[0].v))
+    hidden = dropped | ~torch.ones(T, T).tril().bool()
+    scores = 6**-0.5 * q @ k.repeat_interleave(2, 1).mT + seen[0].rules.bias
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return attn.o_proj((p @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("steps", [[[1]], [[0, 3]], [[3], [1]]])
@@ -156,6 +205,8 @@ def test_pruned_is_silenced(steps):
         ({"selection_head": -1}, "selection_head must not be negative, got -1"),
         ({"selection_head": None}, "selection_head must be an integer, got None"),
         ({"protect_first": 1}, "protect_first must be True or False, got 1"),
+        ({"prune_threshold": 0.0}, "prune_threshold must be positive, got 0.0"),
+        ({"prune_threshold": "10"}, "prune_threshold must be a finite number, got '10'"),
         ({"causal": False}, "causal must be True: queries choose for later ones, got causal=False"),
         ({"sink": "zero"}, "sink is not defined for selective attention, got 'zero'"),
         ({"alibi": True, "rope": None}, "alibi is not defined for selective attention, got True"),
