@@ -183,6 +183,10 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         """Which heads of an `Observation` the module's outputs are, in order; None: all as they are."""
         return None
 
+    def gate_layers(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """Layers whose outputs are logits of sigmoid gates, by name, and which of the equal parts each head reads."""
+        return {}
+
     # Sharded sequences
 
     def sequence_obstacle(self) -> str | None:

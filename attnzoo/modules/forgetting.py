@@ -262,6 +262,12 @@ class ForgettingAttention(Mechanism):
                 c = c + call.cache.last_gates()
             return c[..., None]
 
+    def gate_layers(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """Forget gates of the data, and a sigmoid gate of the outputs."""
+        layers = {"forget_gate": self.forget_proj, "gate": self.g_proj if self.output_gate == "sigmoid" else None}
+        every = tuple(range(self.num_heads))
+        return {name: (layer, every) for name, layer in layers.items() if layer is not None}
+
     # Caches
 
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:

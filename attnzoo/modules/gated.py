@@ -119,6 +119,12 @@ class GatedAttention(GroupedQueryAttention):
         """The states times the gate, if this is its position."""
         return states * torch.sigmoid(logits).to(states.dtype) if position == self.gate else states
 
+    def gate_layers(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """The gate; that of "key" or "value" is shared by a group, that of "dense" by all heads."""
+        every = tuple(range(self.num_heads))
+        reads = {"output": every, "query": every, "dense": (0,) * self.num_heads}.get(self.gate, self.heads.reads)
+        return {"gate": (self.g_proj, reads)}
+
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As the base's, and "gate"."""
         keys = T if S is None or self.causal else S

@@ -215,6 +215,10 @@ class MultiTokenAttention(Mechanism):
             y: Tensor = self.o_proj(out.flatten(2))
             return y
 
+    def gate_layers(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """The gate, if there is one."""
+        return {} if self.gate is None else {"gate": (self.gate, tuple(range(self.num_heads)))}
+
     # Caches
 
     def cache_layout(self) -> CacheLayout:

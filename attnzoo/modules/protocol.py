@@ -98,6 +98,12 @@ class AttentionMechanism(Protocol):
     def tensor_parallel_plan(self) -> dict[str, Any]:
         """The plan of `torch.distributed.tensor.parallel.parallelize_module` that splits heads; may be missing."""
 
+    def gate_layers(self) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+        """Layers whose outputs are the logits of sigmoid gates, by name, and which of the equal parts each head reads.
+
+        For the diagnostics; may be missing.
+        """
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, relative to the module, that are not decayed."""
 
@@ -105,7 +111,7 @@ class AttentionMechanism(Protocol):
         """Put parameters back between their bounds; called before every optimiser step."""
 
 
-OPTIONAL = {"tensor_parallel_plan"}
+OPTIONAL = {"gate_layers", "tensor_parallel_plan"}
 """Names in the contract that a module may lack."""
 
 

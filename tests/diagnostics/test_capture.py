@@ -86,8 +86,16 @@ def test_patterns_times_values_are_the_outputs(name, option, backend):
     blocks = list(call.pattern_blocks(4))
     assert [rows.start for rows, _ in blocks] == [0, 4, 8]
     torch.testing.assert_close(torch.cat([block for _, block in blocks], 2), p)
-    if not name.startswith(("dcmha", "talking", "diff", "sigmoid", "mta")):
-        sums = p.sum(-1)
+    sums = p.sum(-1)
+    if name.startswith("diff"):
+        factor = module.factor(x).detach()
+        share = 1 - (factor if factor.ndim == 0 else factor.transpose(1, 2))
+        torch.testing.assert_close(sums, share.expand_as(sums), atol=1e-12, rtol=0)
+        assert not torch.allclose(share, torch.ones_like(share))
+    elif name.startswith("sigmoid"):
+        assert (p < 1).all()
+        assert torch.equal((p > 0).sum(-1), call.visible_counts(slice(0, T)).expand(p.shape[:-1]))
+    elif not name.startswith(("dcmha", "talking", "mta")):
         if "sink" in option and option != "window-sinks":
             assert (sums < 1).all()
         else:

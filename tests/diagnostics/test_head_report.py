@@ -68,6 +68,45 @@ def test_report_is_what_the_measures_say_of_whole_patterns(block):
     torch.testing.assert_close(report.pair_cosine_mean()[0].item(), s.head_diversity(s.attention_cosine(patterns[0])))
 
 
+GATED = {
+    "gated": ("gate", lambda m, x: m.g_proj(x).view(*x.shape[:2], 4, -1)),
+    "gated-value": ("gate", lambda m, x: m.g_proj(x).repeat_interleave(2, -1)[..., None]),
+    "gated-dense": ("gate", lambda m, x: m.g_proj(x)[:, :, None].expand(-1, -1, 4, -1)),
+    "forgetting": ("forget_gate", lambda m, x: m.forget_proj(x)[..., None]),
+    "forgetting-pro": ("gate", lambda m, x: m.g_proj(x).view(*x.shape[:2], 4, -1)),
+    "mta-full": ("gate", None),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates_are_reported_over_real_tokens(name):
+    module = zoo.build(name)
+    x = torch.randn(B, T, zoo.E, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask = torch.arange(T) < torch.tensor([13, 6, 9])[:, None]
+    # In two batches of unequal size.
+    (layer,) = head_report(module, [(x[:2], mask[:2]), (x[2:], mask[2:])]).layers
+    gate, logits_of = GATED[name]
+    if logits_of is None:
+        seen = []
+        handle = module.gate.register_forward_hook(lambda *args: seen.append(args[2]))
+        module(x, mask=AttentionMask.padding(mask.sum(1)))
+        handle.remove()
+        logits = seen[0]
+    else:
+        logits = logits_of(module, x)
+    gates = torch.sigmoid(logits.detach())[mask]
+    expected = {
+        "mean": gates.mean((0, 2)), "min": gates.amin((0, 2)), "max": gates.amax((0, 2)),
+        "closed": (gates < 0.1).double().mean((0, 2)),
+    }  # fmt: skip
+    for figure, values in expected.items():
+        torch.testing.assert_close(layer.measures[f"{gate}_{figure}"], values, atol=1e-12, rtol=0)
+    assert {key.rsplit("_", 1)[0] for key in layer.measures if "gate_" in key} == (
+        {"gate", "forget_gate"} if name == "forgetting-pro" else {gate}
+    )
+    assert not any(m._forward_hooks for m in module.modules())
+
+
 def test_padded_queries_do_not_count():
     model, tokens = _lm(), _tokens()
     lengths = torch.tensor([13, 6, 9])

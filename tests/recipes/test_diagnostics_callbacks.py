@@ -174,6 +174,15 @@ def test_other_processes_do_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_gates_are_logged_beside_the_measures():
+    rows = [{"layer": "a", "head": h, "sink": 0.5, "gate_mean": 0.2 * h, "forget_gate_min": 0.1} for h in range(3)]
+    rows.append({"layer": "b", "head": 0, "sink": 0.1})
+    assert HeadStatisticsCallback().scalars(rows) == {
+        "heads/sink": pytest.approx(0.4), "heads/gate_mean": pytest.approx(0.2),
+        "heads/forget_gate_min": pytest.approx(0.1),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

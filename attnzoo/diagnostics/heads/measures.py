@@ -20,6 +20,9 @@ MEASURES = (
 )  # fmt: skip
 """Measures that every report holds, as `similarity` defines them."""
 
+CLOSED = 0.1
+"""Below this a gate counts as closed."""
+
 _TOLERANCE = 1e-3
 _OF_DISTRIBUTIONS = ("entropy", "normalized_entropy", "distance", "distance_argmax")
 
@@ -32,7 +35,7 @@ class LayerReport:
         name: of the layer inside the model.
         index: of the layer.
         measures: (H,) by name: those of `MEASURES`, "detect_<kind>" for kinds of `similarity.DETECTABLE` if the batches
-            have token numbers, and "induction_stripe" if a period was given.
+            have token numbers, "induction_stripe" if a period was given, and the figures of gates (`RunningGates`).
         pair_cosine: (H, H) cosine of whole patterns, mean over examples.
         output_cosine: (H, H) mean cosine of head outputs of a token.
         sink_rate: share of heads whose mean weight on the first key exceeds 0.3.
@@ -210,3 +213,43 @@ class RunningMeasures:
         return LayerReport(
             self.layer.name, self.layer.index, measures, pairs["pair_cosine"], pairs["output_cosine"], rate, self.note
         )
+
+
+class RunningGates:
+    """Running figures of the sigmoid gates of a layer's heads, over tokens and a head's features.
+
+    They are "<name>_mean", "<name>_min", "<name>_max" and "<name>_closed", the share below CLOSED.
+
+    Args:
+        name: of the gate.
+        reads: which of the equal parts of the logits each head is gated by.
+    """
+
+    def __init__(self, name: str, reads: tuple[int, ...]) -> None:
+        self.name = name
+        self.reads = reads
+        self.count = 0
+        self.figures: dict[str, Tensor] = {}
+
+    def add(self, logits: Tensor, real: Tensor | None) -> None:
+        """Add logits (B, T, ...) of the real tokens (B, T); None: all are."""
+        gates = torch.sigmoid(logits.detach().double()).flatten(2)
+        gates = gates.unflatten(2, (max(self.reads, default=0) + 1, -1))[:, :, list(self.reads)]
+        # Keys and values of a context are gated by their own tokens.
+        gates = gates.flatten(0, 1) if real is None or real.shape != gates.shape[:2] else gates[real.to(gates.device)]
+        if not gates.numel():
+            return
+        count, before = gates.shape[0] * gates.shape[2], self.figures
+        new = {
+            "mean": gates.mean((0, 2)), "min": gates.amin((0, 2)), "max": gates.amax((0, 2)),
+            "closed": (gates < CLOSED).double().mean((0, 2)),
+        }  # fmt: skip
+        if before:
+            share = count / (count + self.count)
+            new["min"], new["max"] = new["min"].minimum(before["min"]), new["max"].maximum(before["max"])
+            new |= {figure: before[figure].lerp(new[figure], share) for figure in ("mean", "closed")}
+        self.figures, self.count = new, count + self.count
+
+    def measures(self) -> dict[str, Tensor]:
+        """The figures so far, each (H,), on the CPU."""
+        return {f"{self.name}_{figure}": values.cpu() for figure, values in self.figures.items()}

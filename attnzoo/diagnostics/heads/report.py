@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from attnzoo.diagnostics.batches import decoder_modules, decoder_tokens_and_mask, run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads import similarity
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
-from attnzoo.diagnostics.heads.measures import LayerReport, RunningMeasures
+from attnzoo.diagnostics.heads.measures import LayerReport, RunningGates, RunningMeasures
 from attnzoo.diagnostics.heads.observe import Captured, observe
-from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head", "sink_head")
 """What `HeadReport.kinds` tells apart."""
@@ -146,7 +147,8 @@ def head_report(
     distributions have NaN where that matters: entropies and distances with a sink in the softmax's denominator, and
     everything but cosines with composed weights; attention over other tokens (cross-attention) has no distances and
     offsets. Scores of `similarity.DETECTABLE` are shares of the weight that does
-    not go to the first key.
+    not go to the first key. Layers whose mechanism names sigmoid gates (`gate_layers`) have the figures of
+    `measures.RunningGates` for each.
 
     Args:
         model: any model that `attention_layers` understands, with softmax patterns.
@@ -180,7 +182,10 @@ def head_report(
             own = current[call.layer.module in of_decoder]
             sums[call.layer.index].add(call, *own, current[0][1] if call.cross else own[1])
 
-        with observe(model, visit, layers), torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
+            gates = _watched_gates(
+                stack.enter_context(observe(model, visit, layers)), stack, lambda own: current[own in of_decoder][1]
+            )
             for batch in batches:
                 current[:] = [tokens_and_mask(batch), decoder_tokens_and_mask(batch)]
                 run_batch(model, batch, current[0][1], forward)
@@ -191,8 +196,32 @@ def head_report(
         raise ValueError("batches must hold at least one batch that runs the model's attention, got none")
     if not any(layer.queries for layer in sums.values()):
         raise ValueError("batches must hold at least one real token, got padding alone")
-    ordered = [sums[index] for index in sorted(sums)]
-    return HeadReport(tuple(layer.report() for layer in ordered), ordered[0].queries)
+    reports = []
+    for index in sorted(sums):
+        layer = sums[index].report()
+        own = {name: values for gate in gates.get(index, ()) for name, values in gate.measures().items()}
+        reports.append(replace(layer, measures={**layer.measures, **own}))
+    return HeadReport(tuple(reports), sums[min(sums)].queries)
+
+
+def _watched_gates(
+    layers: Iterable[AttentionLayer], stack: ExitStack, real_tokens: Callable[[nn.Module], Tensor | None]
+) -> dict[int, list[RunningGates]]:
+    """Figures of the gates of each layer, by its index, that grow while the stack is open."""
+    watched: dict[int, list[RunningGates]] = {}
+    for layer in layers:
+        named: dict[str, tuple[nn.Module, tuple[int, ...]]] = getattr(layer.mechanism, "gate_layers", dict)()
+        for name, (module, reads) in named.items():
+            gates = RunningGates(name, tuple(reads))
+            watched.setdefault(layer.index, []).append(gates)
+
+            def note(
+                _: nn.Module, __: Any, logits: Tensor, gates: RunningGates = gates, own: Any = layer.module
+            ) -> None:
+                gates.add(logits, real_tokens(own))
+
+            stack.callback(module.register_forward_hook(note).remove)
+    return watched
 
 
 def composition_table(model: nn.Module, mode: str) -> Tensor:

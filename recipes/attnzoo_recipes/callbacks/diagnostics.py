@@ -279,8 +279,8 @@ class SpectrumCallback(Recorder):
 class HeadStatisticsCallback(Recorder):
     """Records what heads attend to on the same validation samples: one line for each (step, layer, head).
 
-    A line has the measures of `head_report` and "pair_cosine", the mean cosine with the patterns of the layer's other
-    heads. Attention stays within the documents of a sample.
+    A line has the measures of `head_report`, those of gates among them, and "pair_cosine", the mean cosine with the
+    patterns of the layer's other heads. Attention stays within the documents of a sample.
 
     Args:
         every_n_steps: optimiser steps between two records.
@@ -327,7 +327,8 @@ class HeadStatisticsCallback(Recorder):
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Means over all heads."""
         scalars: dict[str, float] = {}
-        for metric in (*MEASURES, "pair_cosine"):
+        gates = dict.fromkeys(name for row in rows for name in row if "gate_" in name)
+        for metric in (*MEASURES, "pair_cosine", *gates):
             scalars |= _mean(f"heads/{metric}", rows, metric)
         return scalars
 
