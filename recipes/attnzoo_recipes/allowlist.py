@@ -27,6 +27,7 @@ ALLOWED = (
     "attnzoo_recipes.data.module",
     "attnzoo_recipes.feed_forward",
     "attnzoo_recipes.optimisers",
+    "attnzoo_recipes.sharding",
     "attnzoo_recipes.training",
     "lightning.fabric.plugins",
     "lightning.pytorch.callbacks",

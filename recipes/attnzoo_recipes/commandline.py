@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from attnzoo import BackendUnavailable
@@ -131,11 +132,15 @@ class PretrainCLI(LightningCLI):
         if isinstance(trainer["val_check_interval"], int):
             # Lightning counts batches; this recipe counts optimiser steps.
             kwargs["val_check_interval"] = trainer["val_check_interval"] * batches
+        plugins = _listed(trainer["plugins"])
         if isinstance(trainer["strategy"], ModelParallelStrategy):
             kwargs["strategy"] = ShardedStrategy.of(trainer["strategy"])
+            if trainer["precision"] == "64-true":
+                # Lightning accepts it by the strategy's name alone.
+                kwargs["precision"], plugins = None, [*plugins, DoublePrecision()]
         made = super().instantiate_trainer(
             logger=[outlive_failing_disks(logger) for logger in loggers],
-            plugins=[AtomicCheckpointIO(), *_listed(trainer["plugins"])],
+            plugins=[AtomicCheckpointIO(), *plugins],
             callbacks=[*always, *_listed(trainer["callbacks"])],
             enable_progress_bar=progress == "bar",
             **kwargs,

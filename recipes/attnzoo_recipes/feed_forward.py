@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from attnzoo.modules.moa import Experts
 from attnzoo.ops.expert_projection import Routes
@@ -52,6 +53,10 @@ class SwiGLU(nn.Module):
         """x (B, T, E) -> (B, T, E)."""
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
+
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """Hidden units split over ranks, for `parallelize_module`; x and y are whole."""
+        return {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
 
     def flops(self, T: int) -> int:
         """Forward FLOPs of the matrices for T tokens."""
@@ -148,6 +153,13 @@ class FeedForward(nn.Module):
             hidden = phi(self.mid_proj(hidden))
         y: Tensor = self.down_proj(F.dropout(hidden, self.dropout, self.training))
         return y
+
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """Hidden units split over ranks, for `parallelize_module`; x, y and a third layer are whole."""
+        last = "mid_proj" if self.depth == 3 else "down_proj"
+        plan: dict[str, ParallelStyle] = dict.fromkeys(("gate_proj", "up_proj"), ColwiseParallel())
+        plan[last] = RowwiseParallel()
+        return {name: style for name, style in plan.items() if hasattr(self, name)}
 
     def flops(self, T: int) -> int:
         """Forward FLOPs of the matrices for T tokens."""

@@ -41,9 +41,8 @@ def check_strategy(trainer: L.Trainer, compiled: bool = False) -> None:
             "trainer.strategy must be auto, for one device, one of the forms of ddp, or ModelParallelStrategy (in "
             f"Python, attnzoo_recipes.sharding.ShardedStrategy), got {type(trainer.strategy).__name__}"
         )
-    tensor = getattr(trainer.strategy, "_tensor_parallel_size", 1)
-    if tensor != 1:
-        raise ValueError(f"trainer.strategy.tensor_parallel_size must be 1, got {tensor}")
+    if isinstance(trainer.strategy, ShardedStrategy):
+        trainer.strategy.mesh_shape()
     if compiled and is_sharded(trainer):
         raise ValueError("model.compile must be false where parameters are sharded, got true")
 

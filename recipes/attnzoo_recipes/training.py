@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo.distributed import SequenceParallel, shard
 from attnzoo_recipes.feed_forward import SwiGLU
 from attnzoo_recipes.initial_weights import start_from
 from attnzoo_recipes.lm import DecoderLM
@@ -35,8 +36,8 @@ from attnzoo_recipes.optimisers import (
     default_schedule,
     made_schedule,
 )
-from attnzoo_recipes.sharding import ShardedStrategy, sharded_decoder
-from attnzoo_recipes.trainer import check_strategy, ends_step, log_is_due
+from attnzoo_recipes.sharding import ShardedStrategy, clip_gradients
+from attnzoo_recipes.trainer import check_strategy, ends_step, is_sharded, log_is_due
 
 
 class Pretraining(L.LightningModule):
@@ -91,6 +92,7 @@ class Pretraining(L.LightningModule):
 
     model: DecoderLM
     _on_batches: Callable[..., Tensor]
+    _spread: SequenceParallel | None = None
 
     def __init__(
         self,
@@ -184,15 +186,20 @@ class Pretraining(L.LightningModule):
         check_strategy(self.trainer, self.compile_model)
 
     def configure_model(self) -> None:
-        """Build the decoder, once; the size of the vocabulary is known by now."""
+        """Build the decoder, once; the size of the vocabulary is known by now.
+
+        Raises:
+            ValueError: if sequences or heads are to be spread over processes and cannot be.
+        """
         if "model" in self._modules:
             return
         if self.vocab_size is None:
             self.vocab_size = int(self._data().tokenizer.vocab_size)
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            mesh, device = strategy.device_mesh["data_parallel"], strategy.root_device
-            self.model = sharded_decoder(self.vocab_size, self.attention, self.feed_forwards, self.sizes, mesh, device)
+            self.model, self._spread = strategy.decoder(self.vocab_size, self.attention, self.feed_forwards, self.sizes)
+            if self._spread is not None and self._data() is not None:
+                check_block_size(self._spread, self._data().block_size)
             return
         self.model = DecoderLM(self.vocab_size, self.attention, **self.feed_forwards, **self.sizes)
         if self.compile_model:
@@ -200,6 +207,14 @@ class Pretraining(L.LightningModule):
             # Drawn by torch's own generator, dropout is that of an uncompiled run, and continues in a resumed one.
             compiled = torch.compile(self.model.hidden, options={"fallback_random": True})
             object.__setattr__(self, "_on_batches", compiled)  # no submodule: its weights are those of the model
+
+    def whole_model(self) -> DecoderLM:
+        """The decoder, or where heads are split over processes one without values, to count those of all processes."""
+        if self._trainer is None or getattr(self.trainer.strategy, "tensor_parallel_size", 1) == 1:
+            return self.model
+        assert self.vocab_size is not None
+        with torch.device("meta"):
+            return DecoderLM(self.vocab_size, self.attention, **self.feed_forwards, **self.sizes)
 
     def model_config(self) -> dict[str, Any]:
         """The arguments of `model_config.build_model` for the same decoder, as plain types."""
@@ -237,6 +252,22 @@ class Pretraining(L.LightningModule):
         self._start()
         if self.trainer.world_size > 1:
             attnzoo.sync_aux_loss(self.model)
+        if self._spread is not None:
+            self._rehearse(self._spread)
+
+    @torch.no_grad()
+    def _rehearse(self, spread: SequenceParallel) -> None:
+        """Let every layer say, before training, what it cannot do on a shard: one sequence, of two documents."""
+        data = self._data()
+        tokens = torch.zeros(1, data.block_size, dtype=torch.int64, device=self.device)
+        batch = {"tokens": shard(tokens, 1, spread)}
+        if not data.cross_documents:
+            ends = [0, data.block_size // 2 + 1, data.block_size]
+            batch["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        was_training = self.model.training
+        self.model.eval()
+        self._hidden(batch)
+        self.model.train(was_training)
 
     def on_validation_start(self) -> None:
         """Read the weights to start from, if no training has."""
@@ -271,7 +302,7 @@ class Pretraining(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the predicted tokens, plus auxiliary losses and the z-loss."""
-        loss, z = self._mean_losses(batch)
+        loss, z = self._mean_losses(self._own_tokens(batch))
         self._log_of_step("train_loss", loss, batch_idx, prog_bar=True)
         if z is not None:
             self._log_of_step("train_z_loss", z, batch_idx)
@@ -295,8 +326,14 @@ class Pretraining(L.LightningModule):
             self._of_step.pop(name, None)
             self.log(name, value, prog_bar=prog_bar, sync_dist=True)
 
+    def _own_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch with the tokens of each sequence that this process has, and their targets, which are shifted."""
+        if self._spread is None:
+            return batch
+        return batch | {name: shard(batch[name], 1, self._spread) for name in ("tokens", "targets")}
+
     def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the decoder's last norm returns for a batch, (B T, E)."""
+        """What the decoder's last norm returns for the tokens of a batch, (B T, E); documents are of all ranks."""
         boundaries = batch.get("cu_seqlens")
         if boundaries is not None and self.compile_model:
             # One length for all batches, by empty documents at the end: what is compiled, and with it rounding, would
@@ -316,7 +353,8 @@ class Pretraining(L.LightningModule):
         """Mean cross-entropy over the predicted tokens of all processes, and that of the z-loss if there is one.
 
         Where targets are ignored, processes have different numbers of them, and a mean of means would be wrong: so
-        the average of the gradients is the gradient of these.
+        the average of the gradients is the gradient of these. Processes that share heads count the same tokens, as
+        often as processes.
         """
         alone = self.trainer.world_size == 1
         reduction = "mean" if alone else "sum"
@@ -367,6 +405,7 @@ class Pretraining(L.LightningModule):
         self._token_bytes = data.token_bytes.to(self.device)
 
     def _count(self, batch: dict[str, Tensor], index: int) -> None:
+        batch = self._own_tokens(batch)
         nats = self._cross_entropy(batch, "sum")
         predicted = batch["targets"][batch["targets"] != IGNORED]
         counts = (nats, predicted.new_tensor(predicted.numel()), self._token_bytes[predicted].sum())
@@ -435,7 +474,11 @@ class Pretraining(L.LightningModule):
     ) -> None:
         """Clip gradients; Lightning refuses to with fused AdamW in mixed precision, even without a gradient scaler."""
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        if is_sharded(self.trainer):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if gradient_clip_val:
+                clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm == GradClipAlgorithmType.VALUE)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:
@@ -451,6 +494,14 @@ class Pretraining(L.LightningModule):
         if math.isinf(steps):
             raise ValueError("trainer.max_steps must be given: the learning rate's cosine ends there, got no end")
         return int(steps)
+
+
+def check_block_size(spread: SequenceParallel, block_size: int) -> None:
+    """Raise ValueError for a sequence that cannot be spread evenly."""
+    try:
+        spread.runs(block_size)
+    except ValueError as error:
+        raise ValueError(f"data.block_size must divide among sequence_parallel_size {spread.size}: {error}") from None
 
 
 def check_finite(settings: Any, name: str = "") -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from children import before, together
+from safetensors.torch import load_file
 
 from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.consolidate import main as consolidate
+from attnzoo_recipes.generate import main as generate
 
 SHARDED = "--config=configs/distributed/fsdp.yaml"
 
@@ -43,35 +46,68 @@ def assert_equal_runs(expected, found, tolerance=1e-10):
                 torch.testing.assert_close(value, two["state"][number][name], atol=tolerance, rtol=0, msg=name)
 
 
-EQUAL = {
+ACCUMULATED = ["--trainer.accumulate_grad_batches=2", "--model.z_loss=0.001"]
+BALANCED = ["--model.aux_loss_weight=20"]
+SHAPES = {
     "mha": ["--model.activation_checkpointing=true", "--model.tie_embeddings=false"],
-    "mla": ["--trainer.accumulate_grad_batches=2", "--model.z_loss=0.001"],
-    "moh": ["--model.aux_loss_weight=20"],
+    "mla": ACCUMULATED,
+    "moh": BALANCED,
     "kha": [],
-    "dcmha": [],
+    "dcmha": ["--model.attention.init_args.head_groups=2"],
     "linear": [],
-    "mhla": [],
-    "moa": ["--model.aux_loss_weight=20"],
+    "mhla": ["--model.attention.init_args.block_size=8", "--data.cross_documents=true"],
+    "moa": [*BALANCED, *(f"--model.attention.init_args.{name}=2" for name in ("heads_per_expert", "num_kv_heads"))],
 }
-FAST = ("mha", "mla", "moh")
+TENSOR, CONTEXT = (f"--config=configs/distributed/{name}.yaml" for name in ("tensor", "context"))
+SPREAD = {"ddp": ["--trainer.strategy=ddp"], "fsdp": [SHARDED], "tensor": [TENSOR], "context": [CONTEXT]}
+FORMS = {"kha": "ring", "mla": "gather", "moh": "ring"}  # of others what "auto" takes
+FOUR = {
+    "fsdp 2 x context 2": [CONTEXT],
+    "fsdp 2 x tensor 2": [TENSOR],
+    "context 2 x tensor 2": [CONTEXT, "--trainer.strategy.init_args.tensor_parallel_size=2"],
+}
 
 
+@pytest.mark.parametrize(("mechanism", "spread"), [("mha", "fsdp"), ("mla", "tensor"), ("moh", "context")])
+def test_two_processes_equal_one(mechanism, spread, arguments, run, tmp_path):
+    check_equal(mechanism, SPREAD[spread], 2, arguments, run, tmp_path, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize("mechanism", SHAPES)
+def test_two_processes_equal_one_for_longer(mechanism, spread, arguments, run, tmp_path):
+    form = [f"--trainer.strategy.init_args.sequence_form={FORMS[mechanism]}"] if mechanism in FORMS else []
+    check_equal(mechanism, SPREAD[spread] + form * (spread == "context"), 2, arguments, run, tmp_path, 20)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mechanism", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in EQUAL]
+    ("mechanism", "spread"),
+    [(name, next(iter(FOUR))) for name in SHAPES if name not in ("mhla", "moa")]
+    + [(name, spread) for name in ("kha", "moh") for spread in list(FOUR)[1:]],
 )
-def test_two_processes_equal_one(mechanism, arguments, run, tmp_path):
-    words = arguments(mechanism, "--trainer.precision=64-true", "--trainer.log_every_n_steps=1", *EQUAL[mechanism])
-    words += ["--trainer.max_steps=20", "--trainer.val_check_interval=10", "--checkpoints.every_n_train_steps=20"]
-    alone, sharded = (f"--trainer.default_root_dir={tmp_path / name}" for name in ("alone", "sharded"))
+def test_four_processes_equal_one(mechanism, spread, arguments, run, tmp_path):
+    check_equal(mechanism, FOUR[spread], 4, arguments, run, tmp_path, 20)
+
+
+def check_equal(mechanism, spread, world_size, arguments, run, tmp_path, steps):
+    """Weights, optimiser states, logged numbers and texts of a run over processes are those of one process."""
+    words = arguments(mechanism, "--trainer.precision=64-true", "--trainer.log_every_n_steps=1", *SHAPES[mechanism])
+    words += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps // 2}"]
+    words += [f"--checkpoints.every_n_train_steps={steps}"]
+    alone, together = (f"--trainer.default_root_dir={tmp_path / name}" for name in ("alone", "together"))
     run([*words, alone, "--trainer.accelerator=cpu", "--trainer.devices=1"])
-    succeed([*words, sharded, SHARDED])
-    assert_equal_runs(tmp_path / "alone", tmp_path / "sharded")
-    expected, found = metrics(tmp_path / "alone"), metrics(tmp_path / "sharded")
-    assert ("train_loss", 19) in expected
-    assert ("val_bits_per_byte", 19) in expected
+    succeed([*words, together, *spread], world_size)
+    assert_equal_runs(tmp_path / "alone", tmp_path / "together")
+    expected, found = metrics(tmp_path / "alone"), metrics(tmp_path / "together")
+    assert ("train_loss", steps - 1) in expected
+    assert ("val_bits_per_byte", steps - 1) in expected
     assert found == pytest.approx(expected, abs=1e-9)
-    texts = [(tmp_path / name / "version_0" / "samples.txt").read_text() for name in ("alone", "sharded")]
+    folders = [tmp_path / name / "version_0" for name in ("alone", "together")]
+    texts, records = ([(folder / name).read_text() for folder in folders] for name in ("samples.txt", "record.json"))
     assert texts[0] == texts[1]
+    assert records[0] == records[1]
 
 
 def test_runs_continue_on_another_number_of_processes(arguments, tmp_path):
@@ -126,11 +162,61 @@ def test_a_lost_process_ends_the_others_with_a_sentence(lost, arguments):
 
 
 @pytest.mark.parametrize("config", sorted(Path("configs/distributed").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_distributed_config_trains(config, arguments, tmp_path):
+def test_every_distributed_config_trains(config, arguments, tmp_path, capsys):
     succeed([*arguments("mha"), f"--config={config}"])
     saved = read_checkpoint(tmp_path / "run")
     assert saved["global_step"] == 2
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    consolidate([str(tmp_path / "run"), str(tmp_path / "weights.safetensors")])
+    written = load_file(tmp_path / "weights.safetensors")
+    assert {f"model.{name}" for name in written} == set(saved["state_dict"])
+    assert all(torch.equal(value, saved["state_dict"][f"model.{name}"]) for name, value in written.items())
+    generate([str(tmp_path / "run"), "--prompt", "the", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.slow
+def test_runs_continue_on_another_mesh(arguments, tmp_path):
+    words = arguments("kha", "--trainer.precision=64-true", "--checkpoints.every_n_train_steps=3", steps=8)
+    words.append("--model.schedule_steps=8")
+    succeed([*words, f"--trainer.default_root_dir={tmp_path / 'alone'}"], 1)
+    path = next((tmp_path / "alone").rglob("step=3.ckpt"))
+    for steps, world_size, more in ((4, 2, TENSOR), (5, 2, CONTEXT), (6, 2, SHARDED), (7, 2, TENSOR), (8, 1, None)):
+        folder = tmp_path / str(steps)
+        changed = [f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}", f"--ckpt_path={path}"]
+        succeed([*words, *changed, *([more] if more else [])], world_size)
+        path = next(folder.rglob(f"step={steps}.ckpt"))
+    assert_equal_runs(tmp_path / "alone", tmp_path / "8")
+
+
+TOO_MANY = "--trainer.strategy.init_args.data_parallel_size=2"
+MISTAKES = {
+    "heads that are mixed": ("talking_heads", [TENSOR], "every output mixes the scores of all heads"),
+    "groups of heads": ("dcmha", [TENSOR], "head_groups must be a multiple of the ranks"),
+    "form": ("linear", [CONTEXT, "--trainer.strategy.init_args.sequence_form=ring"], "form must be one of state"),
+    "length": ("mha", [CONTEXT, "--data.block_size=30"], "data.block_size must divide among sequence_parallel_size 2"),
+    "documents": ("mhla", [CONTEXT], "mask must not be packed on a shard"),
+    "blocks": ("mhla", [CONTEXT, "--data.cross_documents=true"], "a multiple of block_size"),
+    "devices": ("mha", [TENSOR, TOO_MANY], "must be the number of devices 2, got 2 x 1 x 2"),
+}
+
+FIRST = ("heads that are mixed", "length", "documents")
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "more", "sentence"),
+    [
+        pytest.param(*mistake, id=name, marks=() if name in FIRST else pytest.mark.slow)
+        for name, mistake in MISTAKES.items()
+    ],
+)
+def test_what_cannot_be_spread_is_refused_before_training(mechanism, more, sentence, arguments, tmp_path):
+    for code, said in together([*arguments(mechanism), *more]):
+        assert code == 2
+        assert said.count("attnzoo-pretrain: error: ") == 1
+        assert sentence in said
+        assert "Traceback" not in said
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from attnzoo.costs import cost
+from attnzoo_recipes.data.module import data_place
 from attnzoo_recipes.losses import LARGEST_LOGITS
 from attnzoo_recipes.trainer import text_data
 
@@ -49,7 +50,7 @@ def out_of_memory(error: BaseException) -> str:
 def estimate(trainer: L.Trainer, pl_module: Any) -> str:
     """Shape, least bytes of the mechanism and of the rest, and three settings that would help."""
     data, sizes = text_data(trainer), pl_module.sizes
-    samples, tokens = -(-data.batch_size // trainer.world_size), data.block_size
+    samples, tokens = -(-data.batch_size // data_place(trainer)[1]), data.block_size
     width, layers, vocabulary = sizes["embed_dim"], sizes["num_layers"], pl_module.vocab_size or 0
     with torch.device("meta"):
         attention = pl_module.attention(width)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from attnzoo.costs import DEVICES
 from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
+from attnzoo_recipes.data.module import data_place
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
 from attnzoo_recipes.sampling import check_sampling, continue_text
+from attnzoo_recipes.sharding import whole_sequences
 from attnzoo_recipes.trainer import is_sharded, log_is_due, run_folder, text_data
 
 _KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
@@ -173,14 +175,14 @@ class Throughput(L.Callback):
         """Start the clock."""
         self._peak = peak_flops(pl_module.device, str(trainer.precision))
         tokens = text_data(trainer).block_size if self._peak else 1
-        self._flops_per_token = 3 * pl_module.model.flops(tokens) / tokens if self._peak else 0.0
+        self._flops_per_token = 3 * pl_module.whole_model().flops(tokens) / tokens if self._peak else 0.0
         self._mark = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Every log_every_n_steps, log the rate since the previous entry."""
-        self._pending += batch["tokens"].numel() * trainer.world_size
+        self._pending += batch["tokens"].numel() * data_place(trainer)[1]
         if not log_is_due(trainer, batch_idx, trainer.global_step):
             return
         if pl_module.device.type == "cuda":
@@ -298,13 +300,14 @@ class Samples(L.Callback):
         """Write one sample; sampling has its own random state, and needs all processes that hold parameters."""
         if trainer.state.fn != "fit" or not (trainer.is_global_zero or is_sharded(trainer)):
             return
-        text = continue_text(
-            pl_module.model,
-            text_data(trainer).tokenizer,
-            self.prompt,
-            self.max_new_tokens,
-            temperature=self.temperature,
-        )
+        with whole_sequences(pl_module.model):
+            text = continue_text(
+                pl_module.model,
+                text_data(trainer).tokenizer,
+                self.prompt,
+                self.max_new_tokens,
+                temperature=self.temperature,
+            )
         if not trainer.is_global_zero:
             return
         text = f"--- step {trainer.global_step}\n{self.prompt}{text}\n"

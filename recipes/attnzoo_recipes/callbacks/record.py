@@ -59,7 +59,7 @@ class Record(L.Callback):
         tokens = data.block_size
         packed, split = data.validation[MAIN]
         record = {
-            **figures(pl_module.model, tokens),
+            **figures(pl_module.whole_model(), tokens),
             "steps": trainer.global_step,
             "tokens": data.samples_drawn * tokens,
             "data": data.key,

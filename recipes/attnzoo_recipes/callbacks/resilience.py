@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from attnzoo_recipes.checkpointing import newest_valid
 from attnzoo_recipes.files import training_goes_on, write_atomically
 from attnzoo_recipes.random_states import random_states, set_random_states
+from attnzoo_recipes.sharding import gradient_norm
 from attnzoo_recipes.signals import EXIT_CODES, Stop
 
 NOT_FINITE = 3
@@ -83,14 +84,16 @@ class RandomStates(L.Callback):
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
+        # Processes that share heads drop the same activations: all draw as the first of them.
+        own = trainer.global_rank - trainer.global_rank % getattr(trainer.strategy, "tensor_parallel_size", 1)
         if len(ranks) == trainer.world_size:
-            set_random_states(ranks[trainer.global_rank])
+            set_random_states(ranks[own])
             return
         rank_zero_warn(
             f"The checkpoint holds the random states of {len(ranks)} processes, but {trainer.world_size} are running: "
             "they are seeded from those, and draw other numbers than the checkpoint's run would have drawn."
         )
-        material = ranks[0]["torch"].numpy().tobytes() + f"{trainer.global_rank} of {trainer.world_size}".encode()
+        material = ranks[0]["torch"].numpy().tobytes() + f"{own} of {trainer.world_size}".encode()
         seed = int.from_bytes(hashlib.sha256(material).digest()[:4], "little")
         random.seed(seed)
         torch.manual_seed(seed)
@@ -170,8 +173,7 @@ class LossGuard(L.Callback):
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = gradient_norm(gradients)
         losses = torch.stack([batch["loss"].to(norm) for batch in batches if "loss" in batch] or [norm.new_zeros(())])
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         sound = losses.isfinite().all() & (norm.isfinite() | scaled)

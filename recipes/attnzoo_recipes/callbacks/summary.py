@@ -72,7 +72,7 @@ class Report(L.Callback):
                 lines.append(_line(f"{order} entropy", f"{entropy:.4f} bits per byte of the same text ({verdict})"))
         else:
             lines.append(_line("validation", f"none in these {trainer.global_step} steps"))
-        model = pl_module.model
+        model = pl_module.whole_model()
         throughput = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Throughput))
         cached = model.cache_bytes_per_token(torch.float32)
         lines.append(_line("speed", f"{throughput.average:,.0f} tokens/s in training"))

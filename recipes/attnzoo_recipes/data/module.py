@@ -105,6 +105,14 @@ class MixedBlocks(Blocks):
         return self.sources[source].window(index - int(self.offsets[source]) + len(self.sources[source]))
 
 
+def data_place(trainer: L.Trainer | None) -> tuple[int, int]:
+    """(number of this process, number) among those that batches are divided over: not all where some share a batch."""
+    if trainer is None:
+        return 0, 1
+    place = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
+    return (trainer.global_rank, trainer.world_size) if place is None else (place["rank"], place["num_replicas"])
+
+
 def boundaries(tokens: Tensor, document_id: int) -> Tensor:
     """cu_seqlens of `AttentionMask.packed`: where a row or a document begins among the B T tokens, and B T; int32."""
     begins = tokens == document_id
@@ -353,8 +361,7 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             ValueError: if one does not, or if the number of devices does not divide data.batch_size.
         """
-        _, world_size = self._place()
-        if world_size > 1 and self.trainer is not None:
+        if self.trainer is not None and self.trainer.world_size > 1:
             # The first process has read and hashed every file in prepare_data; the others take its word.
             made = (self.packed, self._mixed, self._evaluated) if self.trainer.global_rank == 0 else None
             received: Any = self.trainer.strategy.broadcast(made)
@@ -370,10 +377,11 @@ class TextDataModule(L.LightningDataModule):
                         f"{counts['tokens']} in {counts['documents']} of the corpus's documents: give more text, a "
                         f"larger share, or smaller documents with data.unit"
                     )
-        if self.batch_size % world_size:
+        _, divided = data_place(self.trainer)
+        if self.batch_size % divided:
             raise ValueError(
-                "data.batch_size counts the samples of all devices, so their number must divide it, "
-                f"got {self.batch_size} and {world_size}"
+                "data.batch_size counts the samples of all devices, so the number of those that batches are divided "
+                f"over must divide it, got {self.batch_size} and {divided}"
             )
 
     def _parts(self, split: str) -> dict[str, tuple[PackedCorpus, str]]:
@@ -409,7 +417,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _order(self, blocks: Blocks) -> EndlessBatches:
         """The order of training samples, from the next one on."""
-        place = self.batch_size, self.seed, self._drawn_before, *self._place()
+        place = self.batch_size, self.seed, self._drawn_before, *data_place(self.trainer)
         if not isinstance(blocks, MixedBlocks):
             return EndlessBatches(len(blocks), *place)
         sizes = [len(source) for source in blocks.sources]
@@ -425,7 +433,7 @@ class TextDataModule(L.LightningDataModule):
         return self._once(self.blocks("test"))
 
     def _once(self, blocks: Blocks) -> DataLoader[dict[str, Tensor]]:
-        return self._loader(blocks, PaddedBatches(len(blocks), self.batch_size, *self._place()))
+        return self._loader(blocks, PaddedBatches(len(blocks), self.batch_size, *data_place(self.trainer)))
 
     def _loader(self, blocks: Blocks, sampler: Any) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(
@@ -436,10 +444,6 @@ class TextDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
-
-    def _place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _batches_seen(self) -> int:
         """Batches that training has finished, which the trainer counts and restores."""
