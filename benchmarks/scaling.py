@@ -1,9 +1,10 @@
 """How mechanisms scale on a CPU, as ratios within one run.
 
-    python benchmarks/scaling.py [--out benchmarks/results/scaling.jsonl] [--only growth sparse memory cache]
+    python benchmarks/scaling.py [--out benchmarks/results/scaling.jsonl] [--only growth sparse composed ...]
 
 growth: forward + backward of linear, multi-head linear and softmax attention when T doubles.
 sparse: mixture of heads with half of the heads active, time of its dense form over that of its sparse one.
+composed: DCMHA and talking heads over multi-head attention.
 memory: what DCMHA in chunks keeps for the backward pass, and its peak, when T doubles.
 cache: bytes a token of latent attention and multi-head attention at DeepSeek-V3's sizes.
 
@@ -106,6 +107,33 @@ def sparse(rounds: int) -> Iterator[Row]:
             )
 
 
+def composed(rounds: int) -> Iterator[Row]:
+    """Heads mixed at every pair over multi-head attention, the same input."""
+    torch.manual_seed(0)
+    layers = {
+        "mha": attnzoo.MultiHeadAttention(E, 8, bias=False),
+        "dcmha": attnzoo.DynamicallyComposableAttention(E, 8),
+        "talking_heads": attnzoo.TalkingHeadsAttention(E, 8),
+    }
+    goals = {("dcmha", 512): 2.35, ("dcmha", 2048): 3.5, ("talking_heads", 512): 1.5, ("talking_heads", 2048): 1.8}
+    for tokens in (512, 2048):
+        x = torch.randn(1, tokens, E, requires_grad=True)
+        cases = {name: once(lambda layer=layer, x=x: step(layer, x)) for name, layer in layers.items()}
+        timed = interleave(cases, rounds)
+        for name in ("dcmha", "talking_heads"):
+            yield row(
+                "composed",
+                f"{name} / mha",
+                "forward+backward",
+                timed[name].ms / timed["mha"].ms,
+                "<=",
+                goals[name, tokens],
+                ms=timed[name].ms,
+                noise=timed[name].noise,
+                shape={"B": 1, "T": tokens, "E": E, "H": 8},
+            )
+
+
 def memory(_: int) -> Iterator[Row]:
     """Saved bytes and peak resident memory at 2T over T."""
     sizes = {}
@@ -198,7 +226,7 @@ def peak(tokens: int) -> None:
 
 
 def main() -> int:
-    suites = {"growth": growth, "sparse": sparse, "memory": memory, "cache": cache}
+    suites = {"growth": growth, "sparse": sparse, "composed": composed, "memory": memory, "cache": cache}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(suites), default=list(suites))
     parser.add_argument("--rounds", type=int, default=5)

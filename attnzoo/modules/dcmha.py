@@ -137,7 +137,7 @@ class DynamicallyComposableAttention(Mechanism):
         sliding_window: a query sees this many keys at most, itself included.
         causal: no query sees a later key.
         dropout: probability of dropping a composed weight in training.
-        chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
+        chunk_size: queries done at once at most; longer inputs go chunk by chunk, and scores are recomputed in the
             backward pass.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (folded where that is possible, else "triton" on GPUs, else chunked for more than chunk_size

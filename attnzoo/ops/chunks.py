@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo.masks import Visibility
 from attnzoo.tracing import is_exported
 
 Result = TypeVar("Result")
@@ -37,7 +38,28 @@ def recomputed(form: Callable[..., Result], rows: slice | None, *carried: Tensor
     return result
 
 
-def in_chunks(form: Callable[[slice | None], Tensor], queries: int, chunk_size: int | None) -> Tensor:
-    """What `form` gives for the queries of a slice, (B, t, ...), for all queries, chunk by chunk."""
-    chunks = [recomputed(form, rows) for rows in chunks_of(queries, chunk_size)]
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+def in_chunks(
+    form: Callable[..., Tensor],
+    queries: int,
+    chunk_size: int | None,
+    *states: Tensor,
+    view: Visibility | None = None,
+) -> Tensor:
+    """What `form` gives for the queries of a slice, (B, t, ...), for all queries, chunk by chunk.
+
+    Args:
+        form: called with the slice, None for all queries, and with the states.
+        queries: number T of queries.
+        chunk_size: as in `chunks_of`.
+        states: tensors (B, S, ...) of the keys. A chunk gets them up to the last key that its queries see, as a slice
+            of those of the next chunk, so that gradients are added up over no more keys than that.
+        view: which key each query may attend to, with states.
+    """
+    outs = []
+    keys = states[0].shape[1] if states else 0
+    for rows in reversed(list(chunks_of(queries, chunk_size))):
+        if rows is not None and view is not None:
+            stop = view.keys_of(rows, queries, keys).stop
+            states = tuple(x[:, :stop] for x in states)
+        outs.append(recomputed(form, rows, *states))
+    return outs[0] if len(outs) == 1 else torch.cat(outs[::-1], dim=1)

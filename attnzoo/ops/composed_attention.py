@@ -6,7 +6,8 @@ k (B, S, G, D), v (B, S, Gv, Dv) give (B, T, Hv, Dv).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ from attnzoo.ops.observation import Observation, ScoreMap, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
 from attnzoo.ops.softmax_attention import MAX_DECODED, constant, softmax_attention
+from attnzoo.tracing import is_exported, is_readable
+
+CACHED_SCORES = 2**20
+"""Scores of a chunk on a CPU: several copies of them are at work, which have to fit into a cache of 16 MiB or more."""
+FEWEST_AT_ONCE = 32
+"""Queries of a chunk on a CPU below which products of matrices are slow."""
 
 DynamicProjection = tuple[Tensor, Tensor, Tensor]
 """u (B, L, N, R, M), v (B, L, N, R, M) and gate g (B, L, N, M) of every query, or of every key."""
@@ -48,7 +55,7 @@ class Composition:
         """The part that a tile of the scores needs."""
         query = None if self.query is None else tuple(x[:, queries] for x in self.query)
         key = None if self.key is None else tuple(x[:, keys] for x in self.key)
-        return Composition(self.matrix, self.residual, query, key)  # type: ignore[arg-type]
+        return replace(self, query=query, key=key)
 
     def __call__(self, a: Tensor) -> Tensor:
         """a (B, N M, t, s) -> (B, N J, t, s). With no key part s may be anything, such as features of a head."""
@@ -82,6 +89,38 @@ class Composition:
         return 1 if self.matrix is None else self.matrix.shape[0]
 
 
+class FoldedComposition(Composition):
+    """The same map, with all that does not depend on the key's token in one matrix of each query.
+
+    a' = C_t^T a + key part, where C_t = [I] + W + sum_r u_r v_r^T + diag(g). The products over heads are then one
+    batched product of small matrices, and what belongs to keys passes over the scores in the order of their memory.
+    """
+
+    def __call__(self, a: Tensor) -> Tensor:
+        """As `Composition.__call__`; scores of one query lie side by side in what it returns."""
+        B, _, t, s = a.shape
+        x = a.reshape(B, self.groups, -1, t, s).transpose(2, 3)  # (B, N, t, M, s), as all below
+        folded = self._of_queries(a.dtype)
+        out = x if folded is None else folded @ x
+        if self.key is not None:
+            u, v, g = (z.to(a.dtype).movedim(1, -1).contiguous()[:, :, None] for z in self.key)
+            out = torch.addcmul(out, x, g)
+            for u_r, v_r in zip(u.unbind(3), v.unbind(3), strict=True):
+                out = torch.addcmul(out, (x * u_r).sum(3, keepdim=True), v_r)
+        return out.transpose(2, 3).flatten(1, 2)
+
+    def _of_queries(self, dtype: torch.dtype) -> Tensor | None:
+        """C_t from source to target (B, N, t, J, M), or a single one by broadcasting; None: the identity."""
+        folded = None if self.matrix is None else self.matrix.to(dtype).mT[None, :, None]
+        if self.query is not None:
+            u, v, g = (z.to(dtype).transpose(1, 2) for z in self.query)
+            dynamic = v.mT @ u + torch.diag_embed(g)
+            folded = dynamic if folded is None else folded + dynamic
+        if folded is not None and self.residual:
+            folded = folded + torch.eye(folded.shape[-1], dtype=dtype, device=folded.device)
+        return folded
+
+
 def composed_attention(
     q: Tensor,
     k: Tensor,
@@ -112,8 +151,9 @@ def composed_attention(
         view: which key each query may attend to.
         scale: factor of the scores.
         dropout: probability of dropping a composed weight.
-        chunk_size: queries that the plain form does at once. Scores of a chunk are recomputed in the backward pass, so
-            the (B, H, T, S) scores never exist. None, and in exported programs: all at once.
+        chunk_size: queries that the plain form does at once, on a CPU fewer where their scores would not fit into a
+            cache. Scores of a chunk are recomputed in the backward pass, so the (B, H, T, S) scores never exist. None,
+            and in exported programs: all at once.
         value_heads: the target heads that are wanted, Hv of them. Default: all.
         backend: "auto" (the kernels on GPUs, else in chunks), "eager" (the definition) or "triton"; any where it is
             softmax attention.
@@ -158,10 +198,22 @@ def composed_attention(
         )  # fmt: skip
         return _chosen(out, wanted)
 
-    def form(rows: slice | None) -> Tensor:
-        return composed_attention_reference(q, k, v, pre, post, view, rules, wanted, rows)
+    def form(rows: slice | None, k: Tensor, v: Tensor) -> Tensor:
+        if rows is None:
+            visible = view.dense((B, softmax_heads, T, S), q.device)
+            return composed_attention_reference(q, k, v, pre, post, visible, rules, wanted)
+        keys = view.keys_of(rows, T, S)
+        visible = view.dense((B, softmax_heads, T, S), q.device, rows, keys)
+        at_pre, at_post = (None if c is None else c.at(rows, keys) for c in (pre, post))
+        return composed_attention_reference(q[:, rows], k[:, keys], v[:, keys], at_pre, at_post, visible, rules, wanted)
 
-    return in_chunks(form, T, None if backend == "eager" else chunk_size)
+    if backend == "eager" or is_exported():
+        return form(None, k, v)
+    pre, post = _by_query(pre), _by_query(post)
+    if chunk_size is not None and chunk_size < T and is_readable(q):
+        of_a_query = B * max(H, softmax_heads, targets) * S
+        chunk_size = min(chunk_size, max(FEWEST_AT_ONCE, CACHED_SCORES // max(of_a_query, 1)))
+    return in_chunks(form, T, chunk_size, k, v, view=view)
 
 
 def composed_attention_reference(
@@ -170,25 +222,18 @@ def composed_attention_reference(
     v: Tensor,
     pre: ScoreMap | None,
     post: Composition | None,
-    view: Visibility,
+    visible: Tensor | None,
     rules: ScoreRules,
     wanted: Tensor | None = None,
-    rows: slice | None = None,
 ) -> Tensor:
-    """The definition, float64 capable: outputs of the target heads `wanted` for the queries `rows` (default: all)."""
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    """The definition, float64 capable: outputs of the target heads `wanted` for keys that are `visible`."""
+    H, G = q.shape[2], k.shape[2]
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    keys = None
-    if rows is not None:
-        keys = view.keys_of(rows, T, S)
-        q, k, v = q[:, rows], k[:, keys], v[:, keys]
-        pre = None if pre is None else pre.at(rows, keys)
-        post = None if post is None else post.at(rows, keys)
     with without_autocast(q):
         k = k.repeat_interleave(H // max(G, 1), dim=2) if H != G else k
-        a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype)) * rules.scale
+        a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype) * rules.scale, k.to(compute_dtype))
         a = a if pre is None else pre(a)
-        p = masked_softmax(a, view.dense((B, a.shape[1], T, S), q.device, rows, keys))
+        p = masked_softmax(a, visible)
         p = p if post is None else post(p)
         repeats = p.shape[1] // max(v.shape[2], 1)
         if wanted is not None:
@@ -200,6 +245,13 @@ def composed_attention_reference(
 
 
 _MIXED = "heads are mixed between its score and its softmax; only auto, eager and triton can"
+
+
+def _by_query(score_map: Any) -> Any:
+    """Dynamic compositions with what belongs to a query in one matrix; other maps as they are."""
+    if not isinstance(score_map, Composition) or (score_map.query is None and score_map.key is None):
+        return score_map
+    return FoldedComposition(score_map.matrix, score_map.residual, score_map.query, score_map.key)
 
 
 def _heads_after(score_map: ScoreMap | None, heads: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import Visibility
+from attnzoo.tracing import is_readable
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -98,9 +99,13 @@ def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float
     """
     seen = None
     if visible is not None:
-        # Fully masked rows keep finite scores here and get zero weights below, so that neither way gives NaN.
         seen = visible.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(visible | ~seen), -math.inf)
+        if is_readable(seen) and bool(seen.all()):
+            seen = None
+        # Fully masked rows keep finite scores here and get zero weights below, so that neither way gives NaN.
+        hidden = ~visible if seen is None else ~visible & seen
+        # Added, which is faster than filling the scores of all heads.
+        scores = scores + torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -math.inf)
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
