@@ -55,7 +55,7 @@ class Composition:
         """The part that a tile of the scores needs."""
         query = None if self.query is None else tuple(x[:, queries] for x in self.query)
         key = None if self.key is None else tuple(x[:, keys] for x in self.key)
-        return replace(self, query=query, key=key)
+        return replace(self, query=query, key=key)  # type: ignore[arg-type]
 
     def __call__(self, a: Tensor) -> Tensor:
         """a (B, N M, t, s) -> (B, N J, t, s). With no key part s may be anything, such as features of a head."""
@@ -204,7 +204,8 @@ def composed_attention(
             return composed_attention_reference(q, k, v, pre, post, visible, rules, wanted)
         keys = view.keys_of(rows, T, S)
         visible = view.dense((B, softmax_heads, T, S), q.device, rows, keys)
-        at_pre, at_post = (None if c is None else c.at(rows, keys) for c in (pre, post))
+        at_pre = None if pre is None else pre.at(rows, keys)
+        at_post = None if post is None else post.at(rows, keys)
         return composed_attention_reference(q[:, rows], k[:, keys], v[:, keys], at_pre, at_post, visible, rules, wanted)
 
     if backend == "eager" or is_exported():
