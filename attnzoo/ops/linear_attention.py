@@ -76,6 +76,9 @@ def linear_attention(
     if state is not None and trains:
         state = state.detach().clone()  # its owner may overwrite it before the backward pass
     first, offset = (0, 0) if mixing is None else (past // size, past % size)
+    if state is not None and T == 0:
+        # No block has new tokens, not even one that the next token would begin.
+        return q.new_zeros(B, T, H, v.shape[3]), state if mixing is None else state[:, :0]
     if state is not None and T == 1 and (form != "triton" or not trains):
         row = None if mixing is None else mixing[..., -1, :]
         if form == "triton":

@@ -80,6 +80,14 @@ def test_random_chunks_equal_the_full_forward(name: str, option: str, seed: int)
 
 
 @every_case
+def test_calls_without_tokens_change_nothing(name: str, option: str) -> None:
+    module, x = make(name, option), sample()
+    cache = module.init_cache(B, T)
+    assert apart(decode(module, x, [0, 4, 0, 1, 0, 5, 0, 2, 0], cache), module(x)) <= EXACT
+    assert cache.length == T
+
+
+@every_case
 def test_a_larger_cache_and_an_eager_backend_change_nothing(name: str, option: str) -> None:
     module, x = make(name, option, backend="eager"), sample()
     assert apart(decode(module, x, [5, 1, 6], module.init_cache(B, 3 * T)), make(name, option)(x)) <= EXACT
