@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_docs_commands import uses_runs
+
 ROOT = Path(__file__).parents[1]
 # Pages of commands.
 COMMANDS = {"comparison", "evidence", "pretrain", "reliability", "speed"}
@@ -16,9 +18,12 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def examples(page: Path) -> list[str]:
-    """The page's Python blocks; one that shows a signature only imports nothing and is left out."""
+    """The page's Python blocks; one that shows a signature only imports nothing and is left out.
+
+    Those that belong to commands run with them (`test_docs_commands`).
+    """
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [block for block in blocks if "import" in block]
+    return [block for block in blocks if "import" in block and not uses_runs(block)]
 
 
 def anchors(page: Path) -> set[str]:
