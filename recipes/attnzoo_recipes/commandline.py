@@ -35,7 +35,7 @@ from attnzoo_recipes.callbacks.progress import (
 )
 from attnzoo_recipes.callbacks.record import Record
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
-from attnzoo_recipes.callbacks.summary import Report
+from attnzoo_recipes.callbacks.summary import Report, Sizes
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.files import Unbreakable, is_failing_disk
@@ -117,10 +117,13 @@ class PretrainCLI(LightningCLI):
         """The trainer, which always logs to CSV and writes checkpoints atomically."""
         trainer = self._get(self.config_init, "trainer")
         loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
-        report = Report(allowed=self.allowed)
+        samples = self._get(self.config_init, "samples")
+        report = Report(samples.prompt, samples.temperature, self.allowed)
         always = [
             RandomStates(), Throughput(), LossCurve(), Record(), report, MemoryEstimate(), GracefulStop(self.stop),
         ]  # fmt: skip
+        if trainer["enable_model_summary"] is not False:
+            always.append(Sizes())
         progress = self._get(self.config_init, "progress")
         if trainer["enable_progress_bar"] is False:
             progress = "none"
@@ -143,6 +146,7 @@ class PretrainCLI(LightningCLI):
             plugins=[AtomicCheckpointIO(), *plugins],
             callbacks=[*always, *_listed(trainer["callbacks"])],
             enable_progress_bar=progress == "bar",
+            enable_model_summary=False,
             **kwargs,
         )
         check_strategy(made, self._get(self.config_init, "model").compile_model)

@@ -28,6 +28,7 @@ from attnzoo_recipes.options import (
     device_named,
     mistakes_in_one_sentence,
     need_transformers,
+    quiet_transformers,
     take_allowed_imports,
 )
 
@@ -76,7 +77,8 @@ def main(args: Sequence[str] | None = None) -> None:
         model, tokenizer = as_hugging_face(loaded)
         model.eval().to(device)
         report, perplexities = convert_and_compare(model, given.to, layers, options, texts)
-        model.to(_DTYPES[given.dtype]).save_pretrained(given.out)
+        with quiet_transformers():
+            model.to(_DTYPES[given.dtype]).save_pretrained(given.out)
         if tokenizer is not None:
             tokenizer.save_pretrained(given.out)
         settings: dict[str, Any] = {"model": given.model, "to": given.to, "layers": layers, "options": options}

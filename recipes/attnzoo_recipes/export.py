@@ -22,6 +22,7 @@ from attnzoo_recipes.options import (
     command_line,
     mistakes_in_one_sentence,
     need_transformers,
+    quiet_transformers,
     take_allowed_imports,
 )
 
@@ -170,7 +171,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError(f"--max-length must be at least 1, got {length!r:.80}")
         model = to_hugging_face(lm, tokenizer, max_length=length)
         fast = None if tokenizer is None else hugging_face_tokenizer(tokenizer, length)
-        model.save_pretrained(options.out)
+        with quiet_transformers():
+            model.save_pretrained(options.out)
         if fast is not None:
             fast.save_pretrained(options.out)
     name = type(model).__name__

@@ -106,6 +106,23 @@ def need_transformers() -> None:
 
 
 @contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' reports of what it loaded (a misfit is an error here), and its bars outside a terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def mistakes_in_one_sentence(command: str) -> Iterator[None]:
     """Turn a ValueError, an OSError or an error of the parser into one sentence on stderr and exit code 2.
 

@@ -1,6 +1,10 @@
 """Hugging Face folders are read with exactly their weights, or refused."""
 
 import json
+import logging.handlers
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +57,44 @@ def test_a_config_of_another_model_is_refused_or_fits(changes, tmp_path):
     loaded = load_model(folder).model
     assert type(loaded).__name__ == "MistralForCausalLM"
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_nothing_is_reported_of_what_was_read(make, tmp_path, capfd):
+    """transformers reports a pooler that nothing reads, and buffers that it once saved."""
+    import transformers
+
+    folder, _, _ = make(tmp_path / "model")
+    reweighted(folder, lambda w: {**w, "encoder.rotary_emb.inv_freq": torch.zeros(6)})
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("transformers").addHandler(said)
+    capfd.readouterr()
+    load_model(folder)
+    logging.getLogger("transformers").removeHandler(said)
+    assert capfd.readouterr() == ("", "")
+    assert said.buffer == []
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.WARNING
+
+
+@pytest.mark.slow
+def test_models_with_our_attention_are_read(tmp_path):
+    """In another process, which has not imported attnzoo.hugging_face."""
+    import attnzoo.hugging_face as hf
+
+    _, model, words = llama(tmp_path / "model")
+    hf.convert(model, "kha")
+    model.save_pretrained(tmp_path / "made")
+    words.save_pretrained(tmp_path / "made")
+    child = (
+        "import sys; from attnzoo_recipes.diagnose.load_model import load_model;"
+        "print([type(x).__name__ for x in load_model(sys.argv[1]).model.modules()].count('KnockingHeadsAttention'))"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", child, tmp_path / "made"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
 
 
 def test_tied_logits_are_not_missing(tmp_path):

@@ -1,6 +1,8 @@
 """What is logged and shown, in optimiser steps."""
 
 import csv
+import json
+import math
 import re
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from attnzoo_recipes.callbacks import progress
 from attnzoo_recipes.callbacks.progress import LossCurve, peak_flops
 from attnzoo_recipes.checkpointing import read_checkpoint
+from attnzoo_recipes.model_config import model_from_checkpoint
 
 
 def rows(folder):
@@ -28,7 +31,7 @@ def test_accumulation_counts_optimiser_steps(arguments, run, tmp_path):
         callbacks = read_checkpoint(folder)["callbacks"]
         curve = callbacks[LossCurve().state_key]
         assert [step for step, _ in curve["train"]] == [2, 4, 6]
-        assert [step for step, _ in curve["val"]] == [3, 6]
+        assert [step for step, _ in curve["val_bits_per_byte"]] == [3, 6]
     for name in ("step", "lr", "train_loss", "val_bits_per_byte"):
         ours, theirs = ([float(row[name]) for row in found[n] if row[name]] for n in (1, 4))
         assert len(ours) >= 2
@@ -58,6 +61,60 @@ def test_other_forms_of_progress(progress, shown, arguments, run, capfd):
     err = capfd.readouterr()
     assert ("training:" in err.out + err.err) == shown
     assert ("step 2/2" in err.err) == (progress == "auto")
+
+
+def without(words, *names):
+    """The arguments without these options and their values."""
+    kept, skip = [], False
+    for word in words:
+        skip = word in names or (skip and not word.startswith("--"))
+        kept += [] if skip else [word]
+    return kept
+
+
+def test_the_console_of_a_run(arguments, run, capfd, tmp_path):
+    """Of less steps than the interval of the log, with another prompt."""
+    words = arguments(
+        "gqa", "--trainer.log_every_n_steps=50", "--trainer.val_check_interval=2", "--samples.prompt=the cat"
+    )
+    run(without(words, "--trainer.enable_model_summary"))
+    printed = capfd.readouterr()
+    model = model_from_checkpoint(read_checkpoint(tmp_path / "run"))
+    assert "FLOPs: 0" not in printed.out
+    assert re.search(r"^model +2 layers of width 32 with GroupedQueryAttention$", printed.out, re.M)
+    size, parts = re.search(r"^parameters +([\d,]+) \((.*)\)$", printed.out, re.M).groups()
+    assert int(size.replace(",", "")) == model.num_parameters
+    assert sum(int(part.replace(",", "")) for part in re.findall(r"[\d,]*\d", parts)) == model.num_parameters
+    flops = re.search(r"^training cost +([\d,]+) FLOPs per token", printed.out, re.M)[1]
+    assert int(flops.replace(",", "")) == 3 * model.flops(32) // 32
+    speed = re.search(r"^speed +([\d,]+) tokens/s", printed.out, re.M)[1]
+    assert int(speed.replace(",", "")) > 0
+    assert re.search(r"^sample, \d+ characters after 'the cat':\nthe cat", printed.out, re.M)
+    (samples,) = (tmp_path / "run").rglob("samples.txt")
+    assert "\nthe cat" in samples.read_text()
+    assert "weights_only" not in printed.out + printed.err
+
+
+def test_the_bar_of_a_resumed_run_shows_its_step(arguments, run, capfd, tmp_path):
+    run(arguments("mha", steps=2))
+    capfd.readouterr()
+    words = arguments("mha", "--progress=bar", f"--ckpt_path={tmp_path / 'run'}", steps=6)
+    run(without([*words, "--trainer.accumulate_grad_batches=2"], "--trainer.enable_progress_bar"))
+    shown = re.findall(r"training: +(\d+)%\|[^|]*\| (\S+) ", capfd.readouterr().out)
+    assert shown[0] == ("33", "2/6")
+    assert shown[-1] == ("100", "6/6")
+
+
+def test_the_learning_curve_is_in_bits_per_byte(arguments, run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(LossCurve, "draw", lambda self, path, length: drawn.append((self.train, self.val, length)))
+    run(arguments("mha", "--data.tokenizer=bpe", "--data.vocab_size=300", "--trainer.val_check_interval=1"))
+    train, val, length = drawn[-1]
+    # Bytes of a token, from the training text itself; near the start a token costs ln 300 nats.
+    (folder,) = (tmp_path / "data").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())["splits"]["train"]
+    assert length == pytest.approx(meta["bytes"] / meta["tokens"], rel=1e-6)
+    assert val[0][1] == pytest.approx(train[0][1] / length / math.log(2), rel=0.1)
 
 
 @pytest.mark.parametrize(

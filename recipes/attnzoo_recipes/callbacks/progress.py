@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,31 +18,49 @@ from torch import Tensor
 
 from attnzoo.costs import DEVICES
 from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
-from attnzoo_recipes.data.module import data_place
+from attnzoo_recipes.data.module import TextDataModule, data_place
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
 from attnzoo_recipes.sampling import check_sampling, continue_text
 from attnzoo_recipes.sharding import whole_sequences
-from attnzoo_recipes.trainer import is_sharded, log_is_due, run_folder, text_data
+from attnzoo_recipes.trainer import ends_step, is_sharded, log_is_due, run_folder, text_data
 
 _KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
 
 
 class StepProgress(TQDMProgressBar):
-    """A progress bar over all steps of the run, since the training data have no end."""
+    """A progress bar over the optimiser steps of the run, since the training data have no end."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of the run."""
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        """Steps of the run."""
+        return self.trainer.max_steps if self.trainer.max_steps > 0 else math.inf
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Make the bar; a run that continues begins where its checkpoint was."""
+        super().on_train_start()
+        self._begin(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start the bar; Lightning leaves this out where a run continues."""
+        super().on_train_epoch_start(trainer)
+        self._begin(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar at the end of a step."""
+        if ends_step(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        bar = self.train_progress_bar
+        bar.total = trainer.max_steps if trainer.max_steps > 0 else None
+        bar.n = bar.initial = trainer.global_step
+        bar.set_description("training")
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The metrics, without the version number of the logger."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Start the bar."""
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("training")
 
 
 class ProgressLines(L.Callback):
@@ -185,17 +204,27 @@ class Throughput(L.Callback):
         self._pending += batch["tokens"].numel() * data_place(trainer)[1]
         if not log_is_due(trainer, batch_idx, trainer.global_step):
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
-        rate = self._pending / (now - self._mark)
+        rate = self._count(pl_module.device)
         pl_module.log("tokens_per_second", rate, prog_bar=True)
         pl_module.log_dict({f"tokens_{name}": float(n) for name, n in text_data(trainer).tokens_drawn.items()})
         if self._peak is not None:
             pl_module.log("mfu", rate * self._flops_per_token / (self._peak * trainer.world_size), prog_bar=True)
-        self.seconds += now - self._mark
-        self.tokens += self._pending
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the steps after the last entry of the log, which may be all."""
+        if self._pending:
+            self._count(pl_module.device)
+
+    def _count(self, device: torch.device) -> float:
+        """Add the pending tokens and their time; returns their rate."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        seconds, tokens = now - self._mark, self._pending
+        self.seconds += seconds
+        self.tokens += tokens
         self._mark, self._pending = now, 0
+        return tokens / seconds
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -222,7 +251,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 class LossCurve(L.Callback):
     """Draw training and validation loss into loss_curve.png in the run's folder, at each validation and at the end.
 
-    The points are saved in checkpoints, so that a resumed run draws the whole curve.
+    Both are in bits per byte; for training losses, by the mean number of bytes of a training token. The points are
+    saved in checkpoints, so that a resumed run draws the whole curve.
     """
 
     def __init__(self) -> None:
@@ -231,11 +261,12 @@ class LossCurve(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The points so far."""
-        return {"train": self.train, "val": self.val}
+        return {"train": self.train, "val_bits_per_byte": self.val}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the curve of a checkpoint."""
-        self.train, self.val = state_dict["train"], state_dict["val"]
+        # Before 0.2 the second were nats per token, under another name.
+        self.train, self.val = state_dict["train"], state_dict.get("val_bits_per_byte", [])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,33 +277,40 @@ class LossCurve(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the validation loss, and draw."""
-        if "val_loss" in trainer.callback_metrics and trainer.state.fn == "fit":
-            self.val.append([trainer.global_step, float(trainer.callback_metrics["val_loss"])])
-            self.draw(run_folder(trainer) / "loss_curve.png")
+        if "val_bits_per_byte" in trainer.callback_metrics and trainer.state.fn == "fit":
+            self.val.append([trainer.global_step, float(trainer.callback_metrics["val_bits_per_byte"])])
+            self.draw(run_folder(trainer) / "loss_curve.png", bytes_per_token(text_data(trainer)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the whole curve."""
-        self.draw(run_folder(trainer) / "loss_curve.png")
+        self.draw(run_folder(trainer) / "loss_curve.png", bytes_per_token(text_data(trainer)))
 
     @rank_zero_only
-    def draw(self, path: Path) -> None:
-        """Write the picture, in one piece."""
+    def draw(self, path: Path, length: float) -> None:
+        """Write the picture, in one piece; `length` is the mean number of bytes of a token."""
         from matplotlib.figure import Figure
 
         if not self.train:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*zip(*self.train, strict=True), linewidth=1, label="training batch")
+        steps, nats = zip(*self.train, strict=True)
+        axes.plot(steps, [value / length / math.log(2) for value in nats], linewidth=1, label="training batch")
         if self.val:
             axes.plot(*zip(*self.val, strict=True), marker="o", markersize=4, label="validation")
-        axes.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)", title="Loss")
+        axes.set(xlabel="optimiser step", ylabel="cross-entropy (bits per byte)", title="Learning curve")
         axes.grid(alpha=0.3)
         axes.legend()
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         with training_goes_on(path):
             write_atomically(path, png.getvalue())
+
+
+def bytes_per_token(data: TextDataModule) -> float:
+    """Mean number of bytes of the first million training tokens."""
+    tokens = torch.from_numpy(data.packed.tokens("train")[:1_000_000].astype("int64"))
+    return max(float(data.token_bytes[tokens].double().mean()), 1e-9)
 
 
 class Samples(L.Callback):

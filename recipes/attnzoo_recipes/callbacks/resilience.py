@@ -376,7 +376,7 @@ class GracefulStop(L.Callback):
         path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
         code, left = EXIT_CODES[number], f"resume with --ckpt_path {path}"
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             reason = ""
         except OSError as error:
             reason = f" ({error})"

@@ -22,6 +22,30 @@ from attnzoo_recipes.trainer import callbacks_of, is_dry_run, is_sharded, run_fo
 WRITTEN = 200  # characters
 
 
+class Sizes(L.Callback):
+    """Print the model's size by part and its cost per token when fitting begins."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print three lines."""
+        model, tokens = pl_module.model, text_data(trainer).block_size
+        sizes = {
+            name: sum(parameter.numel() for layer in model.layers for parameter in getattr(layer, part).parameters())
+            for name, part in (("attention", "attn"), ("feed-forward", "mlp"))
+        }
+        sizes["other"] = model.num_parameters - sum(sizes.values())
+        parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        kinds = " and ".join(dict.fromkeys(type(layer.attn).__name__ for layer in model.layers))
+        flops = 3 * model.flops(tokens) // tokens
+        lines = [
+            _line("model", f"{len(model.layers)} layers of width {model.embed_dim} with {kinds}"),
+            _line("parameters", f"{model.num_parameters:,} ({parts})"),
+            _line("training cost", f"{flops:,} FLOPs per token, in samples of {tokens:,} tokens"),
+        ]
+        sys.stdout.write("\n".join([*lines, ""]))
+        sys.stdout.flush()
+
+
 class Report(L.Callback):
     """Print figures, files and a sample when fitting has ended.
 
@@ -75,7 +99,8 @@ class Report(L.Callback):
         model = pl_module.whole_model()
         throughput = next(callback for callback in callbacks_of(trainer) if isinstance(callback, Throughput))
         cached = model.cache_bytes_per_token(torch.float32)
-        lines.append(_line("speed", f"{throughput.average:,.0f} tokens/s in training"))
+        if throughput.tokens:
+            lines.append(_line("speed", f"{throughput.average:,.0f} tokens/s in training"))
         lines.append(_line("parameters", f"{model.num_parameters:,}"))
         lines.append(_line("cache", f"{cached:,} bytes per token in float32, {cached // 2:,} in bfloat16"))
         return lines
@@ -100,9 +125,10 @@ class Report(L.Callback):
         text = continue_text(
             model, text_data(trainer).tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature
         )
+        where = f"after {self.prompt!r}" if self.prompt else "of a new document"
         return [
             "",
-            f"sample, {len(text[:WRITTEN])} characters after {self.prompt!r}:",
+            f"sample, {len(text[:WRITTEN])} characters {where}:",
             f"{self.prompt}{text[:WRITTEN]}",
         ]
 

@@ -18,6 +18,7 @@ from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import SUFFIX, newest_valid, read_checkpoint
 from attnzoo_recipes.data.tokenizers import Tokenizer
 from attnzoo_recipes.model_config import model_from_checkpoint, tokenizer_from_checkpoint
+from attnzoo_recipes.options import quiet_transformers
 
 _TENSORS = ".safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -114,6 +115,8 @@ def _hugging_face(folder: Path, whole: bool) -> LoadedModel:
     except ImportError:
         raise ValueError("a Hugging Face folder needs the package transformers: pip install attnzoo[hf]") from None
     _refuse_kernels(folder)
+    if _json(folder / "config.json").get("model_type") == "attnzoo":
+        import attnzoo.hugging_face  # noqa: F401  # it makes the model type known to transformers
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         architecture = (config.architectures or [""])[0]
@@ -122,10 +125,11 @@ def _hugging_face(folder: Path, whole: bool) -> LoadedModel:
         if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
             cls = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         # Only safetensors: other formats can contain code.
-        model, found = cls.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-            dtype=torch.float32, output_loading_info=True,
-        )  # fmt: skip
+        with quiet_transformers():
+            model, found = cls.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                dtype=torch.float32, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # what transformers raises for files that it cannot read is not documented
         reason = own_code(folder, "config.json") or error
         raise ValueError(f"the Hugging Face model in {str(folder)!r} cannot be loaded: {reason}") from error
