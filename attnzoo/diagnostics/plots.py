@@ -37,6 +37,8 @@ _NUMBERED = 80
 """Cells of a heat map that is small enough for their numbers."""
 _SEQUENTIAL, _DIVERGING, _MISSING = "cividis", "PuOr", "#7f7f7f"
 DPI = 130
+FORMATS = ("png", "pdf", "svg")
+"""Kinds of files that a figure can be written as."""
 FONT = "DejaVu Sans"
 
 
@@ -157,7 +159,10 @@ def heatmap(
     models = _models(records)
     tables = {name: by_layer_and_step(rows, metric) for name, rows in models.items()}
     with _themed(theme):
-        widths = [max(3.0, 1.2 + 0.32 * len(steps)) for _, steps, _ in tables.values()]
+        widths = [
+            max(3.0, 1.2 + (0.5 if len(layers) * len(steps) <= _NUMBERED else 0.32) * len(steps))
+            for layers, steps, _ in tables.values()
+        ]
         deepest = max(len(layers) for layers, _, _ in tables.values())
         figure, panels = _figure(
             len(tables), width=min(sum(widths) + 1.5, 16), height=min(max(2.6, 1.4 + 0.24 * deepest), 9)
@@ -166,13 +171,15 @@ def heatmap(
         image = None
         for axes, (name, (layers, steps, values)) in zip(panels, tables.items(), strict=True):
             image = _grid(axes, values, low, high, _SEQUENTIAL, log)
+            if len(layers) * len(steps) <= _NUMBERED:
+                _number(axes, image, values)
             _ticks(axes, "x", [f"{step:,}" for step in steps], 10)
             _ticks(axes, "y", _shorts(layers), 30)
             axes.set(xlabel="training step", ylabel="layer")
             if name:
                 axes.set_title(name)
         _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else label(metric))
+        figure.suptitle(title if title is not None else _headline(metric))
         return figure
 
 
@@ -277,7 +284,7 @@ def head_map(
             if name:
                 axes.set_title(name)
         _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else label(metric))
+        figure.suptitle(title if title is not None else _headline(metric))
         return figure
 
 
@@ -337,7 +344,7 @@ def similarity_matrix(
     title: str | None = None,
     theme: str = "light",
 ) -> Any:
-    """Heads against heads, one panel per layer (or name), one colour scale for all.
+    """Heads against heads, one panel per layer (or name), one colour scale for all; the diagonals are left blank.
 
     Args:
         matrices: (H, H), or several by name.
@@ -355,27 +362,32 @@ def similarity_matrix(
     for table in tables.values():
         if table.ndim != 2 or table.shape[0] != table.shape[1]:
             raise ValueError(f"matrices must have shape (H, H), got {tuple(table.shape)}")
+    # What a head has in common with itself is known, and would take up the colours.
+    tables = {
+        name: table.masked_fill(torch.eye(table.shape[0], dtype=torch.bool), math.nan) for name, table in tables.items()
+    }
     if limits is None:
-        off = [table.masked_fill(torch.eye(table.shape[0], dtype=torch.bool), math.nan) for table in tables.values()]
-        limits = _limits([table.tolist() for table in off], False)
+        limits = _limits([table.tolist() for table in tables.values()], False)
         if limits[0] < 0 < limits[1]:
             limits = (-max(-limits[0], limits[1]), max(-limits[0], limits[1]))
     colours = _DIVERGING if limits[0] == -limits[1] else _SEQUENTIAL
-    with _themed(theme):
+    with _themed(theme) as look:
         columns = min(len(tables), 4)
         rows = -(-len(tables) // columns)
         figure, panels = _figure(len(tables), width=1.4 + 2.7 * columns, height=1.0 + 2.7 * rows, columns=columns)
         image = None
         for axes, (name, table) in zip(panels, tables.items(), strict=False):
-            image = _grid(axes, table.tolist(), *limits, colours, False, square=True)
+            image = _grid(axes, table.tolist(), *limits, colours, False, square=True, missing=look["background"])
             heads = [str(head) for head in range(table.shape[0])]
+            if table.numel() <= _NUMBERED:
+                _number(axes, image, table.tolist())
             _ticks(axes, "x", heads, 9)
             _ticks(axes, "y", heads, 9)
             axes.set(xlabel="head", ylabel="head")
             if name:
                 axes.set_title(name)
         _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else label(metric))
+        figure.suptitle(title if title is not None else _headline(metric))
         return figure
 
 
@@ -417,6 +429,8 @@ def attention_maps(
         image = None
         for number, (axes, table) in enumerate(zip(panels, maps, strict=False)):
             image = _grid(axes, table.sqrt().tolist(), 0.0, 1.0, _SEQUENTIAL, False, square=T == S)
+            if table.numel() <= _NUMBERED:
+                _number(axes, image, table.sqrt().tolist(), table.tolist())
             _ticks(axes, "x", texts, 24 if H == 1 else 12, upright=True)
             _ticks(axes, "y", texts[S - T :], 24 if H == 1 else 12)
             axes.set_title(f"head {number if heads is None else heads[number]}")
@@ -431,11 +445,27 @@ def attention_maps(
 # Writing
 
 
+def to_bytes(figure: Any, kind: str = "png", dpi: int = DPI) -> bytes:
+    """The figure as a file's bytes: "png", "pdf" or "svg". A figure gives the same bytes each time.
+
+    Raises:
+        ValueError: for another kind of file.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"kind must be one of {', '.join(FORMATS)}, got {kind!r}")
+    import matplotlib
+
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    buffer = io.BytesIO()
+    # Fonts of type 3, matplotlib's default, are refused by some publishers.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "attnzoo"}):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
+    return buffer.getvalue()
+
+
 def to_png(figure: Any, dpi: int = DPI) -> bytes:
     """The figure as a PNG file's bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
+    return to_bytes(figure, "png", dpi)
 
 
 def to_array(figure: Any, dpi: int = 90) -> Tensor:
@@ -452,11 +482,16 @@ def to_array(figure: Any, dpi: int = 90) -> Tensor:
 
 
 def save(figure: Any, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure as PNG, atomically, and create the folder."""
+    """Write a figure as PNG, PDF or SVG, as the path ends, atomically, and create the folder.
+
+    Raises:
+        ValueError: for another ending.
+    """
     path = Path(path)
+    content = to_bytes(figure, path.suffix[1:].lower(), dpi)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}.png")
-    unfinished.write_bytes(to_png(figure, dpi))
+    unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    unfinished.write_bytes(content)
     os.replace(unfinished, path)
     return path
 
@@ -510,26 +545,45 @@ def _figure(
 
 
 def _grid(
-    axes: Any, values: Sequence[Sequence[float]], low: float, high: float, colours: str, log: bool, square: bool = False
+    axes: Any,
+    values: Sequence[Sequence[float]],
+    low: float,
+    high: float,
+    colours: str,
+    log: bool,
+    square: bool = False,
+    missing: str = _MISSING,
 ) -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
     axes.grid(False)
-    cmap = colormaps[colours].with_extremes(bad=_MISSING)
+    cmap = colormaps[colours].with_extremes(bad=missing)
     norm = LogNorm(low, high) if log else Normalize(low, high)
     aspect = "equal" if square else "auto"
     return axes.imshow(values, cmap=cmap, norm=norm, aspect=aspect, interpolation="nearest")
 
 
-def _number(axes: Any, image: Any, values: Sequence[Sequence[float]]) -> None:
-    """Write each cell's number into it, dark on light colours and light on dark ones."""
+def _number(
+    axes: Any, image: Any, values: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]] | None = None
+) -> None:
+    """Write each cell's number (or another one) into it, dark on light colours and light on dark ones.
+
+    All have as many decimals as two digits of the largest need.
+    """
+    numbers = values if numbers is None else numbers
+    largest = max((abs(x) for row in numbers for x in row if math.isfinite(x)), default=0.0)
+    decimals = max(0, 2 - math.ceil(math.log10(largest))) if largest > 0 else 0
+    form = f".{decimals}f" if decimals < 5 else ".1e"
     for row, of_row in enumerate(values):
         for column, value in enumerate(of_row):
+            number = numbers[row][column]
             if math.isfinite(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 shade = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=shade, fontsize=7)
+                # Adding 0 after rounding leaves no minus sign at a zero.
+                text = format(round(number, decimals) + 0.0 if decimals < 5 else number, form)
+                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
 
 
 def _colour_bar(figure: Any, image: Any, panels: Sequence[Any], text: str) -> Any:
@@ -582,6 +636,12 @@ def _limits(tables: Sequence[Sequence[Sequence[float]]], log: bool) -> tuple[flo
         raise ValueError(f"values must hold at least one finite {'positive ' if log else ''}number, got none")
     low, high = min(values), max(values)
     return (low, high) if low < high else (low - 0.5, high + 0.5) if not log else (low / 2, high * 2)
+
+
+def _headline(metric: str) -> str:
+    """The label of a figure as a title."""
+    text = label(metric)
+    return text[:1].upper() + text[1:]
 
 
 def _shorts(layers: Sequence[Any]) -> list[str]:

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from attnzoo import BackendUnavailable
+from attnzoo.diagnostics.plots import FORMATS
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
 from attnzoo_recipes.callbacks.memory import OUT_OF_MEMORY, MemoryEstimate, is_out_of_memory, out_of_memory
 from attnzoo_recipes.callbacks.metrics import Metrics, outlive_failing_disks
@@ -105,6 +106,9 @@ class PretrainCLI(LightningCLI):
             default="auto",
             help="a bar, a line for every entry of the log, or nothing; auto is a bar on a terminal, otherwise lines",
         )
+        parser.add_argument(
+            "--format", type=Literal[FORMATS], default="png", help="of the learning curve in the run's folder"
+        )
         for name, kind in (("optimizer", OptimiserMaker), ("lr_scheduler", ScheduleMaker)):
             text = f"class path and init_args of the {name}, see model.{name}"
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=text)
@@ -117,10 +121,10 @@ class PretrainCLI(LightningCLI):
         """The trainer, which always logs to CSV and writes checkpoints atomically."""
         trainer = self._get(self.config_init, "trainer")
         loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
-        samples = self._get(self.config_init, "samples")
+        samples, kind = (self._get(self.config_init, name) for name in ("samples", "format"))
         report = Report(samples.prompt, samples.temperature, self.allowed)
         always = [
-            RandomStates(), Throughput(), LossCurve(), Record(), report, MemoryEstimate(), GracefulStop(self.stop),
+            RandomStates(), Throughput(), LossCurve(kind), Record(), report, MemoryEstimate(), GracefulStop(self.stop),
         ]  # fmt: skip
         if trainer["enable_model_summary"] is not False:
             always.append(Sizes())

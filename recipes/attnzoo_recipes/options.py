@@ -77,6 +77,27 @@ def add_device(parser: ArgumentParser, what: str) -> None:
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help=f"where {what} (default cpu)")
 
 
+def add_format(parser: ArgumentParser) -> None:
+    """Add `--format`."""
+    parser.add_argument(
+        "--format", default="png", metavar="KIND,...", help="of the pictures: some of png, pdf, svg (default png)"
+    )
+
+
+def formats_named(text: str) -> tuple[str, ...]:
+    """Kinds of files between commas.
+
+    Raises:
+        ValueError: for a kind that pictures are not written as, or none.
+    """
+    from attnzoo.diagnostics.plots import FORMATS
+
+    kinds = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not kinds or not set(kinds) <= set(FORMATS):
+        raise ValueError(f"--format must be some of {', '.join(FORMATS)}, got {text!r}")
+    return kinds
+
+
 def device_named(name: str) -> torch.device:
     """The device of that name.
 

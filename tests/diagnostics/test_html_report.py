@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text, html_report, number, write_report
+from attnzoo_recipes.diagnose.html import Picture, Section, Table, Terms, Text, html_report, number, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(30))
 DARK = b"\x89PNG\r\n\x1a\n" + bytes(30)
@@ -47,6 +47,13 @@ def sections():
         ]),
         Section("More", [Picture(PNG, "alone")]),
     ]  # fmt: skip
+
+
+def test_terms_and_the_way_it_was_made():
+    text = html_report("t", [Section("Terms", [Terms({"a < b": "less & more"})])], footer="attnzoo-x '<y>'")
+    page = Reader(text)
+    assert [tag for tag, _ in page.seen if tag in ("dl", "dt", "dd", "footer")] == ["dl", "dt", "dd", "footer"]
+    assert {"a < b", "less & more", "attnzoo-x '<y>'"} <= set(page.texts)
 
 
 def test_everything_is_inside():

@@ -185,6 +185,46 @@ def test_attention_maps_show_tokens_of_any_script():
     assert figure.axes[1].images[0].get_array()[6, 2] == pytest.approx(pattern()[1, 6, 2].sqrt().item())
 
 
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_small_maps_have_numbers_with_common_decimals():
+    (axes, _) = plots.head_map(torch.tensor([[0.214, -0.004], [0.1, math.nan]])).axes
+    assert texts(axes) == ["0.21", "0.00", "0.10"]
+    (axes, _) = plots.head_map(torch.tensor([[4123.4, 17.0]])).axes
+    assert texts(axes) == ["4123", "17"]
+    first, _, _ = plots.heatmap({"a": rows(), "b": rows(factor=2.0)}, "stable_rank").axes
+    assert texts(first) == [str(round(10 * layer + 0.5 + step)) for layer in range(3) for step in (0, 100, 500)]
+    attention, *_ = plots.attention_maps(pattern()[:, :3, :3]).axes
+    assert texts(attention) == [f"{float(x):.2f}" for x in pattern()[0, :3, :3].flatten()]
+    (axes, _) = plots.head_map(noise(9, 9)).axes
+    assert texts(axes) == []
+
+
+def test_heads_are_not_compared_with_themselves():
+    table = torch.tensor([[1.0, 0.2, 0.3], [0.2, 1.0, -0.1], [0.3, -0.1, 1.0]])
+    (axes, _) = plots.similarity_matrix(table).axes
+    assert axes.images[0].get_array().mask.diagonal().all()
+    assert axes.images[0].get_clim() == pytest.approx((-0.3, 0.3))
+    assert texts(axes) == ["0.20", "0.30", "0.20", "-0.10", "0.30", "-0.10"]
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")])
+def test_files_of_every_kind_are_the_same_each_time(kind, begins, tmp_path):
+    made = [plots.save(plots.trajectory(rows(), "stable_rank"), tmp_path / f"{i}.{kind}").read_bytes() for i in "ab"]
+    assert made[0] == made[1]
+    assert made[0].startswith(begins)
+    if kind == "pdf":
+        assert b"/Type3" not in made[0]
+
+
+def test_other_kinds_of_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="kind must be one of png, pdf, svg, got 'gif'"):
+        plots.save(plots.trajectory(rows(), "stable_rank"), tmp_path / "a.gif")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_is_in_one_piece(tmp_path):
     figure = plots.trajectory(rows(), "stable_rank")
     path = plots.save(figure, tmp_path / "new" / "picture.png")

@@ -47,7 +47,7 @@ def test_a_run_of_the_recipe(trained, words_file, tmp_path, capsys):
     out = tmp_path / "out"
     capsys.readouterr()
     main([str(trained), "--text", str(words_file), "--out", str(out), "--length", "24", "--sequences", "5",
-          "--batch_size", "2", "--probe_tokens", "7"])  # fmt: skip
+          "--batch_size", "2", "--probe_tokens", "7", "--format", "svg,png"])  # fmt: skip
     said = capsys.readouterr().out
     loaded = load_model(trained)
     room = 23
@@ -75,7 +75,13 @@ def test_a_run_of_the_recipe(trained, words_file, tmp_path, capsys):
     assert {"normalized_entropy.png", "distance.png", "sink.png", "previous_token.png", "kinds.png", "pair_cosine.png",
             "output_cosine.png", "clusters.png", "clusters-dark.png"} <= set(pictures)  # fmt: skip
     assert page.count("<img ") == page.count("<source ") == len(pictures) / 2
+    assert {file.stem for file in out.glob("*.svg")} == {name[:-4] for name in pictures if "-dark" not in name}
     assert not re.search(r"https?://|<script", page)
+    assert content["made"]["command"].startswith(f"attnzoo-heads {trained} --text ")
+    assert content["made"]["command"].endswith("--format svg,png")
+    assert f"by attnzoo {attnzoo.__version__} with torch" in page
+    assert content["made"]["command"] in page
+    assert "<h2>Terms</h2>" in page
 
 
 def test_a_hugging_face_folder(tiny_llama, words_file, tmp_path, capsys):

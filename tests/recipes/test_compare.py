@@ -145,16 +145,32 @@ def test_a_mechanism_that_never_finished_is_still_a_row():
 
 def test_pictures_are_written(tmp_path):
     cells = [finished(name, seed, 1.8 + 0.01 * seed) for name in ("mha", "kha") for seed in range(2)]
-    draw_losses(cells, FACTS, tmp_path / "a.png")
-    draw_quality(summarise(cells, {}), tmp_path / "b.png")
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.iterdir())) == 2
+    begins = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    for kind, start in begins.items():
+        draw_losses(cells, FACTS, tmp_path / f"a.{kind}")
+        draw_quality(summarise(cells, {}), tmp_path / f"b.{kind}")
+        for name in "ab":
+            assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(start)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_the_table_says_how_it_was_made_and_what_its_terms_mean():
+    rows = summarise([finished("mha", 0, 1.8)], {})
+    made = {
+        "date": "2026-01-02",
+        "versions": {"attnzoo": "9.8", "torch": "7.6"},
+        "command": "attnzoo-compare --seeds 1",
+    }
+    text = markdown(rows, {**FACTS, **made})
+    assert text.endswith("Made on 2026-01-02 by attnzoo 9.8 with torch 7.6: `attnzoo-compare --seeds 1`\n")
+    assert "\n- **bits per byte**: " in text
+    assert "Made on" not in markdown(rows, FACTS)
 
 
 def test_the_packaged_config_is_read_and_lists_every_mechanism():
-    settings, device = parse(["--config", "configs/compare.yaml"])
+    settings, device, formats = parse(["--config", "configs/compare.yaml", "--format", "svg,png"])
     assert device is None
+    assert formats == ("svg", "png")
     assert sorted(settings.mechanisms) == NAMES
     assert settings.mechanisms[0] == "mha"
     assert parse(["--config", "compare.yaml", "--mechanisms", "mha,kha", "--seeds", "3"])[0].seeds == 3
@@ -223,16 +239,18 @@ def small(tmp_path, corpus_file):
 
 
 def test_a_comparison_finishes_and_is_not_run_again(small, tmp_path, capsys):
-    main(small)
+    main([*small, "--format", "svg"])
     out = tmp_path / "out"
     text = (out / "table.md").read_text()
+    assert f"{attnzoo.__version__} with torch" in text
+    assert "`attnzoo-compare --mechanisms mha,gta --out" in text
+    assert text.endswith("--format svg`\n")
     assert "Held equal to mha: parameters of the whole model" in text
     assert "held equal: parameters" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert [row["seeds"] for row in results["rows"]] == [1, 1]
     assert all(row["decode_tokens_per_second"] > 0 and row["tokens_per_second"] > 0 for row in results["rows"])
-    assert (out / "learning_curves.png").is_file()
-    assert (out / "quality_vs_cache.png").is_file()
+    assert sorted(path.name for path in out.glob("*.*g")) == ["learning_curves.svg", "quality_vs_cache.svg"]
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.csv")}
     assert len(stamps) == 2
     main(small)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 import sys
 import time
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from attnzoo.costs import DEVICES
+from attnzoo.diagnostics.plots import to_bytes
 from attnzoo_recipes.callbacks.resilience import NOT_SAVED, RunStoppedError
 from attnzoo_recipes.data.module import TextDataModule, data_place
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
@@ -249,13 +249,18 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class LossCurve(L.Callback):
-    """Draw training and validation loss into loss_curve.png in the run's folder, at each validation and at the end.
+    """Draw training and validation loss into loss_curve in the run's folder, at each validation and at the end.
 
     Both are in bits per byte; for training losses, by the mean number of bytes of a training token. The points are
     saved in checkpoints, so that a resumed run draws the whole curve.
+
+    Args:
+        kind: of the file: png, pdf or svg.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "png") -> None:
+        self.kind = kind
+        self.file = f"loss_curve.{kind}"
         self.train: list[list[float]] = []
         self.val: list[list[float]] = []
 
@@ -279,11 +284,11 @@ class LossCurve(L.Callback):
         """Add the validation loss, and draw."""
         if "val_bits_per_byte" in trainer.callback_metrics and trainer.state.fn == "fit":
             self.val.append([trainer.global_step, float(trainer.callback_metrics["val_bits_per_byte"])])
-            self.draw(run_folder(trainer) / "loss_curve.png", bytes_per_token(text_data(trainer)))
+            self.draw(run_folder(trainer) / self.file, bytes_per_token(text_data(trainer)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the whole curve."""
-        self.draw(run_folder(trainer) / "loss_curve.png", bytes_per_token(text_data(trainer)))
+        self.draw(run_folder(trainer) / self.file, bytes_per_token(text_data(trainer)))
 
     @rank_zero_only
     def draw(self, path: Path, length: float) -> None:
@@ -301,10 +306,8 @@ class LossCurve(L.Callback):
         axes.set(xlabel="optimiser step", ylabel="cross-entropy (bits per byte)", title="Learning curve")
         axes.grid(alpha=0.3)
         axes.legend()
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
         with training_goes_on(path):
-            write_atomically(path, png.getvalue())
+            write_atomically(path, to_bytes(figure, self.kind, dpi=150))
 
 
 def bytes_per_token(data: TextDataModule) -> float:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from attnzoo_recipes.allowlist import ALLOWED
-from attnzoo_recipes.callbacks.progress import Checkpoints, Throughput
+from attnzoo_recipes.callbacks.progress import Checkpoints, LossCurve, Throughput
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.data.module import MAIN
 from attnzoo_recipes.model_config import model_from_checkpoint
@@ -108,10 +108,11 @@ class Report(L.Callback):
     def files(self, trainer: L.Trainer) -> list[str]:
         """Where the files are."""
         folder = run_folder(trainer)
+        curve = next(callback for callback in callbacks_of(trainer) if isinstance(callback, LossCurve))
         named = {
             "checkpoint": _checkpoint(trainer),
             "metrics": folder / "metrics.csv",
-            "loss curve": folder / "loss_curve.png",
+            "loss curve": folder / curve.file,
         }
         return [_line(name, str(path)) for name, path in named.items() if path is not None and path.exists()]
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,8 +51,10 @@ from attnzoo_recipes.losses import linear_cross_entropy
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.options import (
     add_allow_import,
+    add_format,
     command_line,
     device_named,
+    formats_named,
     join_allowed,
     mistakes_in_one_sentence,
     take_allowed_imports,
@@ -70,15 +73,16 @@ def main(args: Sequence[str] | None = None) -> None:
     words, passed_on = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     try:
         with mistakes_in_one_sentence("attnzoo-compare"):
-            settings, device = parse(words)
-            compare(settings, passed_on, device)
+            settings, device, formats = parse(words)
+            line = shlex.join(["attnzoo-compare", *words, *(["--", *passed_on] if passed_on else [])])
+            compare(settings, passed_on, device, formats, line)
     except KeyboardInterrupt:
         sys.stderr.write("attnzoo-compare: stopped; the same command continues where it was\n")
         raise SystemExit(130) from None
 
 
-def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
-    """Settings from a command line, and the device for speeds if one is named."""
+def parse(words: Sequence[str]) -> tuple[Settings, str | None, tuple[str, ...]]:
+    """Settings from a command line, the device for speeds if one is named, and the formats of pictures."""
     words, allowed = take_allowed_imports(words)
     parser = ArgumentParser(
         prog="attnzoo-compare",
@@ -115,6 +119,7 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
         "--cells", type=str | None, help="folder of single runs, which comparisons may share (default: OUT/cells)"
     )
     parser.add_argument("--train", type=dict[str, Any], default={}, help="settings over those of configs/pretrain.yaml")
+    add_format(parser)
     add_allow_import(parser)
     words = find_configs(words)
     check_arguments(words, allowed)
@@ -127,7 +132,7 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None]:
         parsed.mechanisms, parsed.seeds, parsed.match, parsed.out, parsed.train, allowed, parsed.vary, parsed["values"],
         parsed.lrs, parsed.cells,
     )  # fmt: skip
-    return settings, parsed.device
+    return settings, parsed.device, formats_named(parsed.format)
 
 
 @dataclass(frozen=True)
@@ -196,8 +201,22 @@ def train(settings: Settings, passed_on: Sequence[str]) -> Trained:
     )  # fmt: skip
 
 
-def compare(settings: Settings, passed_on: list[str], device_name: str | None = None) -> None:
-    """Train what is not finished yet, then write table.md, table.csv, learning_curves.png and quality_vs_cache.png."""
+def compare(
+    settings: Settings,
+    passed_on: list[str],
+    device_name: str | None = None,
+    formats: Sequence[str] = ("png",),
+    line: str = "",
+) -> None:
+    """Train what is not finished yet, then write table.md, table.csv, results.json and two pictures.
+
+    Args:
+        settings: of the comparison.
+        passed_on: arguments of every run.
+        device_name: where speeds are measured. Default: where the runs train.
+        formats: of learning_curves and quality_vs_cache: png, pdf, svg.
+        line: the command line, for the table.
+    """
     trained = train(settings, passed_on)
     plans, runs, precision = trained.plans, trained.runs, trained.precision
     device = device_named(device_name or default_device(trained.accelerator))
@@ -216,6 +235,7 @@ def compare(settings: Settings, passed_on: list[str], device_name: str | None = 
         "machine": machine(device, precision),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
+        "command": line,
     }
     shown = [run for run in runs if run["rate"] == rate]
     measured_speeds = speeds(shown, plans, device, precision, settings.allowed)
@@ -225,10 +245,11 @@ def compare(settings: Settings, passed_on: list[str], device_name: str | None = 
     write_atomically(settings.out / "table.csv", as_csv(rows))
     results = json.dumps({"facts": facts, "rows": rows, "cells": runs}, indent=1)
     write_atomically(settings.out / "results.json", results)
-    draw_losses(runs, facts, settings.out / "learning_curves.png")
-    draw_quality(rows, settings.out / "quality_vs_cache.png")
-    sys.stdout.write(f"\n{text}\nwritten to {settings.out}: table.md, table.csv, results.json, learning_curves.png, ")
-    sys.stdout.write("quality_vs_cache.png\n")
+    for kind in formats:
+        draw_losses(runs, facts, settings.out / f"learning_curves.{kind}")
+        draw_quality(rows, settings.out / f"quality_vs_cache.{kind}")
+    names = [f"{name}.{kind}" for kind in formats for name in ("learning_curves", "quality_vs_cache")]
+    sys.stdout.write(f"\n{text}\nwritten to {settings.out}: table.md, table.csv, results.json, {', '.join(names)}\n")
     if not any(run["status"] in ("finished", "diverged") for run in runs):
         raise ValueError(f"no run finished: {rows[0]['note']}; their logs are in {settings.runs_folder}")
 

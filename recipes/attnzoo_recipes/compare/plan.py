@@ -433,7 +433,9 @@ def held_equal(plans: Sequence[Plan], match: str, vary: str) -> str:
 
 def run_key(plan: Plan, seed: int) -> str:
     """A hash of everything that the result of a run depends on."""
-    settings = {name: value for name, value in plan.settings.items() if name not in ("seed_everything", "progress")}
+    settings = {
+        name: value for name, value in plan.settings.items() if name not in ("seed_everything", "progress", "format")
+    }
     for path in OWN:
         section, _, name = path.rpartition(".")
         if section:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnzoo.diagnostics.plots import to_bytes
 from attnzoo_recipes.compare.plan import VARIED
 from attnzoo_recipes.files import write_atomically
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
 _FIGURES = ("parameters", "mlp_dim", "flops_per_token", "cache_bytes_per_token")
+_TERMS = {
+    "bits per byte": "cross-entropy of the validation text in bits, divided by its UTF-8 bytes, so that tokenizers "
+    "compare; lower is better",
+    "training FLOPs/token": "three times those of the forward pass, for samples of the trained length",
+    "cache bytes/token": "what decoding stores for each earlier token",
+    "MLP width": "hidden units of the feed-forward layers, by which parameters or FLOPs are made equal",
+    "unigram, bigram entropy": "bits per byte of the best model of single bytes, and of a byte given the one before",
+}
 
 
 def summarise(
@@ -147,7 +155,16 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             cells += [_number(row["best_rate"], "g"), _number(row["best_val_bits_per_byte"], ".4f")]
             cells += [_with_error(row["best_difference"], row["best_interval"], "+.4f")]
         lines.append("| " + " | ".join([*cells, str(row["seeds"]), row["note"].replace("|", "/")]) + " |")
-    return "\n".join([*lines, "", *_facts(rows, facts), ""])
+    terms = [f"- **{term}**: {meaning}" for term, meaning in _TERMS.items()]
+    return "\n".join([*lines, "", *_facts(rows, facts), "", *terms, "", *_made(facts), ""])
+
+
+def _made(facts: Mapping[str, Any]) -> list[str]:
+    """How the table was made; results of earlier versions do not say it."""
+    if not facts.get("command"):
+        return []
+    versions = " with ".join(f"{name} {facts['versions'][name]}" for name in ("attnzoo", "torch"))
+    return [f"Made on {facts['date']} by {versions}: `{facts['command']}`"]
 
 
 def _with_error(value: float | None, error: float | None, form: str) -> str:
@@ -303,6 +320,4 @@ def _figure() -> tuple[Any, Any]:
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    write_atomically(path, png.getvalue())
+    write_atomically(path, to_bytes(figure, path.suffix[1:], dpi=150))

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import attnzoo
 from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
@@ -24,6 +23,7 @@ from attnzoo.diagnostics.heads.report import KINDS, HeadReport, head_report
 from attnzoo.diagnostics.heads.similarity import DETECTABLE
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.training_records import label
+from attnzoo_recipes.diagnose.glossary import HEADS
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
 from attnzoo_recipes.diagnose.options import Options, parser_of, shared
@@ -82,7 +82,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str]) -> HeadsOptions:
     """Options from a command line."""
-    words, allowed = take_allowed_imports(words)
+    given = list(words)
+    words, allowed = take_allowed_imports(given)
     parser = parser_of(
         "heads",
         "Run a model on a text and write what its heads attend to, which kinds they are and how similar they are: "
@@ -111,14 +112,15 @@ def parse(words: Sequence[str]) -> HeadsOptions:
     if not 0 <= parsed.threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {parsed.threshold}")
     return HeadsOptions(
-        **shared("heads", parsed, allowed), text=Path(parsed.text), length=parsed.length, sequences=parsed.sequences,
-        batch_size=parsed.batch_size, threshold=parsed.threshold, probe_tokens=parsed.probe_tokens, drawn=parsed.drawn,
+        **shared("heads", given, parsed, allowed), text=Path(parsed.text), length=parsed.length,
+        sequences=parsed.sequences, batch_size=parsed.batch_size, threshold=parsed.threshold,
+        probe_tokens=parsed.probe_tokens, drawn=parsed.drawn,
     )  # fmt: skip
 
 
 def heads(options: HeadsOptions) -> None:
     """Load, run, print and write."""
-    results = Results(options.out)
+    results = Results(options.out, options.command, options.formats)
     device = device_named(options.device)
     whole = options.text.suffix in SUFFIXES
     loaded = load_model(options.model, name=options.name, allowed=options.allowed, device=device, whole=whole)
@@ -222,9 +224,7 @@ def write_files(
     """heads.json and heads.csv."""
     kinds = by_kind(report, options.threshold)
     results.json("heads.json", {
-        "facts": describe(loaded) | {
-            "text": str(options.text), "attnzoo": attnzoo.__version__, "torch": torch.__version__,
-        },
+        "facts": describe(loaded) | {"text": str(options.text)},
         "settings": options.settings("text"),
         "kinds": kinds,
         "clusters": [
@@ -273,6 +273,7 @@ def write_report(
             Section("How similar heads are", _similarity(results, options, report, clusters)),
         ],
         introduction,
+        HEADS,
     )
 
 

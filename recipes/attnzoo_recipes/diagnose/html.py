@@ -26,6 +26,8 @@ th, td { padding: .2rem .8rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid var(--line); } th:first-child, td:first-child { text-align: left; }
 tbody tr:nth-child(odd) { background: var(--row); }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } figcaption { color: var(--faint); }
+dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0 0 0 1.5rem; }
+footer { margin-top: 2.5rem; border-top: 1px solid var(--line); color: var(--faint); overflow-wrap: anywhere; }
 """
 
 
@@ -67,14 +69,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """Terms with their meanings."""
+
+    meanings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what follows it."""
 
     title: str
-    parts: Sequence[Text | Table | Picture]
+    parts: Sequence[Text | Table | Picture | Terms]
 
 
-def html_report(title: str, sections: Sequence[Section], *, introduction: str = "") -> str:
+def html_report(title: str, sections: Sequence[Section], *, introduction: str = "", footer: str = "") -> str:
     """The text of the whole file.
 
     It contains no scripts and no external references, and its content policy forbids both; texts are escaped.
@@ -88,6 +97,8 @@ def html_report(title: str, sections: Sequence[Section], *, introduction: str = 
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         body += [_part(part) for part in section.parts]
+    if footer:
+        body.append(f"<footer>{html.escape(footer)}</footer>")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = [
         '<meta charset="utf-8">',
@@ -101,10 +112,12 @@ def html_report(title: str, sections: Sequence[Section], *, introduction: str = 
     )
 
 
-def write_report(path: str | Path, title: str, sections: Sequence[Section], *, introduction: str = "") -> Path:
+def write_report(
+    path: str | Path, title: str, sections: Sequence[Section], *, introduction: str = "", footer: str = ""
+) -> Path:
     """Write `html_report` to a file, in one piece; creates its folder."""
     path = Path(path)
-    write_atomically(path, html_report(title, sections, introduction=introduction))
+    write_atomically(path, html_report(title, sections, introduction=introduction, footer=footer))
     return path
 
 
@@ -121,9 +134,12 @@ def number(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
-def _part(part: Text | Table | Picture) -> str:
+def _part(part: Text | Table | Picture | Terms) -> str:
     if isinstance(part, Text):
         return f"<p>{html.escape(part.text)}</p>"
+    if isinstance(part, Terms):
+        terms = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in part.meanings.items())
+        return f"<dl>{''.join(terms)}</dl>"
     if isinstance(part, Table):
         return _table(part)
     return _picture(part)

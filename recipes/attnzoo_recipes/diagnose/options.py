@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from attnzoo_recipes.options import add_allow_import, add_device
+from attnzoo_recipes.options import add_allow_import, add_device, add_format, formats_named
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Options:
         out: folder of the results.
         device: where the model runs.
         allowed: packages that a checkpoint may name.
+        command: the whole command line, for the report.
+        formats: of the pictures' files.
     """
 
     model: str
@@ -29,10 +33,12 @@ class Options:
     out: Path
     device: str
     allowed: tuple[str, ...]
+    command: str
+    formats: tuple[str, ...]
 
     def settings(self, *left_out: str) -> dict[str, Any]:
-        """The options as plain values, for the results; without the model's path and name, `out` and `left_out`."""
-        hidden = {"model", "name", "out", *left_out}
+        """The options as plain values, for the results, without what concerns the files alone and `left_out`."""
+        hidden = {"model", "name", "out", "command", "formats", *left_out}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
 
 
@@ -48,13 +54,14 @@ def parser_of(command: str, description: str, models: str) -> ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help=models)
     parser.add_argument("--out", metavar="DIR", help=f"folder of the results (default runs/{command}/NAME)")
     parser.add_argument("--name", help="of the model, in titles and folders (default: that of its file or folder)")
+    add_format(parser)
     add_device(parser, "the model runs")
     add_allow_import(parser)
     return parser
 
 
-def shared(command: str, parsed: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of `Options` from what such a parser returns."""
+def shared(command: str, words: Sequence[str], parsed: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of `Options` from the command line and what such a parser makes of it."""
     path = Path(parsed.model)
     folder = parsed.name or path.stem or path.resolve().name
     return {
@@ -63,6 +70,8 @@ def shared(command: str, parsed: Any, allowed: tuple[str, ...]) -> dict[str, Any
         "out": Path(parsed.out) if parsed.out else Path("runs") / command / folder,
         "device": parsed.device,
         "allowed": allowed,
+        "command": shlex.join([f"attnzoo-{command}", *words]),
+        "formats": formats_named(parsed.format),
     }
 
 

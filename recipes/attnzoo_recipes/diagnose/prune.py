@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import attnzoo
 from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.pruning.ablation import ABLATIONS, HeadAblation
@@ -21,6 +20,7 @@ from attnzoo.diagnostics.pruning.curves import MODES
 from attnzoo.diagnostics.pruning.importance import GRANULARITIES
 from attnzoo.diagnostics.pruning.masks import UNITS, check_choice
 from attnzoo.diagnostics.pruning.paired_tests import ablation_tests
+from attnzoo_recipes.diagnose.glossary import PRUNE
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
 from attnzoo_recipes.diagnose.options import Options, comma_separated, comma_separated_numbers, parser_of, shared
@@ -72,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str]) -> PruneOptions:
     """Options from a command line."""
-    words, allowed = take_allowed_imports(words)
+    given = list(words)
+    words, allowed = take_allowed_imports(given)
     parser = parser_of(
         "prune",
         "Rank a model's heads by importance, measure its loss while heads are removed in that order and in others, and "
@@ -108,17 +109,17 @@ def parse(words: Sequence[str]) -> PruneOptions:
         "pairs and tensors)")  # fmt: skip
     add("--length", type=int, default=128, help="tokens of a sequence")
     add("--batch-size", type=int, help="examples processed together (default 4 sequences, 64 pairs, 16 tensors)")
-    return _checked(parser.parse_args(words), allowed)
+    return _checked(given, parser.parse_args(words), allowed)
 
 
-def _checked(parsed: Any, allowed: tuple[str, ...]) -> PruneOptions:
+def _checked(given: list[str], parsed: Any, allowed: tuple[str, ...]) -> PruneOptions:
     for name, choices in (("modes", MODES), ("normalize", NORMALIZATIONS), ("ablate", ABLATIONS)):
-        given = getattr(parsed, name)
+        text = getattr(parsed, name)
         # "none" alone is a way to normalise; elsewhere it is an empty list.
-        chosen = ("none",) if name == "normalize" and given == "none" else comma_separated(given)
+        chosen = ("none",) if name == "normalize" and text == "none" else comma_separated(text)
         unknown = [word for word in chosen if word not in choices]
         if unknown or not (chosen or name == "ablate"):
-            raise ValueError(f"{name} must be some of {', '.join(choices)}, got {given!r}")
+            raise ValueError(f"{name} must be some of {', '.join(choices)}, got {text!r}")
         setattr(parsed, name, chosen)
     check_choice("granularity", parsed.granularity, GRANULARITIES)
     check_choice("unit", parsed.unit, UNITS)
@@ -137,7 +138,7 @@ def _checked(parsed: Any, allowed: tuple[str, ...]) -> PruneOptions:
     if parsed.min_heads_per_layer < 0:
         raise ValueError(f"min_heads_per_layer must not be negative, got {parsed.min_heads_per_layer}")
     return PruneOptions(
-        **shared("prune", parsed, allowed), data=Path(parsed.data), percents=percents, modes=parsed.modes,
+        **shared("prune", given, parsed, allowed), data=Path(parsed.data), percents=percents, modes=parsed.modes,
         normalize=parsed.normalize, granularity=parsed.granularity, unit=parsed.unit, ablate=parsed.ablate,
         min_heads_per_layer=parsed.min_heads_per_layer, rescale=parsed.rescale,
         seeds=tuple(int(seed) for seed in seeds), speed=speed, rounds=parsed.rounds, decoded=parsed.decoded,
@@ -147,7 +148,7 @@ def _checked(parsed: Any, allowed: tuple[str, ...]) -> PruneOptions:
 
 def prune(options: PruneOptions) -> None:
     """Load, measure, print and write."""
-    results = Results(options.out)
+    results = Results(options.out, options.command, options.formats)
     device = device_named(options.device)
     loaded = load_model(
         options.model, name=options.name, allowed=options.allowed, device=device,
@@ -236,8 +237,7 @@ def write_files(results: Results, options: PruneOptions, loaded: LoadedModel, re
     results.json("prune.json", {
         "facts": describe(loaded) | {
             "data": str(options.data), "examples": result.task.examples, "loss": result.task.loss,
-            "score": result.task.score, "chance": result.task.chance, "attnzoo": attnzoo.__version__,
-            "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "score": result.task.score, "chance": result.task.chance, "threads": torch.get_num_threads(),
         },
         "settings": options.settings("data"),
         "curves": {name: curve.to_dict() for name, curve in result.curves.items()},
@@ -309,7 +309,7 @@ def write_report(results: Results, options: PruneOptions, loaded: LoadedModel, r
             ),
         ]
     sections.append(Section("Speed", timing))
-    results.report(f"Pruning heads of {loaded.name}", sections, introduction)
+    results.report(f"Pruning heads of {loaded.name}", sections, introduction, PRUNE)
 
 
 def _map(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import attnzoo
 from attnzoo.diagnostics import plots
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.spectra.spectrum import SpectrumRecord
 from attnzoo.diagnostics.training_records import label
+from attnzoo_recipes.diagnose.glossary import SPECTRUM
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
 from attnzoo_recipes.diagnose.options import Options, comma_separated, parser_of, shared
@@ -56,7 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str]) -> SpectrumOptions:
     """Options from a command line."""
-    words, allowed = take_allowed_imports(words)
+    given = list(words)
+    words, allowed = take_allowed_imports(given)
     parser = parser_of(
         "spectrum",
         "Compare the spectra of a model's attention heads with those of random weights, and write spectrum.json, "
@@ -82,7 +83,7 @@ def parse(words: Sequence[str]) -> SpectrumOptions:
     if parsed.drawn < 0:
         raise ValueError(f"drawn must not be negative, got {parsed.drawn}")
     return SpectrumOptions(
-        **shared("spectrum", parsed, allowed), matrices=comma_separated(parsed.matrices), form=parsed.form,
+        **shared("spectrum", given, parsed, allowed), matrices=comma_separated(parsed.matrices), form=parsed.form,
         per=parsed.per, part=parsed.part, null=parsed.null, estimator=parsed.estimator, level=parsed.level,
         num_heads=parsed.num_heads, num_kv_heads=parsed.num_kv_heads, drawn=parsed.drawn,
         save_eigenvalues=parsed.save_eigenvalues,
@@ -91,7 +92,7 @@ def parse(words: Sequence[str]) -> SpectrumOptions:
 
 def spectrum(options: SpectrumOptions) -> None:
     """Load, analyse, print and write."""
-    results = Results(options.out)
+    results = Results(options.out, options.command, options.formats)
     loaded = load_model(
         options.model, name=options.name, num_heads=options.num_heads, num_kv_heads=options.num_kv_heads,
         allowed=options.allowed, device=device_named(options.device),
@@ -163,7 +164,7 @@ def write_files(
     for row in rows if not options.save_eigenvalues else ():
         row["eigenvalues"] = None
     results.json("spectrum.json", {
-        "facts": describe(loaded) | {"attnzoo": attnzoo.__version__, "torch": torch.__version__},
+        "facts": describe(loaded),
         "settings": options.settings(),
         "records": rows,
     })  # fmt: skip
@@ -203,7 +204,7 @@ def write_report(
         f"above the threshold that random weights stay below with a probability of {options.level:.0%}; gaps are "
         "relative to the edge of the law; ranks are means over heads."
     )
-    results.report(f"Spectra of {loaded.name}", sections, introduction)
+    results.report(f"Spectra of {loaded.name}", sections, introduction, SPECTRUM)
 
 
 def _head_map(records: Sequence[SpectrumRecord], metric: str, *, theme: str) -> Any:

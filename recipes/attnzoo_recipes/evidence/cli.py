@@ -24,7 +24,14 @@ from attnzoo_recipes.evidence.figures import FIGURES, TrainedRun
 from attnzoo_recipes.evidence.page import page, verdict
 from attnzoo_recipes.files import write_atomically
 from attnzoo_recipes.model_config import model_from_checkpoint
-from attnzoo_recipes.options import add_allow_import, command_line, mistakes_in_one_sentence, take_allowed_imports
+from attnzoo_recipes.options import (
+    add_allow_import,
+    add_format,
+    command_line,
+    formats_named,
+    mistakes_in_one_sentence,
+    take_allowed_imports,
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -37,10 +44,11 @@ def main(args: Sequence[str] | None = None) -> None:
             if not given.names:
                 sys.stdout.write(listing(out))
                 return
+            formats = formats_named(given.format)
             preset = Preset.read(_file(given.preset, "evidence/presets"), allowed)
             claims = [Claim.read(_file(name, "evidence"), allowed) for name in given.names]
             for claim in claims:
-                try_claim(claim, preset, out, given.rates == "common", allowed)
+                try_claim(claim, preset, out, given.rates == "common", allowed, formats)
     except KeyboardInterrupt:
         sys.stderr.write("attnzoo-evidence: stopped; the same command continues where it was\n")
         raise SystemExit(130) from None
@@ -62,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="runs/evidence", help="folder of pages and runs, which claims share (default runs/evidence)"
     )
+    add_format(parser)
     add_allow_import(parser)
     return parser
 
@@ -88,17 +97,23 @@ def listing(out: Path) -> str:
 
 
 def try_claim(
-    claim: Claim, preset: Preset, out: Path, common_only: bool = False, allowed: Iterable[str] = ALLOWED
+    claim: Claim,
+    preset: Preset,
+    out: Path,
+    common_only: bool = False,
+    allowed: Iterable[str] = ALLOWED,
+    formats: Sequence[str] = ("png",),
 ) -> dict[str, Any]:
     """Train what is not finished yet, at the common learning rate first; returns what is written as JSON.
 
     Args:
         claim: what is tried.
         preset: at what size.
-        out: folder for NAME-PRESET.md, .json and .png. Runs are in its folder cells, which all claims share: arms that
-            are the same in two claims are trained once.
+        out: folder for NAME-PRESET.md, .json and the picture. Runs are in its folder cells, which all claims share:
+            arms that are the same in two claims are trained once.
         common_only: train at the common learning rate alone.
         allowed: packages that the claim may name.
+        formats: of the learning curves: png, pdf, svg.
 
     Raises:
         ValueError: if the rule is not the one with which the runs in `out` were begun.
@@ -115,8 +130,10 @@ def try_claim(
         results = {"claim": claim.to_dict(), "preset": preset.name, "rates": list(rates), "runs": runs, "facts": facts}
         write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
         shown = {"rate": rates[0], "bigram": trained.entropies.get("bigram_bits_per_byte")}
-        draw_losses(runs, shown, out / f"{name}.png")
-        write_atomically(out / f"{name}.md", page(results, f"{name}.png"))
+        for kind in formats:
+            draw_losses(runs, shown, out / f"{name}.{kind}")
+        picture = min(formats, key=("png", "svg", "pdf").index)
+        write_atomically(out / f"{name}.md", page(results, f"{name}.{picture}"))
         sys.stdout.write(f"{claim.name}: {verdict(results)}; written to {out / name}.md\n")
     return results
 
