@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# Processes that tests start round as this one does, and do not fight for cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The same examples in every run: what a drawn case finds is found where it is written, not by whoever runs next.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

@@ -489,3 +489,9 @@ def test_workflows_run_what_is_there(path):
                 assert (ROOT / file).exists(), f"{name}: {file}"
     if path.stem == "ci":
         assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_no_two_test_files_share_a_name():
+    """Pytest imports them by their names alone, and then refuses the second when all of them run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
