@@ -56,23 +56,29 @@ def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
 
 
 def join_decay(q: Tensor, k: Tensor, decay: Tensor, view: Visibility, scale: float) -> tuple[Tensor, Tensor]:
-    """Queries and keys with further features whose products are -decay_j, for backends that add nothing to scores.
+    """Queries and keys with further features whose products are c_i - c_j, for backends that add nothing to scores.
 
-    The gate of the query is constant in its row, so the softmax does not need it. Each of the H / G heads that share
-    a key has a feature of its own, which its queries select, so that keys are not repeated. Numbers of 16 bits take
-    three such features, whose sum is exact in float32.
+    Each of the H / G heads that share a key has a feature of its own, which its queries select, so that keys are not
+    repeated. Numbers of 16 bits take three such features, whose sum is exact in float32, and leave out c_i, which is
+    constant in a row of the softmax. Others have it as one more feature: without it the rounding of a row's gradient,
+    which adds up to 0, would add up over the rows.
     """
     groups, shared, unit = k.shape[2], q.shape[2] // k.shape[2], 256.0
+    places = _places(view, q.shape[1], k.shape[1], decay.device)
     # Any other constant does as well; the first query's keeps numbers small and depends on no later token.
-    first = decay.index_select(2, _places(view, q.shape[1], k.shape[1], decay.device)[:1]).detach()
-    c = ((decay - first) / (-scale * unit)).transpose(1, 2).unflatten(2, (groups, shared))
-    parts = [c.to(k.dtype)]
-    rest = c.detach()
+    c = decay - decay.index_select(2, places[:1]).detach()
+    of_keys = (c / (-scale * unit)).transpose(1, 2).unflatten(2, (groups, shared))
+    parts = [of_keys.to(k.dtype)]
+    rest = of_keys.detach()
     for _ in range(2 if k.dtype in HALF else 0):
         rest = rest - parts[-1].detach().to(rest.dtype)
         parts.append(rest.to(k.dtype))
     select = unit * torch.eye(shared, dtype=q.dtype, device=q.device).repeat(groups, len(parts))
-    return torch.cat([q, select.expand(*q.shape[:2], -1, -1)], dim=-1), torch.cat([k, *parts], dim=-1)
+    features = [select.expand(*q.shape[:2], -1, -1)]
+    if k.dtype not in HALF:
+        features.append((c.index_select(2, places) / scale).transpose(1, 2)[..., None].to(q.dtype))
+        parts.append(torch.ones_like(k[..., :1]))
+    return torch.cat([q, *features], dim=-1), torch.cat([k, *parts], dim=-1)
 
 
 def decay_of_pairs(decay: Tensor, view: Visibility, queries: int) -> Tensor:

@@ -150,9 +150,6 @@ def assert_auto_is_as_good_as_eager(name: str, option: str, dtype: torch.dtype, 
         budget = error_of(found["eager"][key], exact, smoke.LEAST)
         if name.startswith(("moh", "moa")) and budget > OTHER_HEADS:
             exact, budget = found["eager"][key].double(), OTHER_HEADS
-        if name.startswith("forgetting"):
-            # A plain form adds the decay to a key, as large as the sum of all gates before it.
-            budget = 8 * budget + 256 * torch.finfo(dtype).eps
         error = error_of(value, exact, smoke.LEAST)
         assert error <= 2 * budget + 8 * torch.finfo(dtype).eps, f"{key}: {error:.1e}, the definition {budget:.1e}"
 
