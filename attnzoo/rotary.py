@@ -338,6 +338,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half", per_head: b
     return y if width == x.shape[-1] else torch.cat([y, x[..., width:]], dim=-1)
 
 
+def split_pairs(x: Tensor, style: str) -> tuple[Tensor, Tensor]:
+    """First and second features of the pairs that a rotation of that style turns."""
+    return x.tensor_split(2, dim=-1) if style == "half" else (x[..., 0::2], x[..., 1::2])  # type: ignore[return-value]
+
+
+def join_pairs(u: Tensor, v: Tensor, style: str) -> Tensor:
+    """The inverse of `split_pairs`."""
+    return torch.cat([u, v], -1) if style == "half" else torch.stack([u, v], -1).flatten(-2)
+
+
 def _check_width(name: str, width: int) -> None:
     check(name, width, ((lambda size: is_integer(size) and size >= 2 and size % 2 == 0, _WIDTH),))
 

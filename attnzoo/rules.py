@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
         ("sink_tokens", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads", "num_routed_active", "sample_topk",
          "lepe_kernel", "batch_size", "depth"), COUNT,
     ),
-    **dict.fromkeys(("sliding_window", "max_length"), SIZE),
+    **dict.fromkeys(("sliding_window", "max_length", "chunk_size"), SIZE),
     **dict.fromkeys(
         ("init_std", "embed_init_std", "qk_norm_eps", "output_norm_eps", "norm_eps", "dyn_norm_eps", "feature_eps",
          "normalizer_eps", "head_norm_eps", "eps", "aux_loss_coef", "switch_coef", "z_coef", "mi_coef", "cv_coef"),
@@ -130,7 +130,7 @@ MAY_BE_NONE = frozenset(
     ("o_bias", "out_bias", "gate_bias", "k_rope_bias", "rope_head_dim", "qk_rope_head_dim", "num_shared_heads",
      "num_routed_active", "sliding_window", "qk_norm_eps", "logit_softcap", "scale", "sink", "mixing_clip",
      "grid", "block_grid", "dtype", "device", "lambda_init",
-     "output_gate", "decay_times")
+     "output_gate", "decay_times", "chunk_size")
 )  # fmt: skip
 
 

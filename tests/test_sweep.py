@@ -31,7 +31,7 @@ SOFTMAX: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None, None, 1, 3, 6), "sink_tokens": (0, 0, 2), "sink": (None, None, "zero", "learned"),
 }  # fmt: skip
 COMPOSED: dict[str, tuple[Any, ...]] = {
-    "bias": SWITCH, "rope": ROPES, "sliding_window": (None, 3), "chunk_size": (2, 5, 128)
+    "bias": SWITCH, "rope": ROPES, "sliding_window": (None, 3), "chunk_size": (2, 5, None)
 }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ POOLS: dict[str, dict[str, tuple[Any, ...]]] = {
         num_active=(None, 1, 2), gate_input=(None, "token", "causal_mean", "mean"), gate_hidden=(9,)
     ),
     "RelativeConvAttention": {
-        "kernel_size": (1, 2, 3), "max_distance": (40,), "bias": SWITCH, "dropout": (0.0,), "chunk_size": (2, 5, 128),
+        "kernel_size": (1, 2, 3), "max_distance": (40,), "bias": SWITCH, "dropout": (0.0,), "chunk_size": (2, 5, None),
     },
     "GatedAttention": softmax(
         gate=("output", "value", "key", "query", "dense"), gate_type=("elementwise", "headwise"),
@@ -107,7 +107,7 @@ POOLS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "SigmoidAttention": softmax(
         "sink", "sink_tokens", logit_bias=("visible", "learned", -1.5), context_length=(None, 9),
-        output_norm=SWITCH, chunk_size=(2, 5, 128),
+        output_norm=SWITCH, chunk_size=(2, 5, None),
     ),
     "MultiTokenAttention": COMPOSED | {
         "pre_kernel": (None, (3, 3), (2, 5), (1, 1)), "post_kernel": (None, (2, 3)), "pre_head_group": (None, 1, 2),
@@ -116,7 +116,7 @@ POOLS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "SelectiveAttention": softmax(
         "sink", "sink_tokens", "alibi", "logit_softcap", selection_head=(0, 0, 1), protect_first=SWITCH,
-        prune_threshold=(None, 0.5), chunk_size=(2, 5, 128),
+        prune_threshold=(None, 0.5), chunk_size=(2, 5, None),
     ),
     "ForgettingAttention": {
         "v_head_dim": (None, 5), "forget_gate": ("data", "bias", "fixed", None), "decay_times": (None, (1, 8)),

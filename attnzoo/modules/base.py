@@ -14,7 +14,7 @@ from attnzoo.distributed.collectives import copied
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
 from attnzoo.modules.checks import check_groups, derive_head_dim
-from attnzoo.modules.heads import HeadLayout
+from attnzoo.modules.heads import HeadLayout, keep_columns, keep_rows
 from attnzoo.modules.hints import HintedCall
 from attnzoo.modules.recorded import Recorded
 from attnzoo.ops.head_mixing import HeadMap
@@ -63,6 +63,8 @@ class Mechanism(Recorded, HintedCall, nn.Module):
     takes_left_padding = True
     """Whether tokens that a mask hides before a sequence leave its outputs as they are."""
     cache_type: type[Any] = KeyValueCache
+    caches_all_tokens = False
+    """Whether caches hold all tokens, with a window too."""
     input_layer = "q_proj"
     """Submodule whose weight has the dtype and the device that inputs must have."""
     one_source_reason = "keys and values are made from it"
@@ -76,6 +78,8 @@ class Mechanism(Recorded, HintedCall, nn.Module):
     """Whether a cache may be spread over processes too."""
     sequence_reason = "its class names no form (sequence_forms)"
     """Why there is none, where there is none."""
+    tensor_reason: str | None = None
+    """Why there is no tensor-parallel plan, where there is none."""
     mixes_heads = False
     """Whether an output needs the scores of several heads."""
     expands_states = False
@@ -135,6 +139,15 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         self.dropout = dropout
         self.init_std = init_std
         self.backend = check_name(backend)
+
+    def make_projections(
+        self, q: int, k: int, v: int, out: int, *, bias: bool, o_bias: bool | None = None, **factory_kwargs: Any
+    ) -> None:
+        """q_proj, k_proj and v_proj with so many rows, and o_proj with so many columns, whose bias defaults to bias."""
+        self.q_proj = nn.Linear(self.embed_dim, q, bias, **factory_kwargs)
+        self.k_proj = nn.Linear(self.kdim, k, bias, **factory_kwargs)
+        self.v_proj = nn.Linear(getattr(self, "vdim", self.kdim), v, bias, **factory_kwargs)
+        self.o_proj = nn.Linear(out, self.embed_dim, bias if o_bias is None else o_bias, **factory_kwargs)
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """Initialise: projections normal with `std` (output projection `out_std`), biases 0, norms 1, the rest as such.
@@ -245,6 +258,8 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         Raises:
             ValueError: for a mechanism, or an option of it, that has no plan.
         """
+        if self.tensor_reason is not None:
+            raise ValueError(f"{type(self).__name__} has no tensor-parallel plan: {self.tensor_reason}")
         from attnzoo.distributed.tensor import plan_of
 
         return plan_of(self)
@@ -298,8 +313,9 @@ class Mechanism(Recorded, HintedCall, nn.Module):
             return ShardedCache(
                 self, batch_size, max_length, own[0] if device is None else device, own[1] if dtype is None else dtype
             )
+        window = None if self.caches_all_tokens else self.sliding_window
         cache = self.cache_type(
-            batch_size, max_length, self.cache_widths(), window=self.sliding_window, sink_tokens=self.sink_tokens,
+            batch_size, max_length, self.cache_widths(), window=window, sink_tokens=self.sink_tokens,
             device=own[0] if device is None else device, dtype=own[1] if dtype is None else dtype,
         )  # fmt: skip
         cache.layout = self.cache_layout()
@@ -311,7 +327,8 @@ class Mechanism(Recorded, HintedCall, nn.Module):
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that the cache of one sequence holds after so many tokens."""
-        kept = tokens if self.sliding_window is None else min(tokens, self.sliding_window + self.sink_tokens)
+        window = None if self.caches_all_tokens else self.sliding_window
+        kept = tokens if window is None else min(tokens, window + self.sink_tokens)
         return kept * self.cache_bytes_per_token(dtype)
 
     # Costs
@@ -406,6 +423,13 @@ class Mechanism(Recorded, HintedCall, nn.Module):
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:  # noqa: ARG002
         """Cut the weights down to these places of query heads and of key/value heads."""
         raise ValueError(f"{type(self).__name__} cannot be pruned: define keep_heads(heads, groups)")
+
+    def keep_projections(self, heads: list[int], groups: list[int]) -> None:
+        """Cut q_proj, k_proj, v_proj and o_proj down to these places of query heads and of key/value heads."""
+        keep_rows(self.q_proj, heads, self.head_dim)
+        keep_rows(self.k_proj, groups, self.head_dim)
+        keep_rows(self.v_proj, groups, self.v_head_dim)
+        keep_columns(self.o_proj, heads, self.v_head_dim)
 
     def extra_repr(self) -> str:
         """The sizes and the options that are set."""

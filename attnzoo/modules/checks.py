@@ -13,13 +13,16 @@ from attnzoo.ops.submodules import is_plain
 from attnzoo.rules import check_sizes, describe
 
 
-def derive_head_dim(embed_dim: int, num_heads: int, head_dim: int | None) -> int:
-    """head_dim, or embed_dim / num_heads where it is None and divides."""
-    check_sizes(embed_dim=embed_dim, num_heads=num_heads)
+def derive_head_dim(embed_dim: int, num_heads: int, head_dim: int | None, kind: str = "") -> int:
+    """head_dim, or embed_dim / num_heads where it is None and divides; kind "qk_" or "v_" of some heads alone."""
+    check_sizes(**{"embed_dim": embed_dim, f"num_{kind}heads": num_heads})
     if head_dim is not None:
         return head_dim
     if embed_dim % num_heads:
-        raise ValueError(f"num_heads must divide embed_dim unless head_dim is given, got {num_heads} and {embed_dim}")
+        width = "v_head_dim" if kind == "v_" else "head_dim"
+        raise ValueError(
+            f"num_{kind}heads must divide embed_dim unless {width} is given, got {num_heads} and {embed_dim}"
+        )
     return embed_dim // num_heads
 
 

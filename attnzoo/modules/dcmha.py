@@ -6,96 +6,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.cache import ComposedCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.dynamic_weights import ACTIVATIONS, DYNAMIC_SPLITS, DynamicWeights
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.composed_attention import Composition, DynamicProjection, composed_attention
-from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant
-from attnzoo.ops.submodules import local, own_shapes
+from attnzoo.ops.submodules import local
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_sizes, one_of
-
-ACTIVATIONS = ("gelu", "gelu_tanh")
-
-
-DYNAMIC_SPLITS: dict[str, Any] = {"w1": "rows", "w2": 0, "gate": "rows"}
-
-
-class DynamicLinear(nn.Module):
-    """A matrix (out, in). No nn.Linear, so that a pass over a model's linear layers leaves its small start alone."""
-
-    def __init__(self, in_features: int, out_features: int, **factory_kwargs: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory_kwargs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return F.linear(x, local(self.weight))
-
-    def extra_repr(self) -> str:
-        """The shape."""
-        return ", ".join(own_shapes(self))
-
-
-class DynamicWeights(nn.Module):
-    """What one side of the pairs, queries or keys, brings to the compositions, from the layer's input:
-
-        d = act(X W1^T) W2;   u = d[:R] / sqrt(mean(d[:R]^2) + eps),  v = d[R:],  g = tanh(X Wg^T)
-
-    for each of P stages and N groups of M heads; the mean is over the M heads.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        stages: int,
-        groups: int,
-        heads: int,
-        rank: int,
-        hidden: int,
-        act: str,
-        eps: float,
-        **factory_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self.sizes = (groups, stages, hidden, rank, heads)
-        self.act = act
-        self.eps = eps
-        self.w1 = DynamicLinear(width, groups * stages * hidden, **factory_kwargs)
-        self.w2 = nn.Parameter(torch.empty(groups, stages, hidden, 2 * rank, heads, **factory_kwargs))
-        self.gate = DynamicLinear(width, groups * stages * heads, **factory_kwargs)
-
-    def reset_parameters(self) -> None:
-        """The official start, close to the identity: u of size 0.7, small v and gates."""
-        _, _, hidden, rank, heads = self.sizes
-        width = self.w1.weight.shape[1]
-        nn.init.normal_(self.w1.weight, std=math.sqrt(2 / (width + hidden)))
-        nn.init.normal_(self.w2, std=0.02 / (math.sqrt(hidden) * (heads + rank)))
-        nn.init.normal_(self.gate.weight, std=0.005 * math.sqrt(2 / (width + heads)))
-
-    def forward(self, x: Tensor) -> list[DynamicProjection]:
-        """x (B, L, E) -> for each stage u (B, L, N, R, M), v (B, L, N, R, M), g (B, L, N, M), in x's dtype."""
-        groups, stages, hidden, rank, heads = self.sizes
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
-        raw, gate = self.w1(x), self.gate(x)
-        with without_autocast(x):
-            raw = raw.to(compute_dtype).view(*x.shape[:2], groups, stages, hidden)
-            inner = F.gelu(raw, approximate="tanh" if self.act == "gelu_tanh" else "none")
-            d = torch.einsum("blnpk,npkrm->blnprm", inner, local(self.w2).to(compute_dtype))
-            u, v = d[..., :rank, :], d[..., rank:, :]
-            u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
-            g = torch.tanh(gate.to(compute_dtype)).view(*x.shape[:2], groups, stages, heads)
-        return list(zip(*(z.to(x.dtype).unbind(3) for z in (u, v, g)), strict=True))
-
-    def extra_repr(self) -> str:
-        """The shape."""
-        return ", ".join(own_shapes(self))
 
 
 class DynamicallyComposableAttention(Mechanism):
@@ -138,7 +61,7 @@ class DynamicallyComposableAttention(Mechanism):
         causal: no query sees a later key.
         dropout: probability of dropping a composed weight in training.
         chunk_size: queries done at once at most; longer inputs go chunk by chunk, and scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (folded where that is possible, else "triton" on GPUs, else chunked for more than chunk_size
             queries), "eager" (all scores at once) or "triton" (fused kernels); others where it folds.
@@ -180,7 +103,7 @@ class DynamicallyComposableAttention(Mechanism):
         sliding_window: int | None = None,
         causal: bool = True,
         dropout: float = 0.0,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         init_std: float = 0.02,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -190,9 +113,10 @@ class DynamicallyComposableAttention(Mechanism):
             embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, pre_compose=pre_compose,
             post_compose=post_compose, query_wise=query_wise, key_wise=key_wise, static_base=static_base,
-            dyn_norm_eps=dyn_norm_eps, qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, device=device, dtype=dtype,
+            dyn_norm_eps=dyn_norm_eps, qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, chunk_size=chunk_size, device=device,
+            dtype=dtype,
         )  # fmt: skip
-        check_sizes(head_groups=head_groups, rank=rank, chunk_size=chunk_size)
+        check_sizes(head_groups=head_groups, rank=rank)
         if num_heads % head_groups:
             raise ValueError(f"head_groups must divide num_heads, got {head_groups} and {num_heads}")
         heads = num_heads // head_groups
@@ -215,10 +139,7 @@ class DynamicallyComposableAttention(Mechanism):
         self.chunk_size = chunk_size
         G, D = self.num_kv_heads, self.head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, num_heads * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(num_heads * D, embed_dim, bias, **factory_kwargs)
+        self.make_projections(num_heads * D, G * D, G * D, num_heads * D, bias=bias, **factory_kwargs)
         self.q_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
         self.k_norm = nn.RMSNorm(D, qk_norm_eps, **factory_kwargs) if qk_norm else None
         sizes = (len(self.stages), head_groups, heads, rank, hidden, dyn_act, dyn_norm_eps)

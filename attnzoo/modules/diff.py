@@ -124,10 +124,8 @@ class DifferentialAttention(Mechanism):
         H, G, D = self.num_heads, self.num_kv_heads, self.head_dim
         self.key_parts = 2 if version == 1 else 1
         self.v_head_dim = Dv = D * self.key_parts
-        self.q_proj = nn.Linear(embed_dim, 2 * H * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, G * self.key_parts * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.kdim, G * Dv, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(H * Dv, embed_dim, bias if o_bias is None else o_bias, **factory_kwargs)
+        keys = G * self.key_parts * D
+        self.make_projections(2 * H * D, keys, G * Dv, H * Dv, bias=bias, o_bias=o_bias, **factory_kwargs)
         self.q_norm = nn.RMSNorm(D, norm_eps, **factory_kwargs) if qk_norm else None
         self.k_norm = nn.RMSNorm(D, norm_eps, **factory_kwargs) if qk_norm else None
         if version == 1:

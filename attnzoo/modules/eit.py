@@ -15,7 +15,7 @@ from attnzoo.ops.composed_attention import composed_attention
 from attnzoo.ops.head_interaction import Interaction
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.rotary import Rotary
-from attnzoo.rules import check, check_options, check_sizes, one_of
+from attnzoo.rules import check, check_sizes, one_of
 
 INTERACTION = ("isi_w1", "isi_b1", "isi_w2", "isi_b2", "csi_w1", "csi_b1", "csi_w2")
 
@@ -54,7 +54,7 @@ class EnhancedMultiheadAttention(Mechanism):
         causal: no query sees a later key.
         dropout: probability of dropping an attention weight in training.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (chunked for more than chunk_size queries) or "eager" (all scores at once). There is no kernel.
 
@@ -88,7 +88,7 @@ class EnhancedMultiheadAttention(Mechanism):
         sliding_window: int | None = None,
         causal: bool = True,
         dropout: float = 0.0,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         init_std: float = 0.02,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -96,28 +96,25 @@ class EnhancedMultiheadAttention(Mechanism):
     ) -> None:
         super().__init__(
             embed_dim, num_heads, head_dim=head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
-            causal=causal, dropout=dropout, init_std=init_std, backend=backend,
+            causal=causal, dropout=dropout, init_std=init_std, backend=backend, efficient=efficient, bias=bias,
+            interaction_bias=interaction_bias, chunk_size=chunk_size, device=device, dtype=dtype,
         )  # fmt: skip
-        check_options(efficient=efficient, interaction_bias=interaction_bias, bias=bias, device=device, dtype=dtype)
         check("init", init, one_of("default", "mha", words="be 'default' or 'mha'"))
         if efficient and csi_hidden is not None:
             raise ValueError(f"csi_hidden needs efficient=False, got {csi_hidden} and efficient=True")
         A = (2 if efficient else 8) if isi_hidden is None else isi_hidden
         C = 4 * num_heads if csi_hidden is None else csi_hidden
-        A, C, self.chunk_size = check_sizes(isi_hidden=A, csi_hidden=C, chunk_size=chunk_size)
+        A, C = check_sizes(isi_hidden=A, csi_hidden=C)
         if init == "mha" and (A < 2 or 2 * num_heads > C):
             raise ValueError(
                 f"init 'mha' needs isi_hidden of at least 2 and csi_hidden of at least 2 num_heads, got {A} and {C}"
             )
         self.num_qk_heads = H = self.num_heads
         self.isi_hidden, self.csi_hidden = A, None if efficient else C
-        self.efficient, self.init = efficient, init
+        self.efficient, self.init, self.chunk_size = efficient, init, chunk_size
         width = H * self.head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, width, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, width, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.kdim, width, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(width, embed_dim, bias, **factory_kwargs)
+        self.make_projections(width, width, width, width, bias=bias, **factory_kwargs)
         biased, full = interaction_bias, not efficient
         shapes = {
             "isi_w1": (H, A, H), "isi_b1": (H, A) if biased else None, "isi_w2": (H, A) if full else None,
@@ -144,12 +141,7 @@ class EnhancedMultiheadAttention(Mechanism):
 
     sequence_forms: tuple[str, ...] = ("gather",)
     mixes_heads = True
-
-    def tensor_parallel_plan(self) -> dict[str, Any]:
-        """There is none."""
-        raise ValueError(
-            f"{type(self).__name__} has no tensor-parallel plan: every output mixes the scores of all heads"
-        )
+    tensor_reason = "every output mixes the scores of all heads"
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo.cache import CacheLayout, ForgettingCache
 from attnzoo.modules.base import Mechanism
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.heads import attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.head_norm import HeadNorm
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
@@ -158,8 +158,7 @@ class ForgettingAttention(Mechanism):
                 return nn.RMSNorm(D, qk_norm_eps, **factory_kwargs)
             return HeadNorm(heads, D, qk_norm_eps, **factory_kwargs)
 
-        self.q_proj, self.k_proj, self.v_proj = linear(H * D), linear(G * D), linear(G * Dv)
-        self.o_proj = nn.Linear(H * Dv, embed_dim, False, **factory_kwargs)
+        self.make_projections(H * D, G * D, G * Dv, H * Dv, bias=False, **factory_kwargs)
         self.forget_proj = linear(H, bias=True) if forget_gate == "data" else None
         self.k_shift_proj = linear(G) if k_shift else None
         self.v_shift_proj = linear(G) if v_shift else None
@@ -321,10 +320,7 @@ class ForgettingAttention(Mechanism):
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads, with their gates, and of key/value heads."""
-        keep_rows(self.q_proj, heads, self.head_dim)
-        keep_rows(self.k_proj, groups, self.head_dim)
-        keep_rows(self.v_proj, groups, self.v_head_dim)
-        keep_columns(self.o_proj, heads, self.v_head_dim)
+        self.keep_projections(heads, groups)
         for proj, kept, width in (
             (self.forget_proj, heads, 1), (self.g_proj, heads, self.v_head_dim), (self.k_shift_proj, groups, 1),
             (self.v_shift_proj, groups, 1),

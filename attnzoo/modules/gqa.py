@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.heads import attention_pairs, keep_entries
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
 from attnzoo.ops.submodules import local
@@ -115,10 +115,7 @@ class GroupedQueryAttention(Mechanism):
         self.init = init
         H, G, D, Dv = num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, H * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.vdim, G * Dv, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(H * Dv, embed_dim, bias if o_bias is None else o_bias, **factory_kwargs)
+        self.make_projections(H * D, G * D, G * Dv, H * Dv, bias=bias, o_bias=o_bias, **factory_kwargs)
         widths = (H * D, G * D) if qk_norm == "joint" else (D, D)
         self.q_norm = nn.RMSNorm(widths[0], qk_norm_eps, **factory_kwargs) if qk_norm else None
         self.k_norm = nn.RMSNorm(widths[1], qk_norm_eps, **factory_kwargs) if qk_norm else None
@@ -204,10 +201,7 @@ class GroupedQueryAttention(Mechanism):
         """
         if self.qk_norm == "joint":
             raise ValueError("prune_heads needs qk_norm other than 'joint': its statistics are those of all heads")
-        keep_rows(self.q_proj, heads, self.head_dim)
-        keep_rows(self.k_proj, groups, self.head_dim)
-        keep_rows(self.v_proj, groups, self.v_head_dim)
-        keep_columns(self.o_proj, heads, self.v_head_dim)
+        self.keep_projections(heads, groups)
         if self.sinks is not None:
             self.sinks = keep_entries(self.sinks, heads)
         if self.alibi_slopes is not None:

@@ -12,7 +12,7 @@ from attnzoo.cache_state import StateCache
 from attnzoo.masks import AttentionMask, as_mask
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Call, Positions, begin
-from attnzoo.modules.heads import keep_columns, keep_rows
+from attnzoo.modules.heads import keep_rows
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import place_of
@@ -82,10 +82,7 @@ class FeatureAttention(Mechanism):
         self.feature_eps = feature_eps
         H, G, D, Dv = num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, H * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, G * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.kdim, G * Dv, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(H * Dv, embed_dim, bias if out_bias is None else out_bias, **factory_kwargs)
+        self.make_projections(H * D, G * D, G * Dv, H * Dv, bias=bias, o_bias=out_bias, **factory_kwargs)
         self.g_proj = nn.Linear(embed_dim, H * Dv, False, **factory_kwargs) if gate else None
         self.q_norm = nn.RMSNorm(H * D, qk_norm_eps, **factory_kwargs) if qk_norm else None
         self.k_norm = nn.RMSNorm(G * D, qk_norm_eps, **factory_kwargs) if qk_norm else None
@@ -227,12 +224,9 @@ class FeatureAttention(Mechanism):
         """
         if self.q_norm is not None:
             raise ValueError("prune_heads needs qk_norm=False: its statistics are those of all heads together")
-        keep_rows(self.q_proj, heads, self.head_dim)
-        keep_rows(self.k_proj, groups, self.head_dim)
-        keep_rows(self.v_proj, groups, self.v_head_dim)
+        self.keep_projections(heads, groups)
         if self.g_proj is not None:
             keep_rows(self.g_proj, heads, self.v_head_dim)
-        keep_columns(self.o_proj, heads, self.v_head_dim)
 
 
 def check_normalisable(feature_map: str, argument: str, value: object) -> None:

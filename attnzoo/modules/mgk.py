@@ -162,10 +162,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
 
     sequence_forms: tuple[str, ...] = ("gather",)
     sequence_cache = False
-
-    def tensor_parallel_plan(self) -> dict[str, Any]:
-        """There is none: the rows of k_proj go by key, then head."""
-        raise ValueError(f"{type(self).__name__} has no tensor-parallel plan: the keys of a head are apart in k_proj")
+    tensor_reason = "the keys of a head are apart in k_proj"
 
     def sequence_obstacle(self) -> str | None:
         """The linear form has sums of its own."""

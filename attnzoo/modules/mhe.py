@@ -16,7 +16,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import local, matrix_of
-from attnzoo.rotary import Rotary, rotate
+from attnzoo.rotary import Rotary, join_pairs, rotate, split_pairs
 from attnzoo.rules import check, check_options, one_of
 
 EMBEDDINGS = ("q_head_embed", "k_head_embed", "v_head_embed")
@@ -192,13 +192,3 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
                 setattr(self, name, keep_entries(getattr(self, name), heads))
         if self.alibi_slopes is not None:
             self.alibi_slopes = tuple(self.alibi_slopes[head] for head in heads)
-
-
-def split_pairs(x: Tensor, style: str) -> tuple[Tensor, Tensor]:
-    """First and second features of the pairs that a rotation of that style turns."""
-    return x.tensor_split(2, dim=-1) if style == "half" else (x[..., 0::2], x[..., 1::2])  # type: ignore[return-value]
-
-
-def join_pairs(u: Tensor, v: Tensor, style: str) -> Tensor:
-    """The inverse of `split_pairs`."""
-    return torch.cat([u, v], -1) if style == "half" else torch.stack([u, v], -1).flatten(-2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnzoo.cache import CacheLayout, RecentQueriesCache
 from attnzoo.modules.base import Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
-from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.heads import attention_pairs, keep_entries
 from attnzoo.ops.multi_token_attention import TokenMaps, multi_token_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.submodules import normed
@@ -53,7 +53,7 @@ class MultiTokenAttention(Mechanism):
         depth: number of the layer, from 0, which gives lambda_init; the recipe's decoder sets it. None: no such factor.
         gate: None, "headwise" (one number a head) or "elementwise": a gate of each head by itself, shared by the heads.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         rope: rotary position embedding, or None.
         scale: factor of the scores. Default: D ** -0.5.
         sliding_window: a query sees this many keys at most, itself included. Caches keep all keys.
@@ -73,6 +73,7 @@ class MultiTokenAttention(Mechanism):
     pre_heads: nn.Parameter | None
     post_heads: nn.Parameter | None
     cache_type = RecentQueriesCache
+    caches_all_tokens = True  # Earlier queries read keys that have left the window of the last.
     takes_pair_masks = False  # Convolutions read the scores of earlier queries too.
     takes_left_padding = False
     shown = ("pre_kernel_size", "post_kernel_size", "gate_type", "rope", "sliding_window", "pruned_heads")
@@ -93,7 +94,7 @@ class MultiTokenAttention(Mechanism):
         head_norm_eps: float = 1e-5,
         depth: int | None = None,
         gate: str | None = None,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         scale: float | None = None,
         sliding_window: int | None = None,
@@ -108,7 +109,8 @@ class MultiTokenAttention(Mechanism):
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, rope=rope, scale=scale, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, head_norm=head_norm,
-            head_norm_eps=head_norm_eps, depth=0 if depth is None else depth, device=device, dtype=dtype,
+            head_norm_eps=head_norm_eps, depth=0 if depth is None else depth, chunk_size=chunk_size, device=device,
+            dtype=dtype,
         )  # fmt: skip
         if not causal:
             raise ValueError("causal must be True: no convolution over queries is defined without it, got causal=False")
@@ -117,19 +119,16 @@ class MultiTokenAttention(Mechanism):
             check("gate", gate, one_of("headwise", "elementwise", words="be None, 'headwise' or 'elementwise'"))
         if depth is not None and not head_norm:
             raise ValueError(f"depth needs head_norm=True, got depth={depth} and head_norm=False")
-        (self.chunk_size,) = check_sizes(chunk_size=chunk_size)
+        self.chunk_size = chunk_size
         self.key_alignment = key_alignment
         self.pre_kernel_size = self._kernel_size("pre_kernel", pre_kernel)
         self.post_kernel_size = self._kernel_size("post_kernel", post_kernel)
         self.gate_type = gate
         self.scales_by_depth = depth is not None
         self.depth = 0 if depth is None else depth
-        H, G, D, E = self.num_heads, self.num_kv_heads, self.head_dim, embed_dim
+        H, G, D = self.num_heads, self.num_kv_heads, self.head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(E, H * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(E, G * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(E, G * D, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(H * D, E, bias, **factory_kwargs)
+        self.make_projections(H * D, G * D, G * D, H * D, bias=bias, **factory_kwargs)
         for name, size in (("pre_kernel", self.pre_kernel_size), ("post_kernel", self.post_kernel_size)):
             made = None if size is None else nn.Parameter(torch.empty(H, *size, **factory_kwargs))
             self.register_parameter(name, made)
@@ -230,20 +229,15 @@ class MultiTokenAttention(Mechanism):
         self, batch_size: int, max_length: int, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> RecentQueriesCache:  # fmt: skip
-        """As the base's for all tokens, window or not, with the last queries that convolutions read, and some spare."""
-        window, self.sliding_window = self.sliding_window, None
-        try:
-            cache: RecentQueriesCache = super().init_cache(batch_size, max_length, device, dtype)
-        finally:
-            self.sliding_window = window
-        cache.layout = self.cache_layout()
+        """As the base's for all tokens, with the last queries that convolutions read, and some spare."""
+        cache: RecentQueriesCache = super().init_cache(batch_size, max_length, device, dtype)
         cache.make_rows(self.maps.earlier, (self.num_heads, self.head_dim))
         return cache
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """All keys and values, and the last queries."""
+        """As the base's, and the last queries."""
         rows = RecentQueriesCache.rows_for(self.maps.earlier)
-        return tokens * self.cache_bytes_per_token(dtype) + rows * self.num_heads * self.head_dim * dtype.itemsize
+        return super().state_bytes(tokens, dtype) + rows * self.num_heads * self.head_dim * dtype.itemsize
 
     # Costs and pruning
 
@@ -273,10 +267,7 @@ class MultiTokenAttention(Mechanism):
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads."""
-        keep_rows(self.q_proj, heads, self.head_dim)
-        for layer in (self.k_proj, self.v_proj):
-            keep_rows(layer, groups, self.head_dim)
-        keep_columns(self.o_proj, heads, self.head_dim)
+        self.keep_projections(heads, groups)
         for name in ("pre_kernel", "post_kernel"):
             if (kernel := getattr(self, name)) is not None:
                 setattr(self, name, keep_entries(kernel, heads))

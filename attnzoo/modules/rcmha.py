@@ -13,7 +13,7 @@ from attnzoo.masks import as_mask
 from attnzoo.modules.base import Mechanism
 from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.checks import check_input
-from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.heads import attention_pairs, keep_entries
 from attnzoo.ops.causal_convolution import CausalConvolution
 from attnzoo.ops.composed_attention import composed_attention
 from attnzoo.ops.relative_scores import RelativeDistances
@@ -47,7 +47,7 @@ class RelativeConvAttention(Mechanism):
         causal: no query sees a later key.
         dropout: probability of dropping an attention weight in training.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" (chunked for more than chunk_size queries) or "eager" (all scores at once). There is no kernel.
 
@@ -72,7 +72,7 @@ class RelativeConvAttention(Mechanism):
         conv_query_memory: bool = False,
         causal: bool = True,
         dropout: float = 0.1,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         init_std: float = 0.02,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -80,11 +80,10 @@ class RelativeConvAttention(Mechanism):
     ) -> None:
         super().__init__(
             embed_dim, num_heads, head_dim=head_dim, bias=bias, conv_query_memory=conv_query_memory, causal=causal,
-            dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype,
+            dropout=dropout, init_std=init_std, backend=backend, chunk_size=chunk_size, device=device, dtype=dtype,
         )  # fmt: skip
-        self.kernel_size, self.max_distance, self.chunk_size = check_sizes(
-            kernel_size=kernel_size, max_distance=max_distance, chunk_size=chunk_size
-        )
+        self.kernel_size, self.max_distance = check_sizes(kernel_size=kernel_size, max_distance=max_distance)
+        self.chunk_size = chunk_size
         self.conv_query_memory = conv_query_memory
         H, D = self.num_heads, self.head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -224,9 +223,7 @@ class RelativeConvAttention(Mechanism):
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:  # noqa: ARG002
         """Cut the weights down to these places of heads."""
-        for layer in (self.q_proj, self.k_proj, self.v_proj):
-            keep_rows(layer, heads, self.head_dim)
-        keep_columns(self.o_proj, heads, self.head_dim)
+        self.keep_projections(heads, heads)
         self.rel_key = keep_entries(self.rel_key, heads, 1)
         self.rel_bias = keep_entries(self.rel_bias, heads, 1)
         self.content_bias = keep_entries(self.content_bias, heads)

@@ -13,7 +13,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.selective_attention import selective_attention
-from attnzoo.rules import COUNT, POSITIVE, SWITCH, check, check_sizes, describe
+from attnzoo.rules import COUNT, POSITIVE, SWITCH, check, check_options, describe
 
 
 class SelectiveAttention(GroupedQueryAttention):
@@ -37,7 +37,7 @@ class SelectiveAttention(GroupedQueryAttention):
         prune_threshold: keys of which F exceeds it have weight 0. It changes the weight of such a key by
             exp(-prune_threshold) at most, relative to what it would be without F. None: all keys stay.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         options: the keyword options of `GroupedQueryAttention` but sink, sink_tokens, alibi, logit_softcap, kdim and
             vdim; causal must be True, and backend is "auto" or "eager" (all scores at once). Caches keep all keys, with
             a window too.
@@ -47,6 +47,7 @@ class SelectiveAttention(GroupedQueryAttention):
     """
 
     cache_type: type[SelectionCache] = SelectionCache
+    caches_all_tokens = True  # F covers all keys.
     takes_bias = False
     takes_left_padding = False  # The first token of a row is protected.
     shown = ("selection_head", "prune_threshold", "rope", "sliding_window", "pruned_heads")
@@ -61,7 +62,7 @@ class SelectiveAttention(GroupedQueryAttention):
         selection_head: int = 0,
         protect_first: bool = True,
         prune_threshold: float | None = None,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         **options: Any,
     ) -> None:
         for name in ("sink", "sink_tokens", "alibi", "logit_softcap", "kdim", "vdim"):
@@ -76,7 +77,8 @@ class SelectiveAttention(GroupedQueryAttention):
             check("prune_threshold", prune_threshold, POSITIVE)
         if selection_head >= num_heads:
             raise ValueError(f"selection_head must be below num_heads, got {selection_head} and {num_heads}")
-        (self.chunk_size,) = check_sizes(chunk_size=chunk_size)
+        check_options(chunk_size=chunk_size)
+        self.chunk_size = chunk_size
         self.selection_head = int(selection_head)
         self.protect_first = protect_first
         self.prune_threshold = None if prune_threshold is None else float(prune_threshold)
@@ -111,13 +113,8 @@ class SelectiveAttention(GroupedQueryAttention):
         self, batch_size: int, max_length: int, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SelectionCache:  # fmt: skip
-        """As the base's for all tokens, window or not, with what was taken from each."""
-        window, self.sliding_window = self.sliding_window, None
-        try:
-            cache: SelectionCache = super().init_cache(batch_size, max_length, device, dtype)
-        finally:
-            self.sliding_window = window
-        cache.layout = self.cache_layout()
+        """As the base's for all tokens, with what was taken from each."""
+        cache: SelectionCache = super().init_cache(batch_size, max_length, device, dtype)
         cache.make_sums()
         return cache
 
@@ -125,10 +122,6 @@ class SelectiveAttention(GroupedQueryAttention):
         """Keys, values, and F for the next query and the last 16, in numbers of at least 32 bits."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return super().cache_bytes_per_token(dtype) + (self.cache_type.ROWS + 1) * wide
-
-    def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """That of all tokens, with a window too."""
-        return tokens * self.cache_bytes_per_token(dtype)
 
     def prune_heads(self, indices: Iterable[int]) -> None:
         """As the base's; the selection head, which all others need, is refused."""

@@ -15,7 +15,7 @@ from attnzoo.modules.heads import head_rows, keep_entries
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.sigmoid_attention import sigmoid_attention
 from attnzoo.ops.submodules import normed
-from attnzoo.rules import SWITCH, check, check_sizes, is_number
+from attnzoo.rules import SWITCH, check, check_options, check_sizes, is_number
 
 
 class SigmoidAttention(GroupedQueryAttention):
@@ -40,7 +40,7 @@ class SigmoidAttention(GroupedQueryAttention):
         context_length: tokens of a training sequence, for "learned".
         output_norm: RMS-normalise the outputs of all heads together before the output projection.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their weights are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         options: the keyword options of `GroupedQueryAttention` but sink and sink_tokens; backend is "auto", "eager"
             (all weights at once) or "triton".
 
@@ -62,7 +62,7 @@ class SigmoidAttention(GroupedQueryAttention):
         logit_bias: float | str = "visible",
         context_length: int | None = None,
         output_norm: bool = False,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         **options: Any,
     ) -> None:
         for name in ("sink", "sink_tokens"):
@@ -80,7 +80,8 @@ class SigmoidAttention(GroupedQueryAttention):
                 f"{logit_bias!r}"
             )
         check("output_norm", output_norm, SWITCH)
-        (self.chunk_size,) = check_sizes(chunk_size=chunk_size)
+        check_options(chunk_size=chunk_size)
+        self.chunk_size = chunk_size
         self.context_length = context_length
         factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         width = self.num_heads * self.v_head_dim

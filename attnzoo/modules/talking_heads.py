@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.checks import derive_head_dim
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
@@ -51,7 +52,7 @@ class TalkingHeadsAttention(Mechanism):
         causal: no query sees a later key.
         dropout: probability of dropping an entry of U in training.
         chunk_size: queries done at once at most; longer inputs go chunk by chunk, and scores are recomputed in the
-            backward pass.
+            backward pass. None: all at once.
         init_std: standard deviation of the projections' normal initialisation.
         backend: "auto" ("triton" on GPUs, else chunked for more than chunk_size queries), "eager" (all scores at once)
             or "triton" (fused kernels).
@@ -62,12 +63,7 @@ class TalkingHeadsAttention(Mechanism):
 
     sequence_forms: tuple[str, ...] = ("ring", "gather")
     mixes_heads = True
-
-    def tensor_parallel_plan(self) -> dict[str, Any]:
-        """There is none."""
-        raise ValueError(
-            f"{type(self).__name__} has no tensor-parallel plan: every output mixes the scores of all heads"
-        )
+    tensor_reason = "every output mixes the scores of all heads"
 
     shown = ("num_qk_heads", "num_v_heads", "rope", "sliding_window", "pruned_heads")
 
@@ -87,23 +83,20 @@ class TalkingHeadsAttention(Mechanism):
         sliding_window: int | None = None,
         causal: bool = True,
         dropout: float = 0.0,
-        chunk_size: int = 128,
+        chunk_size: int | None = 128,
         init_std: float = 0.02,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        check_sizes(
-            embed_dim=embed_dim, num_heads=num_heads, num_qk_heads=num_qk_heads, num_v_heads=num_v_heads,
-            chunk_size=chunk_size,
-        )  # fmt: skip
         super().__init__(
-            embed_dim, num_heads, head_dim=_width("head_dim", embed_dim, "num_qk_heads", num_qk_heads, head_dim),
-            v_head_dim=_width("v_head_dim", embed_dim, "num_v_heads", num_v_heads, v_head_dim), kdim=kdim, rope=rope,
+            embed_dim, num_heads, head_dim=derive_head_dim(embed_dim, num_qk_heads, head_dim, "qk_"),
+            v_head_dim=derive_head_dim(embed_dim, num_v_heads, v_head_dim, "v_"), kdim=kdim, rope=rope,
             sliding_window=sliding_window, causal=causal, dropout=dropout, init_std=init_std, backend=backend,
-            bias=bias, device=device, dtype=dtype,
+            bias=bias, chunk_size=chunk_size, device=device, dtype=dtype,
         )  # fmt: skip
         if sliding_window is not None and not causal:
             raise ValueError(f"sliding_window needs causal=True, got {sliding_window} and causal=False")
@@ -121,10 +114,7 @@ class TalkingHeadsAttention(Mechanism):
         self.chunk_size = chunk_size
         K, V, D, Dv = num_qk_heads, num_v_heads, self.head_dim, self.v_head_dim
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, K * D, bias, **factory_kwargs)
-        self.k_proj = nn.Linear(self.kdim, K * D, bias, **factory_kwargs)
-        self.v_proj = nn.Linear(self.kdim, V * Dv, bias, **factory_kwargs)
-        self.o_proj = nn.Linear(V * Dv, embed_dim, bias, **factory_kwargs)
+        self.make_projections(K * D, K * D, V * Dv, V * Dv, bias=bias, **factory_kwargs)
         self.logits_proj = nn.Parameter(torch.empty(K, num_heads, **factory_kwargs))
         self.weights_proj = nn.Parameter(torch.empty(num_heads, V, **factory_kwargs))
         self.reset_parameters()
@@ -206,10 +196,3 @@ class TalkingHeadsAttention(Mechanism):
         keep_columns(self.o_proj, heads, self.v_head_dim)
         mix = self.weights_proj
         self.weights_proj = nn.Parameter(mix.detach()[:, heads], requires_grad=mix.requires_grad)
-
-
-def _width(name: str, embed_dim: int, heads_name: str, heads: int, given: int | None) -> int:
-    """The width of a head: the given one, or embed_dim / heads where that divides."""
-    if given is None and embed_dim % heads:
-        raise ValueError(f"{heads_name} must divide embed_dim unless {name} is given, got {heads} and {embed_dim}")
-    return embed_dim // heads if given is None else given
