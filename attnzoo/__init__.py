@@ -44,7 +44,7 @@ from attnzoo.modules.talking_heads import TalkingHeadsAttention
 from attnzoo.modules.tpa import TensorProductAttention
 from attnzoo.rotary import Rotary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MultiHeadAttention",

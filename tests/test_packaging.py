@@ -448,6 +448,9 @@ def test_version_is_the_same_everywhere():
     assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "attnzoo/__init__.py"
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r'^version: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == attnzoo.__version__
+    released = re.search(r"^## \[(\d.*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[1] == attnzoo.__version__
+    assert re.search(r'^date-released: "?([^"\n]+)"?$', citation, re.MULTILINE)[1] == released[2]
 
 
 def test_types_are_shipped():
