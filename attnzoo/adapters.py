@@ -14,7 +14,7 @@ from attnzoo.rules import describe
 
 
 class NotFused:
-    """Stands where torch's fused encoder path looks for a weight; what carries this method is left to be called."""
+    """Is found where torch's fused encoder path looks for a weight; what carries this method is left to be called."""
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:

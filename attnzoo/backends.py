@@ -37,7 +37,7 @@ def choose(
     obstacles holds the operation's backends from fastest to slowest on a GPU, each with a function that returns
     None or one sentence why it cannot serve this call. "auto" takes the first without an obstacle, but on another
     device "flash" and "triton" come last: they need a GPU, or an interpreter, which is for tests. A named backend is
-    taken or `BackendUnavailable` is raised, and nothing falls back in silence.
+    taken or `BackendUnavailable` is raised, and nothing falls back silently.
     """
     if backend == "auto":
         on_gpu = device is None or device.type == "cuda"

@@ -127,7 +127,7 @@ def arguments_of(cls: type, values: Mapping[str, Any], where: str) -> dict[str, 
     any plain value; an argument that is a dataclass is made from a mapping of its fields.
 
     Raises:
-        ValueError: for an unknown name, or a value that is not of its type: True is no number, "2" is none either.
+        ValueError: for an unknown name, or a value that is not of its type: True is not a number, nor is "2".
     """
     known, is_open = _parameters(cls)
     unknown = [name for name in values if name not in known]

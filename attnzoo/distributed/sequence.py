@@ -128,7 +128,7 @@ class SequenceParallel:
         return torch.cat([torch.arange(first, first + length) for first, length in self.runs(tokens, rank)])
 
     def order(self, tokens: int) -> Tensor:
-        """Where token 0 .. T-1 is when the shards of all ranks stand side by side, (T,)."""
+        """Where token 0 .. T-1 is when the shards of all ranks are side by side, (T,)."""
         return torch.cat([self.positions(tokens, rank) for rank in range(self.size)]).argsort()
 
     def resolved(self, model: nn.Module) -> SequenceParallel:
@@ -211,7 +211,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """The mechanisms of a model that stand by themselves."""
+    """The mechanisms of a model that are not part of another one."""
     return [module for module in model.modules() if hasattr(module, "sequence_forms")]
 
 

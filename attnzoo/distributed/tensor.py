@@ -86,7 +86,7 @@ class KeyValueHeads(ParallelStyle):
 
 
 class Rows(ParallelStyle):
-    """Of a matrix that is no nn.Linear: its rows by heads, and an input whose gradient is the sum over ranks."""
+    """Of a matrix that is not an nn.Linear: its rows by heads, and an input whose gradient is the sum over ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group, weight = device_mesh.get_group(), module.get_parameter("weight")

@@ -41,7 +41,7 @@ def cache_of(attn: Any, past: Any, index: int, batch: int, tokens: int, *, is_ma
         limit: tokens that a module's own cache is made for.
 
     Raises:
-        ValueError: if past is no cache of transformers, or if the module keeps sink tokens, which a sliding cache
+        ValueError: if past is not a cache of transformers, or if the module keeps sink tokens, which a sliding cache
             drops.
     """
     if isinstance(past, EncoderDecoderCache):

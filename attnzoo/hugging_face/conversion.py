@@ -179,7 +179,7 @@ class _Layers:
 
 
 def _module_and_report(result: Any, attn: Any) -> tuple[nn.Module, Any]:
-    """What a function of one's own returned for the module `attn`, checked."""
+    """What a function of the user returned for the module `attn`, checked."""
     made, report = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(made, nn.Module) or not is_mechanism(made) or made.embed_dim != attn.embed_dim:
         raise ValueError(f"the function must return an attention module of width {attn.embed_dim}, got {made!r}")

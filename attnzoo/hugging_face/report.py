@@ -59,7 +59,7 @@ class ModelReport:
     """What became of a model; `str` makes a table of it.
 
     Attributes:
-        mechanism: its name, or "custom" for a function of one's own.
+        mechanism: its name, or "custom" for a function of your own.
         layers: the converted layers, in order.
         chosen: what was chosen by the model's loss: `key_weight`, and the `losses` of its candidates in nats a token.
     """

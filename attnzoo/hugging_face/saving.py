@@ -1,4 +1,4 @@
-"""Saving and loading: transformers' model type "attnzoo", whose configuration says which attention stands where.
+"""Saving and loading: transformers' model type "attnzoo", whose configuration says which attention each layer has.
 
 A model with replaced attention gets a class made from its own (`AttnzooLlamaForCausalLM` from `LlamaForCausalLM`),
 whose constructor builds the model of transformers and then puts the described modules in, and a configuration of model

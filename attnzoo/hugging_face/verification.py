@@ -76,7 +76,7 @@ def verify(
 
 
 def _difference(found: Tensor, expected: Tensor, padding: Any, mask: Any) -> float:
-    """Largest difference over largest output, of rows that are no padding and see something."""
+    """Largest difference over largest output, of rows that are not padding and see something."""
     real = torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
     if isinstance(padding, Tensor) and padding.shape == real.shape:
         real &= padding.bool()

@@ -26,7 +26,7 @@ Factors = list[tuple[Tensor, Tensor]]
 
 
 class Mechanism(Recorded, HintedCall, nn.Module):
-    """Base of the mechanisms, and a start for one's own: see `attnzoo.modules.protocol` for the contract.
+    """Base of the mechanisms, and a start for your own: see `attnzoo.modules.protocol` for the contract.
 
     A subclass has projections named q_proj, k_proj, v_proj and o_proj, or overrides what reads them: `cache_widths`,
     `qk_circuit`, `ov_circuit`, `keep_heads`.

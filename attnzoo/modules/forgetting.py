@@ -44,7 +44,7 @@ class ForgettingAttention(Mechanism):
         o = RMS(o) of each head                                                               output_norm
         o = o sigmoid(x Wg), or o x Wg sigmoid(x Wg), after the norm                          output_gate
 
-    In packed documents gates and shifts start anew; padding tokens have no gate and no states, where the mask names
+    In packed documents gates and shifts start again; padding tokens have no gate and no states, where the mask names
     them. `qk_circuit` and `ov_circuit` are those of unshifted keys and values at offset 0.
 
     Args:

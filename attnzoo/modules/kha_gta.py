@@ -79,7 +79,7 @@ class KnockingHeadsTiedAttention(KnockingHeads, GroupedTiedAttention):
         return q, k[..., : self.nope_head_dim], v, self.rotary_key(source, v)
 
     def cache_widths(self) -> tuple[tuple[int, ...], ...]:
-        """As the base's; with scope "value" keys and values apart, G (D + Dn) + Dr numbers per token."""
+        """As the base's; with scope "value" keys and values separately, G (D + Dn) + Dr numbers per token."""
         keys = ((self.num_kv_heads, self.nope_head_dim),) if self.knock_scope == "value" else ()
         return (*keys, *super().cache_widths())
 

@@ -31,8 +31,8 @@ class StaticContextAttention(GroupedQueryAttention):
         o_d = softmax(scale qd [ks ; kd]^T) [vs ; vd]       with causal=True a dynamic token sees no later dynamic one
         o_s = softmax(scale qs ks^T) vs                     always bidirectional
 
-    Nothing dynamic reaches a static token, so a cache of ks and vs gives what computing them anew gives, as long as the
-    network around it lets nothing else through (`docs/mditface.md` lists the conditions). causal=True is the prefix
+    Nothing dynamic reaches a static token, so a cache of ks and vs gives what computing them again gives, as long as
+    the network around it lets nothing else through (`docs/mditface.md` lists the conditions). causal=True is the prefix
     form: a static prefix that is read in both directions, then tokens one after the other. Without static tokens it is
     grouped-query attention.
 

@@ -268,7 +268,7 @@ class MultiHeadLinearAttention(FeatureAttention):
         return {**super().tensor_splits(), "mixing_matrix": 0 if self.mixing_matrix.ndim == 3 else "whole"}
 
     def sequence_obstacle(self) -> str | None:
-        """Blocks of images are no runs of tokens."""
+        """Blocks of images are not runs of tokens."""
         if self.grid is not None or self.normalizer == "compat":
             return "a grid and normalizer 'compat' need all tokens of an image"
         return None

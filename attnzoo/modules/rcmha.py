@@ -204,7 +204,7 @@ class RelativeConvAttention(Mechanism):
         return super().state_bytes(tokens, dtype) + numbers * dtype.itemsize
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """Forward FLOPs of "projections", "attention" and "distances"; the convolutions are no matrix products."""
+        """Forward FLOPs of "projections", "attention" and "distances"; the convolutions are not matrix products."""
         S = T if S is None else S
         width = self.num_heads * self.head_dim
         pairs = attention_pairs(T, S, causal=self.causal)

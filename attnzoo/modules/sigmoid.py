@@ -135,7 +135,7 @@ class SigmoidAttention(GroupedQueryAttention):
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """Cut the weights down to these places of query heads and of key/value heads.
 
-        The norm of all heads goes on as if the others' outputs were 0: its mean square is over the width it had.
+        The norm of all heads continues as if the others' outputs were 0: its mean square is over the width it had.
         """
         super().keep_heads(heads, groups)
         if isinstance(self.logit_bias, nn.Parameter):

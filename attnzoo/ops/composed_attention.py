@@ -97,7 +97,7 @@ class FoldedComposition(Composition):
     """
 
     def __call__(self, a: Tensor) -> Tensor:
-        """As `Composition.__call__`; scores of one query lie side by side in what it returns."""
+        """As `Composition.__call__`; scores of one query are adjacent in what it returns."""
         B, _, t, s = a.shape
         x = a.reshape(B, self.groups, -1, t, s).transpose(2, 3)  # (B, N, t, M, s), as all below
         folded = self._of_queries(a.dtype)

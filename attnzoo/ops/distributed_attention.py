@@ -172,7 +172,7 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: S
 def to_heads(x: Tensor, group: Any, order: Tensor | None = None) -> Tensor:
     """Heads x (B, t, H, ..) of this rank's tokens -> all P t tokens of the group of its own heads, (B, P t, H / P, ..).
 
-    Tokens come in this order of those that stand side by side. Default: as they stand.
+    Tokens come in this order of those that are side by side. Default: as they are.
     """
     P = dist.get_world_size(group)
     came = differentiable_exchange(x.unflatten(2, (P, x.shape[2] // P)).movedim(2, 0), group)
@@ -455,7 +455,7 @@ class _Travel:
         return tiles(self.view, self.sp.runs(self.shards.tokens), runs, like, slopes)
 
     def homing(self, step: int, gradient: Tensor, before: Passing | None) -> Passing:
-        """The gradient of a block goes on, one step behind it, with what ranks before this have added; last, home."""
+        """The gradient of a block follows one step behind it, with what ranks before this have added; last, home."""
         gradient = gradient if before is None else gradient + before.wait()
         return Passing(gradient, self.group, 1 if step < self.last else -self.last)
 

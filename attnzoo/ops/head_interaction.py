@@ -59,7 +59,7 @@ class Interaction:
 
     @torch.no_grad()
     def reset(self, init: str, heads: Sequence[int]) -> None:
-        """Draw all of it anew.
+        """Draw all of it again.
 
         Args:
             init: "default" (uniform within 1 / sqrt(fan-in)), or "mha" (map n is the score of query head and key head

@@ -3,7 +3,7 @@
 A `class_path` in a YAML file imports a module, which runs its top-level code, and may call anything in it, before
 anybody checks what kind of class it is. So the text of configs and of the command line is searched first, and names
 anything but the classes of `ALLOWED` only where the user has added its package. jsonargparse's own import policy, set
-to the same list, is the second line of defence: it stands before every import that a parsed value leads to, whether
+to the same list, is the second line of defence: it is checked before every import that a parsed value leads to, whether
 the value came from a file, the command line or the environment.
 """
 

@@ -108,7 +108,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint; if it is not valid, warn and load the newest valid one in its folder.
 
-        The path of a folder that is no checkpoint stands for the newest valid one in it.
+        The path of a folder that is not a checkpoint stands for the newest valid one in it.
 
         Raises:
             FileNotFoundError: if there is no such file or folder.
@@ -319,7 +319,7 @@ def _local(path: str | Path) -> Path:
 
 
 def _refuse_special(target: Path) -> None:
-    """Raise for a path that is no regular file: opening a FIFO would wait for ever, and a device has no end."""
+    """Raise for a path that is not a regular file: opening a FIFO could wait forever, and a device has no end."""
     if not target.exists():
         raise FileNotFoundError(f"there is no checkpoint {target}")
     if not target.is_file():

@@ -1,4 +1,4 @@
-"""What stands in the feed-forward place of a decoder block."""
+"""What a decoder block has as its feed-forward layer."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _ReaderLeft(Exception):  # noqa: N818  # nothing is wrong
-    """Whoever reads the output has closed it."""
+    """The reader of the output has closed it."""
 
 
 def generate_text(options: argparse.Namespace, allowed: tuple[str, ...]) -> None:

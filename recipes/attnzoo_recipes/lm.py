@@ -90,7 +90,7 @@ class DecoderLM(nn.Module):
         feed_forward: makes a feed-forward layer from embed_dim (`attnzoo_recipes.feed_forward`), which has
             reset_parameters(std=, out_std=) and flops(T); None for blocks of attention alone.
         sparse_feed_forward: the same for every `sparse_every`-th block, the first of which is block sparse_every - 1.
-        sparse_every: see there.
+        sparse_every: of `sparse_feed_forward`.
         parallel: attention and feed-forward layer read the same norm of the same input, with one norm in a block.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.

@@ -42,7 +42,7 @@ def generate(
         prompt: int64 ids.
         max_new_tokens: n.
         seed: of the sampling; row i draws from seed + i, whatever the number of rows.
-        stop: end once every row has produced one of these ids. A row that has goes on until all have.
+        stop: end once every row has produced one of these ids. A row that has continues until all have.
         sampling: temperature divides the logits, 0 takes the likeliest token (default 1). top_k samples among the k
             likeliest; top_p among the likeliest tokens that together have this probability (Holtzman et al. 2020);
             min_p among those with at least this share of the likeliest one's probability (Nguyen et al. 2024,

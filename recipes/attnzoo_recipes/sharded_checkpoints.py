@@ -8,8 +8,8 @@ in it. A save
 2. replaces the manifest by one that names the new folder, in one atomic rename;
 3. removes the folder that the manifest named before.
 
-So NAME.ckpt is at every moment what its manifest says, or has none yet and is no checkpoint. What a killed save leaves
-is removed by the next one into the same place.
+So NAME.ckpt is at every moment what its manifest says, or has none yet and is not a checkpoint. What a killed save
+leaves is removed by the next one into the same place.
 """
 
 from __future__ import annotations

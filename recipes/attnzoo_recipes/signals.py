@@ -32,7 +32,7 @@ class Stop:
     """Handlers of the three signals, and what they have received.
 
     A signal ends the command at once while nothing would be lost by it. Once `saving` is set, it is only noted in
-    `received`: whoever set it finishes the step, saves, and stops. A second signal then exits at once.
+    `received`: the code that set it finishes the step, saves, and stops. A second signal then exits at once.
 
     Used as a context, it installs the handlers and restores the previous ones at the end. Where the process is the
     command, the context ends it instead, with the exit code of the signal or that of the SystemExit, because a signal

@@ -46,7 +46,7 @@ class Pretraining(L.LightningModule):
     A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, if documents are
     packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token, the mean over all batches
     of an optimiser step and all processes), lr, val_loss and val_bits_per_byte (total nats / total UTF-8 bytes / ln 2,
-    which makes tokenisers comparable) of each validation set, test_loss and test_bits_per_byte.
+    which makes tokenizers comparable) of each validation set, test_loss and test_bits_per_byte.
 
     Args:
         attention: the mechanism; makes an attention module from embed_dim.
@@ -57,7 +57,7 @@ class Pretraining(L.LightningModule):
             64.
         feed_forward: the feed-forward layer; makes one from embed_dim. None for blocks of attention alone.
         sparse_feed_forward: that of every `sparse_every`-th block, if it has another.
-        sparse_every: see there.
+        sparse_every: as in `DecoderLM`.
         parallel: attention and feed-forward layer read the same norm of the same input.
         tie_embeddings: logits use the embedding matrix.
         norm_eps: added to the mean square in every norm.

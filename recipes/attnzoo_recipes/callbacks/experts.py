@@ -12,9 +12,9 @@ from torch import nn
 class BlockCoordinateDescent(L.Callback):
     """Train experts and responsibilities of `MixtureOfAttentiveExperts` layers in turn (Peng et al. 2020).
 
-    In a step of the experts each layer takes one expert, drawn by its gate, and the gates stand still. In every
+    In a step of the experts each layer takes one expert, drawn by its gate, and the gates are fixed. In every
     every_n_steps-th step, one of the responsibilities, layers take the whole mixture and everything but the gates
-    stands still. What stands still has no gradient, so that neither moments nor weight decay move it. Outside training
+    is fixed. What is fixed has no gradient, so that neither moments nor weight decay move it. Outside training
     steps layers take the mixture.
 
     The paper alternates epochs, about one in five for the gates; steps are a choice of this project.
@@ -44,7 +44,7 @@ class BlockCoordinateDescent(L.Callback):
         set_phases(pl_module, "mixture" if self.trains_gates(trainer.global_step) else "expert")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Drop the gradients of what stands still."""
+        """Drop the gradients of what is fixed."""
         gates = {id(parameter) for layer in alternating(pl_module) for parameter in layer.gate_parameters()}
         for parameter in pl_module.parameters():
             if (id(parameter) in gates) != self.trains_gates(trainer.global_step):

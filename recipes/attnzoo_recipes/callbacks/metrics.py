@@ -20,7 +20,7 @@ _WRITING = ("log_hyperparams", "log_metrics", "log_graph", "save", "after_save_c
 class MetricsWriter(ExperimentWriter):
     """Writes rows whole or not at all; those that a failing disk does not take are written with later ones.
 
-    Lightning's own empties the file before it writes it anew for another column.
+    Lightning's own empties the file before it rewrites it for another column.
     """
 
     def save(self) -> None:

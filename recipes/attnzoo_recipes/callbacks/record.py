@@ -1,4 +1,4 @@
-"""What a run was in fact, as it measured it itself, for whoever compares runs."""
+"""What a run was in fact, as it measured it itself, for comparisons of runs."""
 
 from __future__ import annotations
 

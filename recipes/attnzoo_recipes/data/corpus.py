@@ -37,7 +37,7 @@ class Corpus:
         max_documents: largest number of documents to read.
         revision: commit, tag or branch of the dataset, for hub. Default: the newest commit, which is then part of
             what identifies the corpus.
-        label: what stands before the names of settings in messages.
+        label: prefix of the names of settings in messages.
 
     Raises:
         ValueError: for arguments that do not fit the source, or a pattern that no file matches.

@@ -233,7 +233,7 @@ def load_tokenizer(path: Path, document: str | None = None) -> Tokenizer:
 
     Args:
         path: the file, or a folder of token files with it.
-        document: spelling of the token that separates documents. Default: `DOCUMENT`, or the saved one's own.
+        document: spelling of the token that separates documents. Default: `DOCUMENT`, or that of a saved one.
 
     Raises:
         ValueError: if there is no such file, or it is not such a tokenizer.
