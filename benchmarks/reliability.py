@@ -2,12 +2,15 @@
 
     python benchmarks/reliability.py                                   everything; about 35 minutes on 2 cores
     python benchmarks/reliability.py --only save resume --runs 4       a part of it
+    python benchmarks/reliability.py --only shards processes           what two processes do together
     python benchmarks/reliability.py --out benchmarks/results/reliability.jsonl
 
 Suites:
 
 save      kill -9 at random moments of a process that saves checkpoints without pause, half of them with TMPDIR on
           another file system
+shards    kill -9 at random moments of two processes that save sharded checkpoints without pause, of one of them first
+          or of both at once; what is left must be a complete save
 tokenise  kill -9 and SIGTERM at random moments of tokenisation, in processes that all believe to have the number 1, as
           in containers; the next run must make the files that an undisturbed one makes, and leave nothing else
 disk      runs on a small file system that is full for a random part of them (needs to be allowed to mount a tmpfs);
@@ -19,6 +22,7 @@ signals   SIGTERM, SIGINT and SIGUSR1 at random moments of the whole process, fr
 resume    kill -9 at a random moment of a random step, resumed from the newest valid checkpoint; weights, optimiser
           state and losses must be equal bit for bit, for every mechanism of configs/attention, and for two also when
           compiled
+processes the same of one of two processes with sharded parameters (FSDP2); the other one must end with exit code 6
 tokens    token files with flipped bits, cut short, extended or missing; the next run must refuse them by name
 nan       one batch without a finite loss, and nothing else than such batches
 attacks   the tests of tests/recipes/test_attacks.py
@@ -35,6 +39,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import csv
+import functools
 import itertools
 import json
 import math
@@ -43,6 +48,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -55,18 +61,23 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from timing import ROOT, append_lines, environment
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from attnzoo_recipes import pretrain
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
 from attnzoo_recipes.data.corpus import Corpus
 from attnzoo_recipes.data.packing import pack
+from attnzoo_recipes.sharded_checkpoints import MANIFEST
 from attnzoo_recipes.signals import EXIT_CODES, Stop
+from attnzoo_recipes.trainer import LOST_PROCESS
 
 Row = dict[str, Any]
 PACKAGES = ("attnzoo", "lightning")
 MECHANISMS = sorted(path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml"))
 RESUMED = [*MECHANISMS, "mha, compiled", "kha, compiled"]
+SHARDED = ("mla", "moh")
 STEPS, EVERY = 40, 8
 MOMENTS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start")
 WEIGHTS = 500_000  # 2 MB: a save takes long enough to be hit
@@ -124,6 +135,16 @@ def save_for_ever(path: Path) -> None:
     plugin = AtomicCheckpointIO()
     for step in itertools.count(1):
         plugin.save_checkpoint({"global_step": step, "weights": torch.full((WEIGHTS,), float(step))}, path)
+
+
+def save_shards_for_ever(rank: int, store: Path, path: Path) -> None:
+    """The same of one of two processes that share the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh, plugin = dist.init_device_mesh("cpu", (2,)), AtomicCheckpointIO()
+    for step in itertools.count(1):
+        weights = distribute_tensor(torch.full((WEIGHTS,), float(step)), mesh, [Shard(0)])
+        plugin.save_checkpoint({"global_step": step, "state_dict": {"weights": weights}}, path, sharded=True)
 
 
 def tokenise(corpus: Path, cache: Path, ready: int | None = None) -> None:
@@ -210,12 +231,40 @@ def save_suite(runs: int, folder: Path) -> Iterator[Row]:
         yield row("save", case, "kill -9", times, good, bytes=4 * WEIGHTS, killed_in_a_write=leftovers)
 
 
+def shards_suite(runs: int, folder: Path) -> Iterator[Row]:
+    """Kill -9 at random moments of a loop of sharded saves."""
+    for case in ("one process first", "both processes"):
+        path = folder / case.replace(" ", "-") / "last.ckpt"
+        draw, good, times, unfinished = random.Random(case), 0, [], 0
+        for attempt in range(runs // 2):
+            begin = time.perf_counter()
+            manifest = path / MANIFEST
+            before = manifest.stat().st_mtime_ns if manifest.exists() else 0
+            store = folder / f"{path.parent.name}-{attempt}"
+            children = [
+                start(functools.partial(save_shards_for_ever, rank, store, path), folder / f"log-{rank}.txt")
+                for rank in range(2)
+            ]
+            wait_until(lambda m=manifest, t=before: m.exists() and m.stat().st_mtime_ns != t)
+            time.sleep(draw.uniform(0, 0.2))
+            draw.shuffle(children)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                time.sleep(draw.uniform(0, 0.1) if case != "both processes" else 0)
+            codes = [finish(child) for child in children]
+            good += codes[0] == -signal.SIGKILL and is_whole(path)
+            unfinished += len(list(path.iterdir())) > 2
+            times.append(time.perf_counter() - begin)
+        yield row("shards", case, "kill -9", times, good, bytes=4 * WEIGHTS, killed_in_a_write=unfinished)
+
+
 def is_whole(path: Path) -> bool:
     """Whether the checkpoint is valid and of one save."""
     if verify(path) is not None:
         return False
     checkpoint = read_checkpoint(path)
-    return bool((checkpoint["weights"] == checkpoint["global_step"]).all())
+    weights = checkpoint["state_dict"]["weights"] if "state_dict" in checkpoint else checkpoint["weights"]
+    return bool((weights == checkpoint["global_step"]).all())
 
 
 def tokenise_suite(runs: int, folder: Path) -> Iterator[Row]:
@@ -395,6 +444,33 @@ def resume_suite(runs: int, folder: Path) -> Iterator[Row]:
         yield row("resume", case, "kill -9, resume", times, good, steps=STEPS, kills=[what for *_, what in results])
 
 
+def processes_suite(runs: int, folder: Path) -> Iterator[Row]:
+    """As `resume_suite`, of runs of two processes, one of which is killed."""
+    draw = random.Random(0)
+    for name in SHARDED:
+        whole, kills, times = folder / f"{name}-whole", [], []
+        assert fit_together(name, whole, folder) == [0, 0]
+        for attempt in range(max(1, runs // len(SHARDED))):
+            run = folder / f"{name}-killed-{attempt}"
+            killed, step, moment = draw.randrange(2), draw.randrange(EVERY + 1, STEPS), draw.choice(MOMENTS)
+            if moment == "on_validation_start":
+                step = min(step, STEPS - EVERY)
+            begin = time.perf_counter()
+            codes = fit_together(name, run, folder, killed=(killed, callback(KillAt, step=step, moment=moment)))
+            newest = newest_valid(run)
+            assert newest is not None, f"{run} has no valid checkpoint"
+            resumed_from = read_checkpoint(newest)["global_step"]
+            resumed = fit_together(name, run, folder, "--ckpt_path", str(newest))
+            times.append(time.perf_counter() - begin)
+            ended = codes[killed] == -signal.SIGKILL and codes[1 - killed] == LOST_PROCESS and resumed == [0, 0]
+            equal = ended and is_same_run(whole, run, resumed_from)
+            kills.append({"killed": killed, "killed_at": step, "moment": moment, "resumed_from": resumed_from,
+                          "codes": codes, "equal": equal})  # fmt: skip
+            print(f"  {name}: {kills[-1]}", flush=True)
+        good = sum(kill["equal"] for kill in kills)
+        yield row("processes", f"{name}, FSDP2", "kill -9, resume", times, good, steps=STEPS, kills=kills)
+
+
 def tokens_suite(runs: int, folder: Path) -> Iterator[Row]:
     """Damaged token files."""
     assert fit("mha", folder / "whole", folder) == 0
@@ -462,10 +538,12 @@ def attacks_suite(*_: Any) -> Iterator[Row]:
 
 SUITES: dict[str, tuple[Callable[[int, Path], Iterator[Row]], int]] = {
     "save": (save_suite, 200),
+    "shards": (shards_suite, 50),
     "tokenise": (tokenise_suite, 50),
     "disk": (disk_suite, 20),
     "signals": (signal_suite, 40),
     "resume": (resume_suite, 2 * len(RESUMED)),
+    "processes": (processes_suite, 8),
     "tokens": (tokens_suite, 40),
     "nan": (nan_suite, 4),
     "attacks": (attacks_suite, 1),
@@ -517,6 +595,31 @@ def fit(name: str, run: Path, folder: Path, *words: str) -> int:
     if code not in (0, 2, 3, 4, -signal.SIGKILL):
         sys.stderr.write((folder / "log.txt").read_text())
     return code
+
+
+def fit_together(
+    name: str, run: Path, folder: Path, *words: str, killed: tuple[int, list[str]] = (-1, [])
+) -> list[int]:
+    """`fit` in two processes with sharded parameters, one of which may be given more words; both exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(rank: int) -> None:
+        torch.set_num_threads(1)
+        place = {"LOCAL_RANK": rank, "WORLD_SIZE": 2, "NODE_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({key: str(value) for key, value in place.items()})
+        more = killed[1] if rank == killed[0] else []
+        spread = ["--config", "distributed/fsdp.yaml", "--trainer.devices", "2"]
+        sys.argv = ["attnzoo-pretrain", *settings(name, run, folder), *spread, *words, *more]
+        pretrain.main()
+
+    logs = [folder / f"log-{rank}.txt" for rank in range(2)]
+    codes = [finish(child) for child in [start(functools.partial(call, rank), logs[rank]) for rank in range(2)]]
+    for code, log in zip(codes, logs, strict=True):
+        if code not in (0, LOST_PROCESS, -signal.SIGKILL):
+            sys.stderr.write(log.read_text())
+    return codes
 
 
 def spawn(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
