@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnzoo_recipes.checkpointing import SUFFIX, read_checkpoint
 from attnzoo_recipes.data.tokenizers import Tokenizer
 from attnzoo_recipes.model_config import check_state, differences_of_models, saved_settings
+from attnzoo_recipes.sharding import laid_like
 
 _TENSORS = ".safetensors"
 _PREFIX = "model."
@@ -76,7 +77,7 @@ def start_from(model: nn.Module, config: Mapping[str, Any], tokenizer: Tokenizer
             f"{min(state, default='none')}"
         )
     check_state(model, state, where)
-    model.load_state_dict(state)
+    model.load_state_dict({name: laid_like(known[name], value) for name, value in state.items()})
     return warned
 
 

@@ -193,7 +193,7 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         with torch.no_grad():
             for name, value in checkpoint["state_dict"].items():
-                own[name].copy_(_like(own[name], value))
+                own[name].copy_(laid_like(own[name], value))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load each process's part of the optimiser states."""
@@ -212,7 +212,9 @@ class ShardedStrategy(ModelParallelStrategy):
         if not isinstance(value, Tensor):
             return value
         if value.ndim > 0 and value.shape == parameter.shape:
-            return _like(parameter, value) if self._source is None else torch.empty_like(parameter, dtype=value.dtype)
+            return (
+                laid_like(parameter, value) if self._source is None else torch.empty_like(parameter, dtype=value.dtype)
+            )
         return value if self._source is None else torch.empty(value.shape, dtype=value.dtype)
 
 
@@ -221,7 +223,7 @@ StrategyRegistry.register(  # Lightning looks names up in lower case
 )
 
 
-def _like(sharded: Tensor, whole: Tensor) -> Tensor:
+def laid_like(sharded: Tensor, whole: Tensor) -> Tensor:
     """This process's part of a tensor that all have."""
     if not isinstance(sharded, DTensor) or isinstance(whole, DTensor):
         return whole

@@ -175,10 +175,25 @@ def test_every_distributed_config_trains(config, arguments, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("the")
 
 
+@pytest.mark.parametrize(
+    "config", [TENSOR, *(pytest.param(config, marks=pytest.mark.slow) for config in (SHARDED, CONTEXT))]
+)
+def test_runs_start_from_weights(config, arguments, run, tmp_path):
+    words = arguments("kha", "--trainer.precision=64-true")
+    folders = [f"--trainer.default_root_dir={tmp_path / name}" for name in ("before", "alone", "together")]
+    one = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
+    run([*words, folders[0], *one])
+    consolidate([str(tmp_path / "before"), str(tmp_path / "weights.safetensors")])
+    words.append(f"--model.init_from={tmp_path / 'weights.safetensors'}")
+    run([*words, folders[1], *one])
+    succeed([*words, folders[2], config])
+    assert_equal_runs(tmp_path / "alone", tmp_path / "together")
+
+
 @pytest.mark.slow
 def test_runs_continue_on_another_mesh(arguments, tmp_path):
     words = arguments("kha", "--trainer.precision=64-true", "--checkpoints.every_n_train_steps=3", steps=8)
-    words.append("--model.schedule_steps=8")
+    words += ["--model.schedule_steps=8", "--checkpoints.keep=9"]
     succeed([*words, f"--trainer.default_root_dir={tmp_path / 'alone'}"], 1)
     path = next((tmp_path / "alone").rglob("step=3.ckpt"))
     for steps, world_size, more in ((4, 2, TENSOR), (5, 2, CONTEXT), (6, 2, SHARDED), (7, 2, TENSOR), (8, 1, None)):
