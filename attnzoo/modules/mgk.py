@@ -16,6 +16,7 @@ from attnzoo.modules.base import per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
+from attnzoo.ops.feature_maps import elu_plus_one
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.mixture_attention import mean_responsibilities, mixture_attention
 from attnzoo.ops.precision import without_autocast
@@ -255,8 +256,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             raise ValueError("mask must be AttentionMask.padding or .packed: sums over keys know no single pairs")
         compute_dtype = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(q):
-            # elu(x) + 1; torch compiles the gradient of its own elu for one layout only.
-            q, k = (torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (q.to(compute_dtype), k.to(compute_dtype)))
+            q, k = elu_plus_one(q.to(compute_dtype)), elu_plus_one(k.to(compute_dtype))
             if self.feature_norm:
                 q, k = q / q.sum(-1, keepdim=True), k / k.sum(-1, keepdim=True)
             pi = self.weights(call, call.past, call.past + S, v)

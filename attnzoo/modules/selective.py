@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.cache import KeyValueCache, SelectionCache
+from attnzoo.cache import CacheLayout, KeyValueCache, SelectionCache
 from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
@@ -35,7 +35,8 @@ class SelectiveAttention(GroupedQueryAttention):
         selection_head: the head m. It cannot be pruned.
         protect_first: whether nothing is taken from a document's first token.
         prune_threshold: keys of which F exceeds it have weight 0. It changes the weight of such a key by
-            exp(-prune_threshold) at most, relative to what it would be without F. None: all keys stay.
+            exp(-prune_threshold) at most, relative to what it would be without F, and caches evict it. None: all keys
+            stay.
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass. None: all at once.
         options: the keyword options of `GroupedQueryAttention` but sink, sink_tokens, alibi, logit_softcap, kdim and
@@ -115,8 +116,14 @@ class SelectiveAttention(GroupedQueryAttention):
     ) -> SelectionCache:  # fmt: skip
         """As the base's for all tokens, with what was taken from each."""
         cache: SelectionCache = super().init_cache(batch_size, max_length, device, dtype)
-        cache.make_sums()
+        cache.make_sums(self.prune_threshold)
         return cache
+
+    def cache_layout(self) -> CacheLayout:
+        """As the base's, and the threshold, beyond which tokens are evicted."""
+        layout = super().cache_layout()
+        evicts = () if self.prune_threshold is None else ((self.prune_threshold,),)
+        return layout._replace(widths=(*layout.widths, *evicts))
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Keys, values, and F for the next query and the last 16, in numbers of at least 32 bits."""

@@ -17,6 +17,11 @@ NON_NEGATIVE = ("elu", "relu", "hedgehog", "t2r", "dpfp")
 FEATURE_MAPS = (*NON_NEGATIVE, "identity", "elementwise_product")
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1. torch compiles the gradient of its own elu for one layout only."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
 class FeatureMap(nn.Module):
     """One of FEATURE_MAPS; learned ones are shared by all heads.
 
@@ -59,7 +64,7 @@ class FeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., Df)."""
         if self.name == "elu":
-            return F.elu(x) + 1
+            return elu_plus_one(x)
         if self.name == "relu":
             return F.relu(x)
         if self.name == "hedgehog":

@@ -139,6 +139,18 @@ def test_feature_maps_are_their_formulas():
     assert t2r.layer.bias is None
 
 
+@pytest.mark.slow
+def test_one_short_sequence_compiles_with_its_gradient():
+    torch.compiler.reset()
+    attn, x = make(chunk_size=64, gate=True), sample(1, 7)
+    compiled, plain = torch.compile(attn, backend="aot_eager", fullgraph=True), []
+    for call in (compiled, attn):
+        attn.zero_grad()
+        call(x).square().sum().backward()
+        plain.append([parameter.grad for parameter in attn.parameters()])
+    torch.testing.assert_close(*plain, atol=1e-12, rtol=1e-12)
+
+
 def test_rows_of_weights_sum_to_one():
     attn = make(normalizer_eps=0.0)
     with torch.no_grad():

@@ -155,6 +155,63 @@ def test_the_last_16_tokens_can_be_taken_back(options, chunks):
         assert_close(attn(x, cache=cache), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"qk_norm": True, "protect_first": False}])
+@pytest.mark.parametrize("chunks", [[1] * 60, [7, 1, 30, 22], [59, 1]])
+def test_a_cache_evicts_what_is_dropped(options, chunks, batch, monkeypatch):
+    monkeypatch.setattr("attnzoo.cache.SelectionCache.PLACES", 8)
+    attn, x = make(prune_threshold=0.3, chunk_size=5, **options), sample(60)[:batch]
+    keep = torch.rand(batch, 1, 1, 60) < 0.9
+    with torch.no_grad():
+        for mask in (None, keep):
+            expected, cache, start, outputs, held = attn(x, mask=mask), attn.init_cache(batch, 60), 0, [], []
+            for part in x.split(chunks, 1):
+                stop = start + part.shape[1]
+                outputs.append(attn(part, mask=None if mask is None else mask[..., :stop], cache=cache))
+                held.append(cache.positions.shape[0])
+                start = stop
+            assert_close(torch.cat(outputs, 1), expected)
+    assert cache.length == 60
+    if len(chunks) > 2:
+        assert held[-1] < 55
+        assert cache.buffers[0].shape[2] < 60 or chunks[0] > 1
+
+
+def test_evicted_tokens_stay_away_and_others_come_back(monkeypatch):
+    monkeypatch.setattr("attnzoo.cache.SelectionCache.PLACES", 4)
+    attn, x, other = make(prune_threshold=0.3), sample(60), sample(10)
+    with torch.no_grad():
+        expected, cache = attn(x), attn.init_cache(2, 60)
+        for token in torch.cat([x[:, :40], other], 1).split(1, 1):
+            attn(token, cache=cache)
+        assert cache.positions.shape[0] < 45
+        cache.truncate(40)
+        cache.reorder(torch.tensor([1, 0]))
+        y = torch.cat([attn(token, cache=cache) for token in x[[1, 0], 40:].split(1, 1)], 1)
+        assert_close(y, expected[[1, 0], 40:])
+        with pytest.raises(ValueError, match="cache is full: 60 cached and 1 new tokens exceed its max_length 60"):
+            attn(x[:, :1], cache=cache)
+        with pytest.raises(ValueError, match=r"cache must come from .* and 0\.3 .* and 0\.5 "):
+            make(prune_threshold=0.5)(x[:, :1], cache=cache)
+        cache.reset()
+        assert_close(torch.cat([attn(part, cache=cache) for part in x.split(20, 1)], 1), expected)
+
+
+def test_a_call_that_fails_takes_evictions_back(monkeypatch):
+    monkeypatch.setattr("attnzoo.cache.SelectionCache.PLACES", 4)
+    attn, x = make(prune_threshold=0.3), sample(60)
+    with torch.no_grad():
+        expected, cache = attn(x), attn.init_cache(2, 60)
+        outputs = []
+        for token in x.split(1, 1):
+            hook = attn.o_proj.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                attn(token, cache=cache)
+            hook.remove()
+            outputs.append(attn(token, cache=cache))
+    assert_close(torch.cat(outputs, 1), expected)
+
+
 def test_a_threshold_drops_the_keys_that_are_no_longer_needed():
     """By the error that it promises, and for keys that come back to no one."""
     x, base = sample(), make(init_std=0.4)
