@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -331,6 +332,8 @@ class _Parts:
             set_random_states(now)
             real.reset_parameters(**stds)
             self.drawn.append((module, dict(self._own_parts(real, module))))
+            del real
+            _return_memory()
 
         module.reset_parameters = reset_parameters  # type: ignore[assignment]
         return module
@@ -358,6 +361,12 @@ class _Parts:
                     owner.register_parameter(last, nn.Parameter(values, requires_grad=tensor.requires_grad))
                 else:
                     owner.register_buffer(last, values, persistent=last not in owner._non_persistent_buffers_set)
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system, where the C library can: it would stay between what is kept."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plan(module: Any) -> dict[str, Any]:
