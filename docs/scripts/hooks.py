@@ -85,6 +85,12 @@ def _mechanisms(docs: Path) -> dict[str, str]:
     return {page: (docs / page).read_text().split("\n")[0].removeprefix("# ").split(":")[0] for page in pages}
 
 
+def _claims(docs: Path) -> list[dict[str, str]]:
+    """Pages of claims that were tried, by their titles."""
+    pages = sorted((docs / "reports" / "evidence").glob("*.md"))
+    return [{page.read_text().split("\n")[0].removeprefix("# "): str(page.relative_to(docs))} for page in pages]
+
+
 def _gallery(docs: Path) -> str:
     """All mechanisms' figures on one page."""
     figures = "".join(
@@ -95,9 +101,14 @@ def _gallery(docs: Path) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the mechanisms' pages into the navigation, in the order of the table in docs/mechanisms.md."""
+    """Put pages into the navigation: mechanisms in the order of the table in docs/mechanisms.md, and tried claims."""
+    docs = Path(config.docs_dir)
     (section,) = (entry["Mechanisms"] for entry in config.nav if "Mechanisms" in entry)
-    section.extend({title: page} for page, title in _mechanisms(Path(config.docs_dir)).items())
+    section.extend({title: page} for page, title in _mechanisms(docs).items())
+    for entry in config.nav:
+        for place in entry.get("Recipe", ()):
+            if "Evidence" in place and (claims := _claims(docs)):
+                place["Evidence"] = [place["Evidence"], *claims]
     return config
 
 

@@ -200,8 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="any other option of the conversion (docs/hugging_face.md), repeatable",
     )  # fmt: skip
     add("--layers", metavar="N,...", help="attention layers to convert, from 0 (default: all)")
-    add("--calib", type=Path, metavar="FILE", help="text whose inputs of every layer the conversion goes by")
-    add("--calib-sequences", type=int, default=30, metavar="N", help="at most so many of it (default 30)")
+    add("--calib", type=Path, metavar="FILE", help="text on whose inputs of every layer the conversion is calibrated")
+    add("--calib-sequences", type=int, default=30, metavar="N", help="at most this many sequences of it (default 30)")
     add(
         "--calib-length",
         type=int,
@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of each, if the model reads so many (default 256)",
     )
     add("--eval", type=Path, metavar="FILE", help="text for the perplexity before and after")
-    add("--eval-sequences", type=int, default=16, metavar="N", help="at most so many of it (default 16)")
+    add("--eval-sequences", type=int, default=16, metavar="N", help="at most this many sequences of it (default 16)")
     add(
         "--eval-length",
         type=int,
@@ -218,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="tokens of each, if the model reads so many (default 512)",
     )
-    add("--dtype", default="float32", help=f"of the written weights: {', '.join(_DTYPES)} (default float32)")
+    add("--dtype", default="float32", help=f"dtype of the written weights: {', '.join(_DTYPES)} (default float32)")
     add_device(parser, "the model is read, converted and compared")
     add_allow_import(parser)
     return parser

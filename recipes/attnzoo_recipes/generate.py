@@ -110,16 +110,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, help="a .ckpt file, or the folder of a run: its newest valid checkpoint")
     add("--prompt", help="text to continue (default: a new document)")
     add("--prompt-file", metavar="FILE", help="file with that text; - is standard input")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations, drawn together (default 1)")
-    add("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="length of a continuation (default 200)")
+    add("--num-samples", type=int, default=1, metavar="N", help="number of continuations, drawn together (default 1)")
+    add(
+        "--temperature", type=float, default=0.8, help="divides the logits; 0 takes the most likely token (default 0.8)"
+    )
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="sample from the most likely tokens that have the probability P")
     add("--min-p", type=float, metavar="P", help="sample from tokens with P times the most likely one's probability")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, tokens come back less (default 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    add("--seed", type=int, default=0, help="of the first sample, the next ones count on (default 0)")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and caches (default float32)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first sample; the next ones have the following numbers (default 0)",
+    )
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of weights and caches (default float32)")
     add("--unverified", action="store_true", help="read a .ckpt file without its sidecar, which says what was saved")
     add_device(parser, "the model runs")
     add_allow_import(parser)

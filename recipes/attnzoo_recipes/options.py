@@ -6,13 +6,15 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from argparse import ArgumentError, ArgumentParser
+from argparse import Action, ArgumentError, ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import DefaultHelpFormatter
 
 from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, added_packages, enforce
@@ -63,6 +65,16 @@ def take_allowed_imports(words: Sequence[str]) -> tuple[list[str], tuple[str, ..
     return rest, tuple(dict.fromkeys(allowed))
 
 
+class Help(DefaultHelpFormatter):
+    """Help in which a default is said once: by the text if it does, and not at all where there is none."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text: str = super()._get_help_string(action)
+        if action.default is None or "(default" in (action.help or ""):
+            text = re.sub(r",? ?default: %\(default\)s", "", text).replace(" ()", "")
+        return text
+
+
 def add_allow_import(parser: ArgumentParser) -> None:
     """Show `--allow-import` in a command's help; `take_allowed_imports` has read it by the time the parser runs."""
     parser.add_argument(
@@ -80,7 +92,10 @@ def add_device(parser: ArgumentParser, what: str) -> None:
 def add_format(parser: ArgumentParser) -> None:
     """Add `--format`."""
     parser.add_argument(
-        "--format", default="png", metavar="KIND,...", help="of the pictures: some of png, pdf, svg (default png)"
+        "--format",
+        default="png",
+        metavar="KIND,...",
+        help="kinds of picture files: some of png, pdf, svg (default png)",
     )
 
 

@@ -50,6 +50,7 @@ from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.losses import linear_cross_entropy
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.options import (
+    Help,
     add_allow_import,
     add_format,
     command_line,
@@ -89,6 +90,7 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None, tuple[str, ...]]:
         description="Train mechanisms in the same model, data order and schedule, and write a table and two plots. "
         "Arguments after -- are those of every attnzoo-pretrain run, such as -- --trainer.max_steps 100.",
         exit_on_error=False,
+        formatter_class=Help,
     )
     parser.add_argument(
         "--config", action="config", help="a YAML file with these options, such as configs/compare.yaml"
@@ -100,7 +102,9 @@ def parse(words: Sequence[str]) -> tuple[Settings, str | None, tuple[str, ...]]:
         "these: mha,path/to/mine.yaml,...",
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of runs of each mechanism")
-    parser.add_argument("--match", type=str | None, help=f"held equal to the first mechanism: {', '.join(MATCHES)}")
+    parser.add_argument(
+        "--match", type=str | None, help=f"what is held equal to the first mechanism: {', '.join(MATCHES)}"
+    )
     parser.add_argument(
         "--vary",
         default="attention",

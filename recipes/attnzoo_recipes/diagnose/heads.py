@@ -99,12 +99,12 @@ def parse(words: Sequence[str]) -> HeadsOptions:
     add("--length", type=int, default=128, help="tokens of a sequence")
     add("--sequences", type=int, help="number of sequences, which the text must fill (default: up to 16; all tensors)")
     add("--batch-size", type=int, default=4, help="sequences processed together")
-    add("--threshold", type=float, default=0.4, help="share of a head's weight that makes it a kind")
+    add("--threshold", type=float, default=0.4, help="share of a head's weight from which on it counts as of a kind")
     add(
         "--probe-tokens", type=int, default=5,
         help="number of first tokens whose patterns are clustered; models that see later tokens always use all",
     )  # fmt: skip
-    add("--drawn", type=int, default=12, help="layers whose similarity is drawn, evenly spaced")
+    add("--drawn", type=int, default=12, help="number of layers whose similarity is drawn, evenly spaced")
     parsed = parser.parse_args(words)
     for name, least in (("batch_size", 1), ("probe_tokens", 2), ("drawn", 1)):
         if getattr(parsed, name) < least:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from attnzoo_recipes.options import add_allow_import, add_device, add_format, formats_named
+from attnzoo_recipes.options import Help, add_allow_import, add_device, add_format, formats_named
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ def parser_of(command: str, description: str, models: str) -> ArgumentParser:
         description: what it does.
         models: what MODEL may be.
     """
-    parser = ArgumentParser(prog=f"attnzoo-{command}", description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"attnzoo-{command}", description=description, exit_on_error=False, formatter_class=Help
+    )
     parser.add_argument("model", metavar="MODEL", help=models)
-    parser.add_argument("--out", metavar="DIR", help=f"folder of the results (default runs/{command}/NAME)")
-    parser.add_argument("--name", help="of the model, in titles and folders (default: that of its file or folder)")
+    parser.add_argument("--out", metavar="DIR", help=f"folder of the results (default: runs/{command}/NAME)")
+    parser.add_argument("--name", help="name of the model in titles and folders (default: that of its file or folder)")
     add_format(parser)
     add_device(parser, "the model runs")
     add_allow_import(parser)

@@ -86,24 +86,32 @@ def parse(words: Sequence[str]) -> PruneOptions:
     add(
         "--data", metavar="FILE", required=True, help="UTF-8 text, lines of pairs, or tensors (.safetensors, .npz, .pt)"
     )
-    add("--percents", default="10,20,30,40,50,60,70,80,90", help="of heads to remove")
+    add(
+        "--percents",
+        default="10,20,30,40,50,60,70,80,90",
+        help="percents of heads to remove, one point of the curves each",
+    )
     add(
         "--modes", default="greedy",
         help="greedy, iterative or both: importance is measured once, or again before each point",
     )  # fmt: skip
-    add("--normalize", default="l2,none", help="some of l2, minmax, none; a curve for each")
-    add("--granularity", default="example", help="of importance: example, token or batch")
-    add("--unit", default="head", help="head or kv_group")
+    add(
+        "--normalize",
+        default="l2,none",
+        help="how importance is normalised within a layer: some of l2, minmax, none; a curve for each",
+    )
+    add("--granularity", default="example", help="what importance is averaged over: example, token or batch")
+    add("--unit", default="head", help="what is removed: head or kv_group")
     add(
         "--ablate", default="none",
-        help="some of one, all_but_one, kv_group, layer; one evaluation for each head",
+        help="ablations: some of one, all_but_one, kv_group, layer; one evaluation for each head, or none",
     )  # fmt: skip
     add("--min-heads-per-layer", type=int, default=0, help="number of best heads of each layer to keep")
     add("--rescale", type=bool, default=False, help="whether a layer's remaining heads are scaled to make up for the "
         "removed ones")  # fmt: skip
-    add("--seeds", default="0,1", help="of the random orders")
+    add("--seeds", default="0,1", help="seeds of the random orders")
     add("--speed", default="0,25,50,75", help="percents of heads removed for the timing, or none")
-    add("--rounds", type=int, default=5, help="of the timing, which keeps the fastest")
+    add("--rounds", type=int, default=5, help="rounds of the timing, of which the fastest counts")
     add("--decoded", type=int, default=32, help="tokens in the timing of decoding; 0 omits it")
     add("--examples", type=int, help="number of examples, which the file must hold (default: up to 32 sequences, all "
         "pairs and tensors)")  # fmt: skip

@@ -66,11 +66,11 @@ def parse(words: Sequence[str]) -> SpectrumOptions:
     )
     add = parser.add_argument
     add("--matrices", default="qk,ov", help="some of qk (logits), ov (values to output), weights")
-    add("--form", default="circuit", help="of qk: circuit or gram")
-    add("--per", default="head", help="head or layer")
-    add("--part", default="full", help="of qk: full, nope or rope")
-    add("--null", help="product, simulate or mp (default: the one that fits the mechanism)")
-    add("--estimator", default="bulk", help="of the variance: bulk, median or mean")
+    add("--form", default="circuit", help="form of qk: circuit (of the logits) or gram (of the inner products)")
+    add("--per", default="head", help="what has a spectrum: head or layer")
+    add("--part", default="full", help="features of qk: full, nope (not rotated) or rope")
+    add("--null", help="law of random weights: product, simulate or mp (default: the one that fits the mechanism)")
+    add("--estimator", default="bulk", help="estimator of the variance: bulk, median or mean")
     add("--level", type=float, default=0.99, help="probability that noise stays below the threshold: 0.99, 0.95 or 0.9")
     add("--num-heads", type=int, help="query heads, for safetensors without config.json")
     add(
@@ -78,7 +78,7 @@ def parse(words: Sequence[str]) -> SpectrumOptions:
         help="key/value heads, for safetensors without config.json (default: from the number of rows of the keys)",
     )  # fmt: skip
     add("--drawn", type=int, default=6, help="number of spectra to draw, those with the largest gap")
-    add("--save-eigenvalues", type=bool, default=False, help="whether spectrum.json contains them")
+    add("--save-eigenvalues", type=bool, default=False, help="whether spectrum.json contains the eigenvalues")
     parsed = parser.parse_args(words)
     if parsed.drawn < 0:
         raise ValueError(f"drawn must not be negative, got {parsed.drawn}")

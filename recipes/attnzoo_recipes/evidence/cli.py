@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "by the rule in the claim's config. Without a name, list the claims.",
         exit_on_error=False,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of files in configs/evidence, or paths of such files")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of files in configs/evidence, or paths")
     parser.add_argument("--preset", default="cpu", help="cpu, gpu, or the path of a YAML file like these (default cpu)")
     parser.add_argument(
         "--rates", choices=("common", "all"), default="all",
