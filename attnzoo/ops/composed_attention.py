@@ -98,8 +98,8 @@ class FoldedComposition(Composition):
 
     def __call__(self, a: Tensor) -> Tensor:
         """As `Composition.__call__`; scores of one query are adjacent in what it returns."""
-        B, _, t, s = a.shape
-        x = a.reshape(B, self.groups, -1, t, s).transpose(2, 3)  # (B, N, t, M, s), as all below
+        B, heads, t, s = a.shape
+        x = a.reshape(B, self.groups, heads // self.groups, t, s).transpose(2, 3)  # (B, N, t, M, s), as all below
         folded = self._of_queries(a.dtype)
         out = x if folded is None else folded @ x
         if self.key is not None:
