@@ -569,10 +569,10 @@ def _number(
 ) -> None:
     """Write each cell's number (or another one) into it, dark on light colours and light on dark ones.
 
-    All have as many decimals as two digits of the largest need.
+    All have as many decimals as two digits of the colours' largest number need, the same in all panels.
     """
     numbers = values if numbers is None else numbers
-    largest = max((abs(x) for row in numbers for x in row if math.isfinite(x)), default=0.0)
+    largest = max(map(abs, image.get_clim()))
     decimals = max(0, 2 - math.ceil(math.log10(largest))) if largest > 0 else 0
     form = f".{decimals}f" if decimals < 5 else ".1e"
     for row, of_row in enumerate(values):
