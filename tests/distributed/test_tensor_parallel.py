@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import attnzoo
 from attnzoo.distributed import SequenceParallel, parallelize, shard, unshard
-from tests.distributed.test_sequence_parallel import E, assert_equal, inputs, made, results
+from tests.distributed.comparison import E, assert_equal, inputs, made, results
 from tests.zoo import MECHANISMS, OPTIONS, TAKES
 
 # Mechanisms without a plan, and the reason.

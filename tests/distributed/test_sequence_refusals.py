@@ -1,0 +1,136 @@
+"""What a sequence over several processes cannot do, and what ends it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo import AttentionMask
+from attnzoo.distributed import SequenceParallel, parallelize
+from attnzoo.distributed.sequence import forms_of
+from tests.distributed.comparison import (
+    E,
+    made,
+)
+
+
+def refusal(name: str, form: str, layout: str, options: dict[str, Any], call: dict[str, Any], tokens: int) -> str:
+    try:
+        module = parallelize(made(name, **options), SequenceParallel(None, form=form, layout=layout))
+        if tokens:
+            module.train()(torch.zeros(2, tokens, E, dtype=torch.float64), **call)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "layout", "options", "call", "tokens", "message"),
+    [
+        ("gqa", "state", "zigzag", {}, {}, 0, "form must be one of heads, ring, gather or auto"),
+        ("linear", "ring", "zigzag", {}, {}, 0, "its tokens are summed into states"),
+        ("eit", "ring", "zigzag", {}, {}, 0, "form must be one of gather or auto"),
+        ("talking-heads", "heads", "zigzag", {}, {}, 0, "form must be one of ring, gather or auto"),
+        ("dcmha", "heads", "zigzag", {}, {}, 0, "a number of ranks that divides head_groups 1"),
+        ("rcmha", "gather", "zigzag", {}, {}, 0, "its convolutions and tables of distances reach over the border"),
+        ("mae", "gather", "zigzag", {}, {}, 0, "gate_input must be 'token'"),
+        ("static-context", "gather", "zigzag", {}, {}, 0, "its static tokens are no part of one sequence"),
+        ("mgk-linear", "gather", "zigzag", {}, {}, 0, "attention must be 'softmax'"),
+        ("gqa", "gather", "striped", {"sliding_window": 4}, {}, 0, "layout 'striped' takes windows and blocks"),
+        ("linear", "state", "striped", {}, {}, 0, "layout 'striped' takes windows and blocks"),
+        ("gqa", "ring", "zigzag", {"dropout": 0.1}, {}, 0, "dropout of attention weights must be 0, got 0.1"),
+        ("mhla", "state", "zigzag", {}, {}, 14, "must have runs of whole blocks"),
+        ("mhla", "state", "zigzag", {}, {"mask": AttentionMask.packed([0, 64])}, 16, "every document starts a new"),
+        ("gqa", "gather", "zigzag", {}, {}, 7, "must be a multiple of 4 for layout 'zigzag', got 14"),
+        ("gqa", "ring", "zigzag", {}, {"mask": torch.ones(8, 16, dtype=torch.bool)}, 8, "mask must not be dense"),
+        ("gqa", "gather", "zigzag", {}, {"mask": torch.ones(8, 8, dtype=torch.bool)}, 8, "mask must broadcast to"),
+        ("gqa", "gather", "striped", {}, {"mask": AttentionMask.packed([0, 32])}, 8, "must not be packed with layout"),
+        ("gqa", "ring", "zigzag", {"causal": False, "rope": None},
+         {"context": torch.zeros(2, 8, E, dtype=torch.float64)}, 8, "context needs form 'gather'"),
+    ],
+)  # fmt: skip
+def test_refusals(name, form, layout, options, call, tokens, message, two):
+    assert all(message in text for text in two.run(refusal, name, form, layout, options, call, tokens))
+
+
+def check_other_sizes() -> str:
+    os.environ.pop("unused", None)
+    dist.set_debug_level(dist.DebugLevel.INFO)
+    try:
+        module = parallelize(made("gqa"), SequenceParallel(None, form="gather", layout="contiguous"))
+        module(torch.zeros(1 + dist.get_rank(), 4, E, dtype=torch.float64))
+    except ValueError as error:
+        return str(error)
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+    return "nothing was refused"
+
+
+def test_different_sizes_are_named_in_debug_mode(two):
+    assert all("same batch and tokens on all ranks" in text for text in two.run(check_other_sizes))
+
+
+def test_it_needs_processes():
+    with pytest.raises(RuntimeError, match=r"needs torch\.distributed to be initialized"):
+        SequenceParallel(None)
+
+
+class Inherits(attnzoo.GroupedQueryAttention):
+    """Another forward: what its base can do says nothing about it."""
+
+    def forward(self, x: Tensor, **call: Any) -> Tensor:
+        return super().forward(x.cumsum(1), **call)
+
+
+def test_another_forward_inherits_no_form():
+    assert forms_of(Inherits(E, 4)) == ()
+    assert forms_of(attnzoo.MultiHeadAttention(E, 4)) == forms_of(attnzoo.GroupedQueryAttention(E, 4)) != ()
+
+
+def check_copies() -> None:
+    model = parallelize(nn.Sequential(made("gqa"), made("linear")), SequenceParallel(None))
+    assert model[0].sequence_parallel.layout == model[1].sequence_parallel.layout == "zigzag"
+    assert copy.deepcopy(model)[0].sequence_parallel is None
+
+
+def test_a_copy_is_of_one_process(two):
+    two.run(check_copies)
+
+
+def _dies(rank: int, folder: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=5)
+    )
+    module = parallelize(made("gqa"), SequenceParallel(None, form="ring", layout="zigzag"))
+    x = torch.zeros(2, 8, E, dtype=torch.float64)
+    module(x)
+    if rank == 1:
+        os._exit(9)
+    try:
+        module(x)
+    except RuntimeError as error:
+        (folder / "message").write_text(str(error))
+        os._exit(3)
+    os._exit(0)
+
+
+def test_a_killed_rank_ends_the_others(tmp_path):
+    started = [
+        torch.multiprocessing.get_context("fork").Process(target=_dies, args=(rank, tmp_path)) for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(30)
+    assert [process.exitcode for process in started] == [3, 9]
+    assert (tmp_path / "message").read_text()
