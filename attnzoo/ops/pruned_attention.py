@@ -15,7 +15,7 @@ from attnzoo.ops.observation import current_observer
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.tracing import has_values
 
-CHUNK = 128
+CHUNK = 256
 """Queries that look at their keys from the same one on."""
 
 
@@ -48,28 +48,33 @@ def pruned_attention(
     hides = mask is not None and (mask.lengths is not None or mask.dense_mask is not None)
     if hides or not searches or tolerance == -math.inf:
         return softmax_attention(q, k, v, view, decay=decay, scale=scale, **options)
-    start, size = view.start(T, S), H // G
+    start = view.start(T, S)
+    chunks = [slice(t, min(t + CHUNK, T)) for t in range(0, T, CHUNK)]
+    firsts = [first_keys(q, k, view, rows, decay.detach(), scale, tolerance) for rows in chunks]
+    if not any(map(any, firsts)):
+        return softmax_attention(q, k, v, view, decay=decay, scale=scale, **options)
+    groups = 1 if all(len(set(of_chunk)) == 1 for of_chunk in firsts) else G
+    # Split once, since each slice has a gradient of the size of what it is taken from.
+    parts = zip(*(x.chunk(groups, 2) for x in (q, k, v)), decay.chunk(groups, 1), strict=True)
 
-    def form(rows: slice, groups: slice, first: int) -> Tensor:
-        """Outputs of the heads of some groups for some queries, over the keys from `first` on."""
-        heads, keys = slice(groups.start * size, groups.stop * size), slice(first, start + rows.stop)
+    def form(rows: slice, first: int, q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+        """Outputs of some heads for some queries, over the keys from `first` on."""
+        keys = slice(first, start + rows.stop)
         own = Visibility(True, query_start=start + rows.start - first)
         if mask is not None and (seen := view.dense((B, H, T, S), q.device, rows, keys)) is not None:
             own = replace(own, causal=False, mask=AttentionMask.dense(seen))
         return softmax_attention(
-            q[:, rows, heads], k[:, keys, groups], v[:, keys, groups], own, decay=decay[:, heads, keys], scale=scale,
-            **options,
+            q[:, rows], k[:, keys], v[:, keys], own, decay=c[..., keys], scale=scale, **options
         )  # fmt: skip
 
     outs = []
-    for rows in (slice(t, min(t + CHUNK, T)) for t in range(0, T, CHUNK)):
-        firsts = first_keys(q, k, view, rows, decay.detach(), scale, tolerance)
-        runs = [(slice(g, g + 1), first) for g, first in enumerate(firsts)]
-        if len(set(firsts)) == 1:
-            runs = [(slice(0, G), firsts[0])]
-        heads = [recomputed(lambda rows, run=run: form(rows, *run), rows) for run in runs]
-        outs.append(heads[0] if len(heads) == 1 else torch.cat(heads, 2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    for g, tensors in enumerate(parts):
+        heads = [
+            recomputed(lambda rows, *tensors, first=first[g]: form(rows, first, *tensors), rows, *tensors)
+            for rows, first in zip(chunks, firsts, strict=True)
+        ]
+        outs.append(heads[0] if len(heads) == 1 else torch.cat(heads, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 @torch.no_grad()
