@@ -372,12 +372,14 @@ def similarity_matrix(
             limits = (-max(-limits[0], limits[1]), max(-limits[0], limits[1]))
     colours = _DIVERGING if limits[0] == -limits[1] else _SEQUENTIAL
     with _themed(theme) as look:
+        # The middle of one scale is grey, that of the other white.
+        blank = look["background"] if colours == _SEQUENTIAL else _MISSING
         columns = min(len(tables), 4)
         rows = -(-len(tables) // columns)
         figure, panels = _figure(len(tables), width=1.4 + 2.7 * columns, height=1.0 + 2.7 * rows, columns=columns)
         image = None
         for axes, (name, table) in zip(panels, tables.items(), strict=False):
-            image = _grid(axes, table.tolist(), *limits, colours, False, square=True, missing=look["background"])
+            image = _grid(axes, table.tolist(), *limits, colours, False, square=True, missing=blank)
             heads = [str(head) for head in range(table.shape[0])]
             if table.numel() <= _NUMBERED:
                 _number(axes, image, table.tolist())
