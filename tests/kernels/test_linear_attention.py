@@ -26,6 +26,7 @@ from attnzoo_kernels.linear_attention import (
     linear_attention_states,
     linear_attention_step,
 )
+from attnzoo_kernels.linear_attention.launches import Inputs, Passes
 from attnzoo_kernels.linear_attention.tuning import of_tokens
 from attnzoo_kernels.tuning import Config, padded, pinned
 from tests.kernels.tolerance import assert_as_good_as
@@ -135,6 +136,29 @@ def test_drawn_calls(data: st.DataObject) -> None:
 def test_half_precision(name: str) -> None:
     changed, weights, causal = CALLS[name]
     assert_same(SIZES | changed, weights, causal=causal, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["causal", "shared weights", "groups of heads, weights of heads"])
+def test_states_of_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded states, which products of bfloat16 have, in float32: off by their rounding and no more."""
+    sizes, weights, causal = CALLS[name]
+    inputs = draw({**SIZES, **sizes}, weights)
+
+    def found() -> list[Tensor]:
+        with pinned(SMALL):
+            out = linear_attention(*inputs[:3], size=SIZES["size"], causal=causal, weights=(*inputs, None)[3])[0]
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    exact, start = found(), Passes.__init__
+
+    def rounding(self: Passes, given: Inputs) -> None:
+        start(self, given)
+        self.kept = torch.bfloat16
+
+    monkeypatch.setattr(Passes, "__init__", rounding)
+    for close, right in zip(found(), exact, strict=True):
+        error = (close - right).abs().max() / right.abs().max()
+        assert 1e-6 < error < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def linear_attention_states(k: Tensor, v: Tensor, size: int) -> Tensor:
 
 @library.custom_op("attnzoo::linear_attention_states", mutates_args=())
 def _states(k: Tensor, v: Tensor, size: int) -> Tensor:
-    states, (kernel, grid, arguments) = Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v)
+    passes = Passes(Inputs(k, k, v, *(None,) * 5, size, True))
+    states, (kernel, grid, arguments) = passes.states(k, v, dtype=torch.float32)
     if states.numel():
         with on_device(k):
             kernel[grid](**arguments)
@@ -101,7 +102,7 @@ def _states(k: Tensor, v: Tensor, size: int) -> Tensor:
 
 @_states.register_fake
 def _states_fake(k: Tensor, v: Tensor, size: int) -> Tensor:
-    return Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v)[0]
+    return Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v, dtype=torch.float32)[0]
 
 
 @library.custom_op("attnzoo::linear_attention", mutates_args=(), schema=schema(Inputs, 2))

@@ -3,17 +3,19 @@
 Blocks i, j; i(t) is the block of token t; w_ij the weight of a pair of blocks, or 1. With widths D and Dv:
 
     S_j = sum over s in block j of k_s^T v_s                        state     (D, Dv)
-    P_i = sum over j < i of w_ij S_j                                 mix, or scan where every w is 1
+    P_i = sum over j < i of w_ij S_j                                 mix
     o_t = q_t P_i + w_ii sum over s <= t in block i of (q_t k_s) v_s tile
 
 and with U_i = sum over t in block i of q_t^T do_t (state again):
 
-    dS_j = sum over i > j of w_ij U_i,  dw_ij = <U_i, S_j>           mix or scan, pair
+    dS_j = sum over i > j of w_ij U_i,  dw_ij = <U_i, S_j>           mix, pair
     dq_t = do_t P_i^T + w_ii sum over s <= t of (do_t v_s) k_s       tile
     dk_s = v_s dS_j^T + w_jj sum over t >= s of (v_s do_t) q_t       tile, reversed
     dv_s = k_s dS_j + w_jj sum over t >= s of (k_s q_t) do_t         tile, reversed
 
-Without causality j runs over all blocks and the second term of the last four lines is absent. States are float32.
+Where every w is 1 state and mix are one kernel, sums, which keeps no S and no U. Without causality j runs over all
+blocks and the second term of o, dq, dk and dv is absent. States are bfloat16 for products of bfloat16, which round
+them anyway, and else float32; all sums are float32.
 """
 
 from __future__ import annotations
@@ -77,7 +79,54 @@ def linear_attention_state_kernel(
             b_b = load_tokens(own_b, order_ptr, o_t, hi, o_z, stride_b_t, Z, KIND)
             acc = tl.dot(tl.trans(b_a), b_b, acc=acc, input_precision=PRECISION)
     at = bxn.to(tl.int64) * A * Z + o_a[:, None] * Z + o_z[None, :]
-    tl.store(s_ptr + at, acc, mask=(o_a < A)[:, None] & (o_z < Z)[None, :])
+    tl.store(s_ptr + at, acc.to(s_ptr.dtype.element_ty), mask=(o_a < A)[:, None] & (o_z < Z)[None, :])
+
+
+# grid (B * X * tiles of A * tiles of Z): one program owns a piece of the state and walks the blocks, from the last to
+# the first with REVERSE. It stores the sum of those before each block, and after the last the sum of all. A fresh block
+# starts a document.
+@triton.jit
+def linear_attention_sums_kernel(
+    a_ptr, b_ptr, first_ptr, fresh_ptr, p_ptr, end_ptr, starts_ptr, order_ptr,
+    stride_a_b, stride_a_t, stride_a_h, stride_b_b, stride_b_t, stride_b_h, T, n, size, X, MEMBERS,
+    A: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    tiles_a: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
+    tiles_z: tl.constexpr = (Z + BLOCK_Z - 1) // BLOCK_Z
+    piece = tl.program_id(0) % (tiles_a * tiles_z)
+    bx = (tl.program_id(0) // (tiles_a * tiles_z)).to(tl.int64)
+    b = bx // X
+    x = bx % X
+    o_a = piece // tiles_z * BLOCK_A + tl.arange(0, BLOCK_A)
+    o_z = piece % tiles_z * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    at = o_a[:, None] * Z + o_z[None, :]
+    mask = (o_a < A)[:, None] & (o_z < Z)[None, :]
+    acc = tl.zeros([BLOCK_A, BLOCK_Z], tl.float32)
+    if first_ptr is not None:
+        acc = tl.load(first_ptr + bx * A * Z + at, mask=mask, other=0.0)
+    for step in range(n):
+        block = step
+        if REVERSE:
+            block = n - 1 - step
+        lo, hi = block_bounds(starts_ptr, b, block, n, size, T)
+        if fresh_ptr is not None:
+            fresh = tl.load(fresh_ptr + b * n + block) != 0
+            if not REVERSE:
+                acc = tl.where(fresh, 0.0, acc)
+        tl.store(p_ptr + (bx * n + block) * A * Z + at, acc.to(p_ptr.dtype.element_ty), mask=mask)
+        for member in range(MEMBERS):
+            h = x * MEMBERS + member
+            own_a = a_ptr + b * stride_a_b + h * stride_a_h
+            own_b = b_ptr + b * stride_b_b + h * stride_b_h
+            for t_0 in range(lo, hi, BLOCK_T):
+                o_t = t_0 + tl.arange(0, BLOCK_T)
+                b_a = load_tokens(own_a, order_ptr, o_t, hi, o_a, stride_a_t, A, KIND)
+                b_b = load_tokens(own_b, order_ptr, o_t, hi, o_z, stride_b_t, Z, KIND)
+                acc = tl.dot(tl.trans(b_a), b_b, acc=acc, input_precision=PRECISION)
+        if fresh_ptr is not None and REVERSE:
+            acc = tl.where(fresh, 0.0, acc)
+    tl.store(end_ptr + bx * A * Z + at, acc, mask=mask)
 
 
 # grid (B * X * tiles of n * tiles of E): one program owns BLOCK_I blocks of a slice of the state, E = D Dv numbers, and
@@ -121,39 +170,9 @@ def linear_attention_mix_kernel(
             b_w = tl.load(own_w + at, mask=pairs, other=0.0)
             mask = (o_j < n)[:, None] & (o_e < E)[None, :]
             b_s = tl.load(own_s + o_j.to(tl.int64)[:, None] * E + o_e[None, :], mask=mask, other=0.0)
-            acc = tl.dot(b_w, b_s, acc=acc, input_precision=PRECISION)
+            acc = tl.dot(b_w, b_s.to(tl.float32), acc=acc, input_precision=PRECISION)
     at = (bx.to(tl.int64) * n + o_i[:, None]) * E + o_e[None, :]
-    tl.store(p_ptr + at, acc, mask=(o_i < n)[:, None] & (o_e < E)[None, :])
-
-
-# grid (B * X * tiles of E): one program owns a slice of the state and walks the blocks, from the last to the first with
-# REVERSE. It stores the sum of those before, and after the last the sum of all. A fresh block starts a document.
-@triton.jit
-def linear_attention_scan_kernel(
-    s_ptr, first_ptr, fresh_ptr, p_ptr, end_ptr, n, E, X, REVERSE: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    tiles_e = tl.cdiv(E, BLOCK_E)
-    o_e = tl.program_id(0) % tiles_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    bx = (tl.program_id(0) // tiles_e).to(tl.int64)
-    b = bx // X
-    mask = o_e < E
-    acc = tl.zeros([BLOCK_E], tl.float32)
-    if first_ptr is not None:
-        acc = tl.load(first_ptr + bx * E + o_e, mask=mask, other=0.0)
-    for step in range(n):
-        i = step
-        if REVERSE:
-            i = n - 1 - step
-        at = (bx * n + i) * E + o_e
-        if fresh_ptr is not None:
-            fresh = tl.load(fresh_ptr + b * n + i) != 0
-            if not REVERSE:
-                acc = tl.where(fresh, 0.0, acc)
-        tl.store(p_ptr + at, acc, mask=mask)
-        acc += tl.load(s_ptr + at, mask=mask, other=0.0)
-        if fresh_ptr is not None and REVERSE:
-            acc = tl.where(fresh, 0.0, acc)
-    tl.store(end_ptr + bx * E + o_e, acc, mask=mask)
+    tl.store(p_ptr + at, acc.to(p_ptr.dtype.element_ty), mask=(o_i < n)[:, None] & (o_e < E)[None, :])
 
 
 # grid (B * heads of x * n * tiles of a block * tiles of Z): one program owns BLOCK_T tokens of one block and a piece of
@@ -241,7 +260,7 @@ def linear_attention_tile_kernel(
 @triton.jit
 def linear_attention_pair_kernel(
     u_ptr, s_ptr, w_ptr, n, E, X, READERS, share, SPLITS,
-    TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    TRIANGLE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tiles_i = tl.cdiv(n, BLOCK_I)
@@ -269,7 +288,7 @@ def linear_attention_pair_kernel(
         inside = (o_e < last)[None, :]
         b_u = tl.load(own_u + o_e[None, :], mask=(o_i < n)[:, None] & inside, other=0.0)
         b_s = tl.load(own_s + o_e[None, :], mask=(o_j < n)[:, None] & inside, other=0.0)
-        acc = tl.dot(b_u, tl.trans(b_s), acc=acc, input_precision=PRECISION)
+        acc = tl.dot(b_u.to(KIND), tl.trans(b_s.to(KIND)), acc=acc, input_precision=PRECISION)
     if TRIANGLE == 1:
         acc = tl.where(o_j[None, :] < o_i[:, None], acc, 0.0)
     at = ((bx * SPLITS + split) * n + o_i[:, None]) * n + o_j[None, :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,17 +14,14 @@ from attnzoo_kernels.linear_attention import tuning
 from attnzoo_kernels.linear_attention.kernels import (
     linear_attention_mix_kernel,
     linear_attention_pair_kernel,
-    linear_attention_scan_kernel,
     linear_attention_state_kernel,
+    linear_attention_sums_kernel,
     linear_attention_tile_kernel,
 )
 from attnzoo_kernels.tuning import cdiv
 
 PROGRAMS = 264
 """Programs that a reduction is split into, two for each multiprocessor of an H100."""
-
-NUMBERS = 1024
-"""Numbers of a state that a program of the scan owns."""
 
 
 class Inputs(NamedTuple):
@@ -76,13 +73,18 @@ class Passes:
         # float16's range does not hold sums of features, so its products go through TF32, as exact as they are.
         kind = tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
         self.product = {"KIND": kind, "PRECISION": precision(self.dtype)}
+        self.kept = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     def forward(self, out: Tensor, end: Tensor) -> Iterator[Launch]:
         """Fills the output and, where it is not empty, the state after all keys."""
         q, k, v = self.inputs[:3]
-        states, launch = self.states(k, v)
-        yield launch
-        before = yield from self.before(states, end if end.numel() else None)
+        if self.weights is None:
+            before = yield from self.sums(k, v, self.inputs.state, end if end.numel() else None)
+        else:
+            states, launch = self.states(k, v)
+            yield launch
+            before, launch = self.before(states)
+            yield launch
         _, launch = self.tile(q, k, v, before, out)
         yield launch
 
@@ -93,93 +95,107 @@ class Passes:
         q, k, v = self.inputs[:3]
         dq, dk, dv, dweights, dstate = gradients
         need_q, need_k, need_v, need_weights, need_state = needed
-        states = diagonal = None
-        if need_q or need_weights:
+        states = diagonal = before = after = None
+        if self.weights is None and need_q:
+            before = yield from self.sums(k, v, self.inputs.state, None)
+        elif self.weights is not None and (need_q or need_weights):
             states, launch = self.states(k, v)
             yield launch
             if need_q or self.causal:
-                before = yield from self.before(states, None)
-                own = q if need_weights and self.causal else None
-                diagonal, launch = self.tile(
-                    do, v, k, before.transpose(3, 4), dq if need_q else torch.empty_like(q), own=own
-                )
+                before, launch = self.before(states)
                 yield launch
+        if before is not None:
+            own = q if need_weights and self.causal else None
+            diagonal, launch = self.tile(
+                do, v, k, before.transpose(3, 4), dq if need_q else torch.empty_like(q), own=own
+            )
+            yield launch
         if not (need_k or need_v or need_weights or need_state):
             return
-        received, launch = self.states(q, do, queries=True)
-        yield launch
-        if need_weights:
-            assert states is not None
-            pairs, launch = self.pairs(received, states)
+        if self.weights is None:
+            after = yield from self.sums(q, do, dend, dstate if need_state else None, reverse=True)
+        else:
+            received, launch = self.states(q, do, queries=True)
             yield launch
-            gather_pairs(dweights, pairs, diagonal)
-        if need_k or need_v or need_state:
-            after = yield from self.after(received, dend, dstate if need_state else None)
-            if need_k:
-                _, launch = self.tile(v, do, q, after.transpose(3, 4), dk, reverse=True)
+            if need_weights:
+                assert states is not None
+                pairs, launch = self.pairs(received, states)
                 yield launch
-            if need_v:
-                _, launch = self.tile(k, q, do, after, dv, reverse=True)
+                gather_pairs(dweights, pairs, diagonal)
+            if need_k or need_v:
+                after, launch = self.after(received)
                 yield launch
+        if need_k:
+            assert after is not None
+            _, launch = self.tile(v, do, q, after.transpose(3, 4), dk, reverse=True)
+            yield launch
+        if need_v:
+            assert after is not None
+            _, launch = self.tile(k, q, do, after, dv, reverse=True)
+            yield launch
 
-    def before(self, states: Tensor, end: Tensor | None) -> Launches[Tensor]:
-        """What the queries of a block see of other blocks, (B, G or H, n or 1, D, Dv); `end` gets the state after."""
-        if self.weights is None:
-            return (yield from self.sums(states, self.inputs.state, end, reverse=False))
-        mixed, launch = self.mixed(states, self.H if self.per_head else self.G, 1, triangle=1 if self.causal else 0)
-        yield launch
-        return mixed
+    def before(self, states: Tensor) -> tuple[Tensor, Launch]:
+        """What the queries of a block see of other blocks, (B, G or H, n, D, Dv)."""
+        return self.mixed(states, self.H if self.per_head else self.G, 1, triangle=1 if self.causal else 0)
 
-    def after(self, received: Tensor, dend: Tensor | None, dfirst: Tensor | None) -> Launches[Tensor]:
-        """The gradient of the states, (B, G, n or 1, D, Dv), from what their readers received."""
-        if self.weights is None:
-            return (yield from self.sums(received, dend, dfirst, reverse=True))
+    def after(self, received: Tensor) -> tuple[Tensor, Launch]:
+        """The gradient of the states, (B, G, n, D, Dv), from what their readers received."""
         members = self.group if self.per_head else 1
-        mixed, launch = self.mixed(received, self.G, members, triangle=2 if self.causal else 0, transposed=True)
-        yield launch
-        return mixed
+        return self.mixed(received, self.G, members, triangle=2 if self.causal else 0, transposed=True)
 
-    def sums(self, states: Tensor, first: Tensor | None, end: Tensor | None, *, reverse: bool) -> Launches[Tensor]:
-        """Sums of the states before each block, or of all; `first` is before them all, `end` gets what is after."""
-        B, X, n, D, Dv = states.shape
+    def sums(
+        self, a: Tensor, b: Tensor, first: Tensor | None, end: Tensor | None, *, reverse: bool = False
+    ) -> Launches[Tensor]:
+        """Sums of a^T b over the tokens before each block, or of all tokens, (B, G, n or 1, A, Z).
+
+        `first` is before them all, `end` gets what is after. With `reverse` a and b are of queries, summed over each
+        group, and the sums are of the tokens after each block.
+        """
         if not self.causal:
+            states, launch = self.states(a, b, queries=reverse, dtype=torch.float32)
+            yield launch
             total = states.sum(2, keepdim=True)
             if first is not None:
                 total += first[:, :, None]
             if end is not None:
                 end.copy_(total[:, :, 0])
             return total
-        out = torch.empty_like(states)
-        end = torch.empty((B, X, D, Dv), dtype=torch.float32, device=states.device) if end is None else end
-        arguments = {
-            "s_ptr": states, "first_ptr": None if first is None else first.contiguous(),
-            "fresh_ptr": self.inputs.fresh, "p_ptr": out, "end_ptr": end, "n": n, "E": D * Dv, "X": X,
-            "REVERSE": reverse, "BLOCK_E": NUMBERS, "num_warps": 4, "enable_fp_fusion": True,
+        A, Z, n = a.shape[3], b.shape[3], self.blocks(a.shape[1])
+        out = torch.empty((self.B, self.G, n, A, Z), dtype=self.kept, device=a.device)
+        end = torch.empty((self.B, self.G, A, Z), dtype=torch.float32, device=a.device) if end is None else end
+        pieces, arguments = self.of_tokens("linear_attention_sums", a, b, self.G, n)
+        arguments |= {
+            "first_ptr": None if first is None else first.contiguous(), "fresh_ptr": self.inputs.fresh, "p_ptr": out,
+            "end_ptr": end, "REVERSE": reverse,
         }  # fmt: skip
-        yield linear_attention_scan_kernel, (B * X * cdiv(D * Dv, NUMBERS),), arguments
+        yield linear_attention_sums_kernel, (self.B * self.G * pieces,), arguments
         return out
 
-    def states(self, a: Tensor, b: Tensor, *, queries: bool = False) -> tuple[Tensor, Launch]:
-        """sum a^T b over the tokens of each block: (B, G, n, A, Z) of keys, or of queries summed over each group."""
-        tokens, n = a.shape[1], self.blocks(a.shape[1])
-        heads = self.G if not queries or not self.per_head else self.H
+    def of_tokens(self, kernel: str, a: Tensor, b: Tensor, heads: int, n: int) -> tuple[int, dict[str, Any]]:
+        """Pieces of a state of a and b, and the arguments of a kernel that sums it over the tokens of n blocks."""
         A, Z = a.shape[3], b.shape[3]
-        out = torch.empty((self.B, heads, n, A, Z), dtype=torch.float32, device=a.device)
-        config = tuning.of_tokens("linear_attention_state", self.dtype, self.device, self.size, A, Z)
-        pieces = cdiv(A, config["BLOCK_A"]) * cdiv(Z, config["BLOCK_Z"])
-        arguments = {
-            "a_ptr": a, "b_ptr": b, "s_ptr": out, "starts_ptr": self.starts, "order_ptr": self.order,
-            **strides(a, "a", "bth"), **strides(b, "b", "bth"), "T": tokens, "n": n, "size": self.size, "X": heads,
+        config = tuning.of_tokens(kernel, self.dtype, self.device, self.size, A, Z)
+        return cdiv(A, config["BLOCK_A"]) * cdiv(Z, config["BLOCK_Z"]), {
+            "a_ptr": a, "b_ptr": b, "starts_ptr": self.starts, "order_ptr": self.order, **strides(a, "a", "bth"),
+            **strides(b, "b", "bth"), "T": a.shape[1], "n": n, "size": self.size, "X": heads,
             "MEMBERS": a.shape[2] // max(heads, 1), "A": A, "Z": Z, **self.product, **config.options(),
         }  # fmt: skip
-        return out, (linear_attention_state_kernel, (self.B * heads * n * pieces,), arguments)
+
+    def states(
+        self, a: Tensor, b: Tensor, *, queries: bool = False, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Launch]:
+        """sum a^T b over the tokens of each block: (B, G, n, A, Z) of keys, or of queries summed over each group."""
+        n, heads = self.blocks(a.shape[1]), self.G if not queries or not self.per_head else self.H
+        out = torch.empty((self.B, heads, n, a.shape[3], b.shape[3]), dtype=dtype or self.kept, device=a.device)
+        pieces, arguments = self.of_tokens("linear_attention_state", a, b, heads, n)
+        return out, (linear_attention_state_kernel, (self.B * heads * n * pieces,), arguments | {"s_ptr": out})
 
     def mixed(
         self, states: Tensor, X: int, members: int, *, triangle: int, transposed: bool = False
     ) -> tuple[Tensor, Launch]:
         """Weighted sums of the states, (B, X, n, D, Dv)."""
         B, heads, n, D, Dv = states.shape
-        out = torch.empty((B, X, n, D, Dv), dtype=torch.float32, device=states.device)
+        out = torch.empty((B, X, n, D, Dv), dtype=self.kept, device=states.device)
         config = tuning.of_blocks("linear_attention_mix", self.dtype, self.device, n, D * Dv)
         arguments = {
             "s_ptr": states, "w_ptr": self.weights, "p_ptr": out, **self.weight_strides(transposed), "n": n,
@@ -200,7 +216,7 @@ class Passes:
         arguments = {
             "u_ptr": received, "s_ptr": states, "w_ptr": out, "n": n, "E": D * Dv, "X": X,
             "READERS": X // states.shape[1], "share": cdiv(pieces, splits) * config["BLOCK_E"], "SPLITS": splits,
-            "TRIANGLE": 1 if self.causal else 0, "PRECISION": self.product["PRECISION"], **config.options(),
+            "TRIANGLE": 1 if self.causal else 0, **self.product, **config.options(),
         }  # fmt: skip
         return out, (linear_attention_pair_kernel, (B * X * splits * programs,), arguments)
 

@@ -17,13 +17,15 @@ from attnzoo_kernels.tuning import Config, Lines, Table, padded
 OF_TOKENS: Lines = {
     "linear_attention_state": {("any", 2): {0: (64, 64, 128, 4, 2)}, ("any", 4): {0: (32, 32, 64, 4, 1)}},
     "linear_attention_state tf32": {("any", 2): {0: (64, 64, 64, 4, 1)}},
+    "linear_attention_sums": {("any", 2): {0: (64, 64, 64, 4, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
+    "linear_attention_sums tf32": {("any", 2): {0: (64, 64, 32, 4, 1)}},
     "linear_attention_tile": {("any", 2): {0: (64, 64, 128, 8, 2)}, ("any", 4): {0: (64, 16, 64, 8, 1)}},
     "linear_attention_tile tf32": {("any", 2): {0: (64, 32, 32, 8, 2)}},
 }
-# BLOCK_I by BLOCK_J blocks of tokens and BLOCK_E numbers of a state, which is float32 always.
+# BLOCK_I by BLOCK_J blocks of tokens and BLOCK_E numbers of a state. Up to 128 blocks mix reads a state once.
 OF_BLOCKS: Lines = {
-    "linear_attention_mix": {("any", 2): {0: (32, 32, 128, 4, 1)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
-    "linear_attention_pair": {("any", 2): {0: (32, 32, 64, 4, 1)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
+    "linear_attention_mix": {("any", 2): {0: (128, 32, 128, 8, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
+    "linear_attention_pair": {("any", 2): {0: (64, 64, 64, 8, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
 }
 
 TOKENS = Table(("BLOCK_T", "BLOCK_A", "BLOCK_Z"), OF_TOKENS)
