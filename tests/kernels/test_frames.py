@@ -135,7 +135,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], Tensor], int]] = {
     "decode_attention": (call_decode, 2),
     "latent_decode": (call_latent_decode, 2),
     "composed_attention": (call_composed, 5),
-    "linear_attention": (lambda: call_linear(False), 3),
+    "linear_attention": (lambda: call_linear(False), 2),
     "linear_attention, mixed": (lambda: call_linear(True), 4),
     "linear_attention_states": (call_linear_states, 1),
     "linear_attention_step": (call_linear_step, 1),
