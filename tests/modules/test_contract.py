@@ -240,8 +240,10 @@ def test_a_structured_mask_equals_its_dense_form(name: str, option: str, causal:
     real = (torch.arange(T) < lengths[:, None])[:, None, None, :]
     combined = module(x, mask=AttentionMask.padding(lengths) & AttentionMask.dense(keep))
     assert torch.equal(combined, module(x, mask=AttentionMask.padding(lengths) & keep))
-    assert torch.equal(combined, module(x, mask=AttentionMask.dense(keep & real)))
-    assert torch.equal(combined, module(x, mask=keep & real))
+    # Padding that the mask names has no forget gates, which rounds the scores of its own rows in another way.
+    allowed = EXACT if name.startswith("forgetting") else 0.0
+    assert apart(combined, module(x, mask=AttentionMask.dense(keep & real))) <= allowed
+    assert apart(combined, module(x, mask=keep & real)) <= allowed
     assert apart(combined, module(x, mask=keep)) > 1e-3
 
 
