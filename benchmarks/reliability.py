@@ -100,16 +100,16 @@ class KillAt(L.Callback):
 
 
 class SpoilLoss(L.Callback):
-    """Makes the logits of these steps NaN, as a broken batch or kernel would."""
+    """Makes what the last norm returns NaN in these steps, as a broken batch or kernel would."""
 
     def __init__(self, first: int, last: int) -> None:
         self.steps = range(first, last + 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def spoil(module: torch.nn.Module, _: Any, logits: torch.Tensor) -> torch.Tensor:
-            return logits * math.nan if module.training and trainer.global_step in self.steps else logits
+        def spoil(module: torch.nn.Module, _: Any, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden * math.nan if module.training and trainer.global_step in self.steps else hidden
 
-        pl_module.model.register_forward_hook(spoil)
+        pl_module.model.norm.register_forward_hook(spoil)
 
 
 class FillDisk(L.Callback):
