@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -159,6 +160,23 @@ def test_states_load_as_plain_data(tmp_path):
     states = read_checkpoint(tmp_path)["callbacks"]["RandomStates"]
     assert len(states["ranks"]) == 1
     assert set(states["ranks"][0]) == {"python", "torch", "cuda", "numpy"}
+
+
+@pytest.mark.parametrize("saved", [4, 3], ids=["the same processes", "other processes"])
+@pytest.mark.filterwarnings("ignore:The checkpoint holds the random states of")
+def test_processes_that_share_heads_draw_alike(saved):
+    states = []
+    for number in range(saved):
+        seed(number)
+        states.append(RandomStates().state_dict()["ranks"][0])
+    drawn = []
+    for rank in range(4):
+        callback = RandomStates()
+        callback.load_state_dict({"ranks": states})
+        strategy = SimpleNamespace(tensor_parallel_size=2)
+        callback.on_train_batch_start(SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy))
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 
 def test_another_number_of_processes_is_seeded_alike_every_time(tmp_path):

@@ -60,6 +60,7 @@ SHAPES = {
 }
 TENSOR, CONTEXT = (f"--config=configs/distributed/{name}.yaml" for name in ("tensor", "context"))
 SPREAD = {"ddp": ["--trainer.strategy=ddp"], "fsdp": [SHARDED], "tensor": [TENSOR], "context": [CONTEXT]}
+HALF = {("bf16-mixed", "tensor"), ("bf16-true", "fsdp")}  # in the fast set
 FORMS = {"kha": "ring", "mla": "gather", "moh": "ring"}  # of others what "auto" takes
 FOUR = {
     "fsdp 2 x context 2": [CONTEXT],
@@ -82,6 +83,11 @@ def test_two_processes_equal_one_for_longer(mechanism, spread, arguments, run, t
 
 
 @pytest.mark.slow
+def test_split_heads_drop_what_one_process_drops(arguments, run, tmp_path):
+    check_equal("kha", [TENSOR], 2, arguments, run, tmp_path, 6, "--model.dropout=0.2")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "spread"),
     [(name, next(iter(FOUR))) for name in SHAPES if name not in ("mhla", "moa")]
@@ -91,10 +97,10 @@ def test_four_processes_equal_one(mechanism, spread, arguments, run, tmp_path):
     check_equal(mechanism, FOUR[spread], 4, arguments, run, tmp_path, 20)
 
 
-def check_equal(mechanism, spread, world_size, arguments, run, tmp_path, steps):
+def check_equal(mechanism, spread, world_size, arguments, run, tmp_path, steps, *more):
     """Weights, optimiser states, logged numbers and texts of a run over processes are those of one process."""
     words = arguments(mechanism, "--trainer.precision=64-true", "--trainer.log_every_n_steps=1", *SHAPES[mechanism])
-    words += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps // 2}"]
+    words += [*more, f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps // 2}"]
     words += [f"--checkpoints.every_n_train_steps={steps}"]
     alone, together = (f"--trainer.default_root_dir={tmp_path / name}" for name in ("alone", "together"))
     run([*words, alone, "--trainer.accelerator=cpu", "--trainer.devices=1"])
@@ -234,8 +240,15 @@ def test_what_cannot_be_spread_is_refused_before_training(mechanism, more, sente
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision_trains(precision, arguments, tmp_path):
-    succeed([*arguments("mla"), SHARDED, f"--trainer.precision={precision}"])
+@pytest.mark.parametrize(
+    ("precision", "spread"),
+    [
+        pytest.param(precision, spread, marks=() if (precision, spread) in HALF else pytest.mark.slow)
+        for precision in ("bf16-mixed", "bf16-true")
+        for spread in ("fsdp", "tensor", "context")
+    ],
+)
+def test_half_precision_trains(precision, spread, arguments, tmp_path):
+    succeed([*arguments("mla"), *SPREAD[spread], f"--trainer.precision={precision}"])
     expected = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
     assert {value.dtype for value in read_checkpoint(tmp_path / "run")["state_dict"].values()} == {expected}
