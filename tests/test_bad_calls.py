@@ -27,6 +27,7 @@ from tests.zoo import LACKS, MECHANISMS, E, build
 B, T, S, ROOM, HELD = 2, 6, 7, 20, 5
 NAMES = (*MECHANISMS, "chai")
 nan, inf = math.nan, math.inf
+NONE_AT_ALL = -inf
 
 
 class Anything:
@@ -42,7 +43,7 @@ COMMON: tuple[Any, ...] = (Anything(), [2], {}, 1j)
 POOLS: dict[str, tuple[Any, ...]] = {
     "bool": ("no", "", 1, 0, 2.0, nan, *COMMON),
     "int": (-1, -(2**40), 2.5, 3.0, True, False, "4", nan, inf, torch.tensor([2, 3]), np.float32(2), *COMMON),
-    "float": (nan, inf, -inf, "0.1", "", True, np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), *COMMON),
+    "float": (nan, inf, NONE_AT_ALL, "0.1", "", True, np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), *COMMON),
     "str": ("nonsense", "", 1, True, 0.5, b"zero", ["zero"], *COMMON),
     "float | str": (nan, inf, "nonsense", "", True, b"visible", np.array([0.1, 0.2]), *COMMON),
     "bool | str": ("no", 1, 0, 2.5, None, *COMMON),
@@ -83,6 +84,8 @@ def bad_values(name: str, parameter: inspect.Parameter) -> tuple[Any, ...]:
         values += (-1e-6, -3)
     if annotation.startswith("int") and name.endswith(LEAST_ONE) and name not in ("rope_head_dim", "qk_rope_head_dim"):
         values += (0,)
+    if name == "prune_tolerance":  # the logarithm of a share; -inf is none of it, and accepted
+        values = (*(value for value in values if value is not NONE_AT_ALL), 0.0, 1e-3)
     return values
 
 
