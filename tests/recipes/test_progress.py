@@ -95,6 +95,13 @@ def test_the_console_of_a_run(arguments, run, capfd, tmp_path):
     assert "weights_only" not in printed.out + printed.err
 
 
+def test_sizes_of_layers_without_a_feed_forward_part(arguments, run, capfd):
+    words = arguments("mha", "--config", "configs/feed_forward/depth0.yaml")
+    run(without(words, "--trainer.enable_model_summary"))
+    # Four projections of width 32 in each of two layers.
+    assert re.search(r"^parameters +[\d,]+ \(attention 8,192, other [\d,]+\)$", capfd.readouterr().out, re.M)
+
+
 def test_the_bar_of_a_resumed_run_shows_its_step(arguments, run, capfd, tmp_path):
     run(arguments("mha", steps=2))
     capfd.readouterr()

@@ -29,17 +29,18 @@ class Sizes(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print three lines."""
         model, tokens = pl_module.model, text_data(trainer).block_size
-        sizes = {
-            name: sum(parameter.numel() for layer in model.layers for parameter in getattr(layer, part).parameters())
-            for name, part in (("attention", "attn"), ("feed-forward", "mlp"))
+        parts = {
+            "attention": [layer.attn for layer in model.layers],
+            "feed-forward": [layer.mlp for layer in model.layers if layer.mlp is not None],
         }
+        sizes = {name: sum(x.numel() for m in modules for x in m.parameters()) for name, modules in parts.items()}
         sizes["other"] = model.num_parameters - sum(sizes.values())
-        parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
         kinds = " and ".join(dict.fromkeys(type(layer.attn).__name__ for layer in model.layers))
         flops = 3 * model.flops(tokens) // tokens
         lines = [
             _line("model", f"{len(model.layers)} layers of width {model.embed_dim} with {kinds}"),
-            _line("parameters", f"{model.num_parameters:,} ({parts})"),
+            _line("parameters", f"{model.num_parameters:,} ({listed})"),
             _line("training cost", f"{flops:,} FLOPs per token, in samples of {tokens:,} tokens"),
         ]
         sys.stdout.write("\n".join([*lines, ""]))
