@@ -149,6 +149,12 @@ class TokenCache:
             )
         self.length = length
 
+    def take(self, other: Any) -> None:
+        """Continue what a smaller cache of the same module and batch holds."""
+        for buffer, held in zip(self.buffers, other.buffers, strict=True):
+            buffer[:, :, : held.shape[2]] = held
+        self.length = other.length
+
     def snapshot(self, tokens: int) -> Snapshot:
         """What `restore` needs to take back an append of so many tokens."""
         if self.capacity == self.max_length or not self.length:
@@ -283,6 +289,11 @@ class StaticContextCache(TokenCache):
         super().reset()
         self.num_static = 0
 
+    def take(self, other: Any) -> None:
+        """As `TokenCache.take`."""
+        super().take(other)
+        self.num_static = other.num_static
+
     def truncate(self, length: int) -> None:
         """As `TokenCache.truncate`; static tokens stay."""
         if is_integer(length) and 0 <= length < self.num_static:
@@ -328,6 +339,11 @@ class StatefulCache(KeyValueCache):
         super().truncate(length)
         if length == 0:
             self.reset()
+
+    def take(self, other: Any) -> None:
+        """As `TokenCache.take`, with the state."""
+        super().take(other)
+        self.state = other.state
 
     def snapshot(self, tokens: int) -> Any:
         """As `TokenCache.snapshot`, with the state."""
@@ -413,6 +429,11 @@ class RecentCache(StatefulCache):
         """Forget everything; the buffers stay allocated."""
         super().reset()
         self.known = 0
+
+    def take(self, other: Any) -> None:
+        """As `TokenCache.take`, with the rows."""
+        super().take(other)
+        self.known = other.known
 
     def snapshot(self, tokens: int) -> Any:
         """As `TokenCache.snapshot`, with the rows."""
@@ -685,6 +706,13 @@ class SelectionCache(RecentCache):
         """Forget everything; the buffers stay allocated."""
         super().reset()
         self.positions = None if self.positions is None else self.positions[:0]
+
+    def take(self, other: Any) -> None:
+        """As `TokenCache.take`, with the sums, and buffers that grow as they are."""
+        if other.positions is not None:
+            self.buffers, self._rows, self.positions = other.buffers, other._rows, other.positions
+        super().take(other)
+        self.state = (F.pad(other.state[0], (0, self.max_length - other.max_length)),)
 
     def snapshot(self, tokens: int) -> Any:
         """As `RecentCache.snapshot`, with the buffers, which are replaced."""

@@ -235,11 +235,7 @@ _FIRST_ROOM = 256
 def _grown(attn: Any, cache: TokenCache, tokens: int) -> Any:
     """The same tokens in a cache for twice as many."""
     grown = attn.init_cache(cache.batch_size, max(2 * cache.max_length, tokens))
-    for buffer, old in zip(grown.buffers, cache.buffers, strict=True):
-        buffer[:, :, : old.shape[2]] = old
-    for name in ("length", "state", "num_static"):
-        if hasattr(cache, name):
-            setattr(grown, name, getattr(cache, name))
+    grown.take(cache)
     return grown
 
 

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import attnzoo
 import attnzoo.hugging_face as hf
-from attnzoo.cache import TokenCache
+from attnzoo.cache import StatefulCache, StaticContextCache, TokenCache
 from attnzoo.hugging_face import caches
 from attnzoo.hugging_face.caches import StateLayer
 from attnzoo.hugging_face.installation import attention_names, install
@@ -146,12 +146,24 @@ def test_a_cache_that_another_layer_has_filled_is_refused():
         model(IDS, past_key_values=cache)
 
 
-def test_a_state_beside_keys_grows_with_its_sequence():
-    model = with_mechanism("mae", "plain")
-    ids = torch.randint(3, 67, (1, 40))
+STATEFUL = [
+    name for name, make in MECHANISMS.items() if issubclass(make().cache_type, StatefulCache | StaticContextCache)
+]
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "dropping"])
+def test_a_state_beside_keys_grows_with_its_sequence(name):
+    model = with_mechanism("selective" if name == "dropping" else name, "plain")
+    if name == "dropping":
+        model = small("llama")
+        for layer in attention_names(model):
+            attn = attnzoo.SelectiveAttention(32, 4, 2, prune_threshold=0.02, init_std=0.5, dtype=torch.float64)
+            install(model, layer, attn.eval())
+    ids = torch.randint(3, 67, (1, 40), generator=torch.Generator().manual_seed(2))
     cache = transformers.DynamicCache(config=model.config)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(caches, "_FIRST_ROOM", 5)
+        patch.setattr("attnzoo.cache.SelectionCache.PLACES", 4)
         found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([3, 1, 4, 20, 12], 1)], 1)
         whole = model(ids, use_cache=False).logits
     assert (found - whole).abs().max() < 1e-10
