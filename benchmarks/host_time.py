@@ -38,7 +38,9 @@ def cases() -> dict[str, Callable[[], object]]:
     from attnzoo.masks import Visibility
     from attnzoo.ops.composed_attention import Composition, composed_attention
     from attnzoo.ops.latent_attention import latent_attention
+    from attnzoo.ops.sigmoid_attention import sigmoid_attention
     from attnzoo.ops.softmax_attention import softmax_attention
+    from attnzoo_kernels.decode.factors import decode_factors
     from attnzoo_kernels.linear_attention import linear_attention_step
     from attnzoo_kernels.qk_norm_rope import qk_norm_rope
 
@@ -58,6 +60,7 @@ def cases() -> dict[str, Callable[[], object]]:
     of = {length: (few(1, length, 1, 2, 16), few(1, length, 1, 2, 16), few(1, length, 1, 16)) for length in (1, keys)}
     compositions = [Composition(few(1, 16, 16), query=of[1], key=of[keys]) for _ in range(2)]
     after = Visibility(query_start=keys - 1)
+    factors = few(1, S, 2, 16), few(1, S, 2, 64)
     table = torch.randn(256, 64), torch.randn(256, 64)
     z, gain, state = few(1, 256, 16, 64), few(64), torch.randn(1, 1, 16, 64, 64)
     module = attnzoo.GroupedQueryAttention(256, 4, 2, **options).half().eval()
@@ -79,6 +82,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "composed_attention, one token": lambda: composed_attention(
             *composed, *compositions, after, scale=0.1, **options
         ),
+        "decode_factors, one token": lambda: decode_factors(q, *factors, *factors, scale=0.1, query_start=S - 1),
+        "sigmoid_attention, one token": lambda: sigmoid_attention(q, *cache, last, logit_bias="visible", **options),
         "softmax_attention": lambda: softmax_attention(*long, **options),
         "softmax_attention, forward and backward": backward,
         "qk_norm_rope": lambda: qk_norm_rope(z, norm_weight=gain, cos=table[0], sin=table[1]),

@@ -17,12 +17,26 @@ from torch import Tensor, library
 
 from attnzoo_kernels.decode.kernels import closing_factor, decode_attention_merge_kernel
 from attnzoo_kernels.decode.tuning import config_and_slots, key_range
-from attnzoo_kernels.launch import as_int, dense_rows, is_unobserved, on_device, positive_scale, schema, strides
+from attnzoo_kernels.launch import (
+    Key,
+    Plan,
+    as_int,
+    chip,
+    dense_rows,
+    find_plan,
+    is_unobserved,
+    keep_plan,
+    layouts,
+    on_device,
+    positive_scale,
+    schema,
+    strides,
+)
 from attnzoo_kernels.primitives import LENGTHS, LOG2E, softmax_step, visible
-from attnzoo_kernels.tuning import cdiv, padded, splits_for
+from attnzoo_kernels.tuning import Config, cdiv, padded, splits_for
 
-MERGED = 8
-"""Splits that the merging kernel takes at a time."""
+MERGE = Config({"BLOCK_C": 8}, num_warps=4, num_stages=1)
+"""The merging kernel takes so many splits at a time."""
 
 
 # grid (B * row blocks, splits): one program owns BLOCK_T rows, row n being head n // T and new token n % T, walks the
@@ -173,48 +187,82 @@ def _fake(*given: Any) -> Tensor:
     return torch.empty((*q.shape[:3], v_b.shape[3]), dtype=q.dtype, device=q.device)
 
 
-def _run(*given: Any) -> Tensor:
-    q, k_a, k_b, v_a, v_b, lengths, mask, positions, *numbers = given
-    scale, window, sink_tokens, query_start, num_splits, causal = numbers
-    (B, T, H, D), (_, S, rank_k, _), (_, _, rank_v, DV) = q.shape, k_b.shape, v_b.shape
-    out = _fake(*given)
-    if out.numel() == 0:
-        return out
-    tensors = {"q": dense_rows(q), "k_a": k_a, "k_b": dense_rows(k_b), "v_a": v_a, "v_b": dense_rows(v_b)}
-    config, slots = config_and_slots(H * T, (D, DV, 0), q.element_size(), q.device)
+class _Plans(NamedTuple):
+    """How calls with one key are launched, with a single split or with more."""
+
+    config: Config
+    slots: int
+    one: Plan
+    several: Plan
+    merge: Plan
+
+
+_PLANS: dict[Key, _Plans] = {}
+STRIDES = {"q": "bth", "k_a": "bsrh", "k_b": "bsr", "v_a": "bsrh", "v_b": "bsr"}
+
+
+def _key(inputs: _Inputs) -> Key:
+    """What decides the plan: everything but addresses, the number of keys, and where the queries are."""
+    q, k_a, k_b, v_a, v_b, lengths, mask, positions, *_ = inputs
+    return (
+        layouts((q,)), chip(q.device), *[(x.stride(), x.shape[2], x.dtype) for x in (k_a, k_b, v_a, v_b)],
+        v_b.shape[3], lengths is None, mask is None, positions is None, inputs.causal, inputs.window > 0,
+        inputs.sink_tokens > 0,
+    )  # fmt: skip
+
+
+def _plans(inputs: _Inputs) -> _Plans:
+    (B, T, H, D), DV = inputs.q.shape, inputs.v_b.shape[3]
+    config, slots = config_and_slots(H * T, (D, DV, 0), inputs.q.element_size(), inputs.q.device)
     if config["BLOCK_T"] > 32:
         # Head factors take a register for every pair: larger tiles spill.
         config = config.at_most(BLOCK_S=32)
+    arguments: dict[str, Any] = {
+        **{name: n for at, axes in STRIDES.items() for name, n in strides(inputs._asdict()[at], at, axes).items()},
+        **strides(None, "mask", "bhts"), "B": B, "H": H, "D": D, "DV": DV, "RANK_K": inputs.k_b.shape[2],
+        "RANK_V": inputs.v_b.shape[2], "CAUSAL": inputs.causal, "WINDOW": inputs.window > 0,
+        "SINK_TOKENS": inputs.window > 0 and inputs.sink_tokens > 0, "BLOCK_D": padded(D), "BLOCK_V": padded(DV),
+    }  # fmt: skip
+    one, several = (Plan(decode_factors_fwd_kernel, config, arguments | {"CLOSE": close}) for close in (True, False))
+    of_merge = {"stride_head_scale_b": 0, "stride_head_scale_h": 0, "H": H, "DV": DV, "BLOCK_V": padded(DV)}
+    return _Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
+
+
+def _run(*given: Any) -> Tensor:
+    inputs = _Inputs(*given)
+    out: Tensor = _fake(*given)
+    if out.numel() == 0:
+        return out
+    inputs = inputs._replace(q=dense_rows(inputs.q), k_b=dense_rows(inputs.k_b), v_b=dense_rows(inputs.v_b))
+    key = _key(inputs)
+    plans = find_plan(_PLANS, key) or keep_plan(_PLANS, key, _plans(inputs))
+    (B, T, H, _), S, DV, config = inputs.q.shape, inputs.k_b.shape[1], out.shape[3], plans.config
     begin, end = key_range(
-        S, T, query_start, causal=causal, window=window, sink_tokens=sink_tokens, ring=positions is not None
-    )
+        S, T, inputs.query_start, causal=inputs.causal, window=inputs.window, sink_tokens=inputs.sink_tokens,
+        ring=inputs.positions is not None,
+    )  # fmt: skip
     blocks, keys = cdiv(H * T, config["BLOCK_T"]), max(end - begin, 1)
-    splits = num_splits or splits_for(B * blocks, keys, config["BLOCK_S"], slots)
+    splits = inputs.num_splits or splits_for(B * blocks, keys, config["BLOCK_S"], plans.slots)
     chunk = cdiv(cdiv(keys, splits), config["BLOCK_S"]) * config["BLOCK_S"]
     splits = cdiv(keys, chunk)
-    part, state = out, None
+    part, state, plan = out, None, plans.one
     if splits > 1:
-        part = torch.empty((splits, B, T, H, DV), dtype=torch.float32, device=q.device)
-        state = torch.empty((splits, B, T, H, 2), dtype=torch.float32, device=q.device)
-    full = None if mask is None else mask.expand(B, H, T, S)
-    arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in tensors.items()}
-    for name, axes in {"q": "bth", "k_a": "bsrh", "k_b": "bsr", "v_a": "bsrh", "v_b": "bsr"}.items():
-        arguments |= strides(tensors[name], name, axes)
+        part = torch.empty((splits, B, T, H, DV), dtype=torch.float32, device=out.device)
+        state = torch.empty((splits, B, T, H, 2), dtype=torch.float32, device=out.device)
+        plan = plans.several
+    mask = None if inputs.mask is None else inputs.mask.expand(B, H, T, S).view(torch.uint8)
+    launch = plan.launch(
+        q_ptr=inputs.q, k_a_ptr=inputs.k_a, k_b_ptr=inputs.k_b, v_a_ptr=inputs.v_a, v_b_ptr=inputs.v_b,
+        lengths_ptr=inputs.lengths, positions_ptr=inputs.positions, mask_ptr=mask, o_ptr=part, state_ptr=state, T=T,
+        S=S, query_start=inputs.query_start, begin=begin, end=end, chunk=chunk, scale=inputs.scale,
+        window=inputs.window, sink_tokens=inputs.sink_tokens,
+        **({} if mask is None else strides(mask, "mask", "bhts")),
+    )  # fmt: skip
     with on_device(out):
-        decode_factors_fwd_kernel[B * blocks, splits](
-            **arguments, **strides(full, "mask", "bhts"), lengths_ptr=lengths,
-            positions_ptr=positions, mask_ptr=None if full is None else full.view(torch.uint8), o_ptr=part,
-            state_ptr=state, B=B, T=T, S=S, H=H, query_start=query_start, begin=begin, end=end, chunk=chunk,
-            scale=scale, window=window, sink_tokens=sink_tokens, D=D, DV=DV, RANK_K=rank_k, RANK_V=rank_v,
-            CAUSAL=causal, WINDOW=window > 0, SINK_TOKENS=window > 0 and sink_tokens > 0, CLOSE=splits == 1,
-            BLOCK_D=padded(D), BLOCK_V=padded(DV), **config.options(),
-        )  # fmt: skip
+        launch.keep(launch.run[B * blocks, splits, 1](*launch.values, **launch.options))
         if splits > 1:
-            decode_attention_merge_kernel[(B * T * H,)](
-                part_ptr=part, state_ptr=state, sinks_ptr=None, head_scale_ptr=None, o_ptr=out, stride_head_scale_b=0,
-                stride_head_scale_h=0, rows=B * T * H, T=T, H=H, splits=splits, DV=DV, BLOCK_C=MERGED,
-                BLOCK_V=padded(DV), num_warps=4, num_stages=1,
-            )  # fmt: skip
+            merge = plans.merge.launch(part_ptr=part, state_ptr=state, o_ptr=out, rows=B * T * H, T=T, splits=splits)
+            merge.keep(merge.run[B * T * H, 1, 1](*merge.values, **merge.options))
     return out
 
 

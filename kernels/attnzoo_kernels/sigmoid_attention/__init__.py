@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, library
 
 from attnzoo_kernels.launch import (
+    Key,
+    Plan,
     arguments_of,
     as_int,
+    chip,
     dense_rows,
     descriptor,
     empty_if,
+    find_plan,
+    is_unobserved,
+    keep_plan,
+    layouts,
     on_device,
     positive_scale,
     precision,
@@ -76,7 +83,8 @@ def sigmoid_attention(
     if not isinstance(logit_bias, Tensor):
         logit_bias = torch.full((), logit_bias, device=q.device)
     first, last = (None, None) if documents is None else documents
-    out: Tensor = _forward(
+    run = _run if is_unobserved(q, k, v, logit_bias, alibi_slopes) else _forward
+    out: Tensor = run(
         q, k, v, logit_bias.float().expand(B, H, T), None if mask is None else mask.expand(B, H, T, S),
         stored_as(alibi_slopes, torch.float32), as_int(lengths), as_int(first), as_int(last), as_int(key_positions),
         scale, softcap or 0.0, window or 0, S - T if query_start is None else query_start, causal,
@@ -133,6 +141,14 @@ class _Inputs(NamedTuple):
             "BLOCK_D": padded(D), "BLOCK_DV": padded(DV),
         }  # fmt: skip
 
+    def key(self) -> Key:
+        """What decides the plan of the forward kernel: everything but addresses and the numbers of keys and queries."""
+        k, v = self.k, self.v
+        return (
+            layouts((self.q,)), k.shape[2], k.stride(), v.shape[3], v.stride(), self.bias.stride(), chip(k.device),
+            *[x is None for x in self[:TENSORS]], k.shape[1] == 1, self.softcap != 0.0, self.window > 0, self.causal,
+        )  # fmt: skip
+
     def config(self, kernel: str) -> Config:
         """Tiles of a kernel."""
         kernel += " dense" if self.mask is not None else ""
@@ -143,22 +159,34 @@ TENSORS = _Inputs._fields.index("scale")
 STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "bias": "bht", "mask": "bhts"}
 
 
-@library.custom_op("attnzoo::sigmoid_attention", mutates_args=(), schema=schema(_Inputs, 1))
-def _forward(*given: Any) -> Tensor:
+_PLANS: dict[Key, Plan] = {}
+
+
+def _run(*given: Any) -> Tensor:
     inputs = _Inputs(*given)
     out = inputs.output()
     (B, T, H, _), S = out.shape, inputs.k.shape[1]
     if S == 0 or out.numel() == 0:
         return out.zero_()
-    arguments, config = inputs.arguments(), inputs.config("sigmoid_attention_fwd")
-    of = {"k_desc": None, "v_desc": None}
-    if inputs.mask is None and inputs.positions is None:
-        of = {f"{name}_desc": descriptor(arguments[f"{name}_ptr"], config["BLOCK_S"]) for name in "kv"}
+    inputs = inputs._replace(**{name: dense_rows(getattr(inputs, name)) for name in ("q", "k", "v")})
+    key = inputs.key()
+    plan = find_plan(_PLANS, key)
+    if plan is None:
+        plan = Plan(sigmoid_attention_fwd_kernel, inputs.config("sigmoid_attention_fwd"), inputs.arguments())
+        plan = keep_plan(_PLANS, key, plan)
+    changing: dict[str, Any] = {f"{name}_ptr": x for name, x in zip(_Inputs._fields[:TENSORS], inputs, strict=False)}
+    changing |= dict(zip(_Inputs._fields[TENSORS:-1], inputs[TENSORS:-1], strict=True))
+    if inputs.mask is not None:
+        changing |= {"mask_ptr": inputs.mask.view(torch.uint8), **strides(inputs.mask, "mask", "bhts")}
+    elif inputs.positions is None:
+        changing |= {f"{name}_desc": descriptor(changing[f"{name}_ptr"], plan.config["BLOCK_S"]) for name in "kv"}
+    launch = plan.launch(**changing, S=S, o_ptr=out)
     with on_device(out):
-        sigmoid_attention_fwd_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
-            **arguments, **of, o_ptr=out, **config.options()
-        )
+        launch.keep(launch.run[cdiv(T, plan.config["BLOCK_T"]) * B * H, 1, 1](*launch.values, **launch.options))
     return out
+
+
+_forward = library.custom_op("attnzoo::sigmoid_attention", _run, mutates_args=(), schema=schema(_Inputs, 1))
 
 
 @_forward.register_fake
