@@ -167,6 +167,28 @@ def test_a_lost_process_ends_the_others_with_a_sentence(lost, arguments):
     assert output.count("attnzoo-pretrain: another process of this run has ended or does not answer") == 1
 
 
+def spoil(rank):
+    from attnzoo_recipes.training import Pretraining
+
+    original = Pretraining.training_step
+
+    def step(module, batch, batch_idx):
+        loss = original(module, batch, batch_idx)
+        return loss * float("nan") if rank == 1 and batch_idx == 1 else loss
+
+    Pretraining.training_step = step
+
+
+@pytest.mark.parametrize("spread", ["tensor", pytest.param("context", marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_in_one_process_is_skipped_in_all(spread, arguments, tmp_path):
+    said = together([*arguments("mha", steps=3), *SPREAD[spread]], prepare=spoil)
+    assert [code for code, _ in said] == [0, 0], said
+    assert "Step 1 is skipped: its loss or gradient is not finite" in said[0][1]
+    saved = read_checkpoint(tmp_path / "run")
+    assert saved["global_step"] == 3
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
 @pytest.mark.parametrize("config", sorted(Path("configs/distributed").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_distributed_config_trains(config, arguments, tmp_path, capsys):
     succeed([*arguments("mha"), f"--config={config}"])
