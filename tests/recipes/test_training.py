@@ -163,7 +163,7 @@ BAD_SETTINGS = {
     "tensor parallel": (
         ["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy",
          "--trainer.strategy.init_args.tensor_parallel_size=2"],
-        "tensor_parallel_size must be 1", "got 2",
+        "must be the number of devices", "got 1 x 1 x 2",
     ),
     "compiled shards": (
         ["--config=configs/distributed/fsdp.yaml", "--model.compile=true"], "model.compile must be false", "got true",
