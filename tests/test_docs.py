@@ -82,8 +82,7 @@ def test_the_speed_tables_are_those_of_the_committed_results():
 
 
 def test_the_readme_is_short():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len([line for line in lines if not line.startswith("| [")]) <= 86, "besides the table of mechanisms"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"], ids=lambda page: page.stem)

@@ -158,6 +158,10 @@ class DynamicallyComposableAttention(Mechanism):
             if base is not None:
                 nn.init.normal_(base, std=0.1 / math.sqrt(base.shape[1]))
 
+    def dynamic_parameters(self) -> list[nn.Parameter]:
+        """What makes weights of the input and starts small, for an optimiser group with a lower learning rate."""
+        return [p for side in (self.q_dyn, self.k_dyn) if side is not None for p in side.parameters()]
+
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,
         cache: ComposedCache | None = None,

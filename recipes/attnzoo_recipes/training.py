@@ -70,6 +70,8 @@ class Pretraining(L.LightningModule):
             those that a mechanism names in `no_weight_decay()`.
         knock_weight_decay: of knocking-heads maps; decay pulls them to 0, not to the identity that they start from.
             Default: weight_decay.
+        dynamic_lr_ratio: learning rate of what a mechanism names in `dynamic_parameters()`, weights that make weights
+            of the input and start small, over lr.
         warmup_steps: optimiser steps of linear warm-up.
         min_lr_ratio: the cosine ends at this fraction of lr.
         schedule_steps: optimiser steps of the schedule. Default: the trainer's last step.
@@ -115,6 +117,7 @@ class Pretraining(L.LightningModule):
         adam_eps: float = 1e-8,
         weight_decay: float = 0.1,
         knock_weight_decay: float | None = None,
+        dynamic_lr_ratio: float = 0.1,
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.1,
         schedule_steps: int | None = None,
@@ -130,11 +133,13 @@ class Pretraining(L.LightningModule):
         numbers = {
             "norm_eps": norm_eps, "dropout": dropout, "init_std": init_std, "lr": lr, "betas": betas,
             "adam_eps": adam_eps, "weight_decay": weight_decay, "knock_weight_decay": knock_weight_decay,
-            "min_lr_ratio": min_lr_ratio, "aux_loss_weight": aux_loss_weight, "z_loss": z_loss,
+            "dynamic_lr_ratio": dynamic_lr_ratio, "min_lr_ratio": min_lr_ratio, "aux_loss_weight": aux_loss_weight,
+            "z_loss": z_loss,
         }  # fmt: skip
         check_finite(numbers)
-        if lr <= 0:
-            raise ValueError(f"lr must be positive, got {lr}")
+        for name, value in (("lr", lr), ("dynamic_lr_ratio", dynamic_lr_ratio)):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         for name, value in (
             ("weight_decay", weight_decay),
             ("knock_weight_decay", knock_weight_decay or 0.0),
@@ -164,6 +169,7 @@ class Pretraining(L.LightningModule):
         self.adam_eps = adam_eps
         self.weight_decay = weight_decay
         self.knock_weight_decay = weight_decay if knock_weight_decay is None else knock_weight_decay
+        self.dynamic_lr_ratio = dynamic_lr_ratio
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
         self.schedule_steps = schedule_steps
@@ -429,39 +435,42 @@ class Pretraining(L.LightningModule):
                 self.parameter_groups(), lr=self.lr, betas=self.betas, eps=self.adam_eps, fused=fused
             )
         else:
-            optimizer = self.optimiser([{**group, "lr": self.lr} for group in self.parameter_groups(embeddings=True)])
+            optimizer = self.optimiser(self.parameter_groups(embeddings=True))
         scheduler = made_schedule(self.schedule, optimizer, self._last_step())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self, embeddings: bool = False) -> list[dict[str, Any]]:
-        """Named groups "decay", "no_decay" and "knock", without those that are empty.
+        """Named groups "decay", "no_decay", "knock" and "dynamic", without those that are empty, with rate and decay.
 
         With `embeddings`, embeddings and output weights are a group "embeddings" of their own, decayed like "decay".
         """
         apart = {id(self.model.embedding.weight), id(self.model.output_weight)} if embeddings else set()
-        knock: set[int] = set()
+        own: dict[str, set[int]] = {"knock": set(), "dynamic": set()}
         undecayed: set[int] = set()
         for module in self.model.modules():
-            knocked: Callable[[], Iterable[nn.Parameter]] | None = getattr(module, "knock_parameters", None)
-            if knocked is not None:
-                knock |= {id(parameter) for parameter in knocked()}
+            for group, members in own.items():
+                found: Callable[[], Iterable[nn.Parameter]] | None = getattr(module, f"{group}_parameters", None)
+                members |= {id(parameter) for parameter in (found() if found is not None else ())}
             named: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
             if named is not None:
                 undecayed |= {id(module.get_parameter(name)) for name in named()}
-        groups: dict[str, list[nn.Parameter]] = {"decay": [], "embeddings": [], "no_decay": [], "knock": []}
+        groups: dict[str, list[nn.Parameter]] = {
+            "decay": [], "embeddings": [], "no_decay": [], "knock": [], "dynamic": [],
+        }  # fmt: skip
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
-            if id(parameter) in knock:
-                groups["knock"].append(parameter)
+            if (name := next((name for name, members in own.items() if id(parameter) in members), None)) is not None:
+                groups[name].append(parameter)
             elif id(parameter) in apart:
                 groups["embeddings"].append(parameter)
             else:
                 decayed = parameter.ndim > 1 and id(parameter) not in undecayed
                 groups["decay" if decayed else "no_decay"].append(parameter)
         decay = dict.fromkeys(groups, self.weight_decay) | {"no_decay": 0.0, "knock": self.knock_weight_decay}
+        rate = dict.fromkeys(groups, self.lr) | {"dynamic": self.lr * self.dynamic_lr_ratio}
         return [
-            {"name": name, "params": parameters, "weight_decay": decay[name]}
+            {"name": name, "params": parameters, "weight_decay": decay[name], "lr": rate[name]}
             for name, parameters in groups.items()
             if parameters
         ]

@@ -15,7 +15,7 @@ import attnzoo
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.data.packing import PackedCorpus
 from attnzoo_recipes.model_config import build_model, describe_attention, model_from_checkpoint
-from attnzoo_recipes.optimisers import warmup_cosine
+from attnzoo_recipes.optimisers import MuonWithAdamW, warmup_cosine
 from attnzoo_recipes.training import Pretraining
 
 
@@ -45,10 +45,25 @@ def test_matrices_decay_and_the_rest_does_not():
     assert sorted(grouped) == sorted(id(parameter) for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("optimizer", [None, MuonWithAdamW], ids=["adamw", "muon"])
+def test_dynamic_weights_have_a_rate_of_their_own(optimizer):
+    attention = functools.partial(attnzoo.DynamicallyComposableAttention, num_heads=4, static_base=True)
+    module = Pretraining(attention, vocab_size=20, embed_dim=32, num_layers=2, lr=1e-2, optimizer=optimizer)
+    module.configure_model()
+    module.trainer = types.SimpleNamespace(precision="32-true", max_steps=10, estimated_stepping_batches=10)
+    made = module.configure_optimizers()
+    rates = {
+        id(parameter): group["initial_lr"] for group in made["optimizer"].param_groups for parameter in group["params"]
+    }
+    for name, parameter in module.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(1e-3 if "_dyn." in name else 1e-2), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr": 0.0}, "lr must be positive, got 0"),
+        ({"dynamic_lr_ratio": 0.0}, "dynamic_lr_ratio must be positive, got 0"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
         ({"min_lr_ratio": 2.0}, r"min_lr_ratio must lie in \[0, 1\], got 2"),
@@ -58,6 +73,7 @@ def test_matrices_decay_and_the_rest_does_not():
                 "lr",
                 "weight_decay",
                 "knock_weight_decay",
+                "dynamic_lr_ratio",
                 "adam_eps",
                 "norm_eps",
                 "dropout",
