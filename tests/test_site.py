@@ -96,6 +96,7 @@ def test_the_figures_are_those_of_the_script(tmp_path, monkeypatch):
         assert texts[0] == texts[1], path.name
 
 
+@pytest.mark.slow
 def test_a_page_that_is_missing_fails_the_build(tmp_path):
     """And pages of claims, which attnzoo-evidence writes, are shown with their tables and pictures."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")

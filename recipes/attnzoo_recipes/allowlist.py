@@ -56,6 +56,7 @@ SUMMARY = (
 )
 """`ALLOWED` in words."""
 
+_FILES = {"config", "c", "ckpt_path", "model.init_from", "trainer.default_root_dir"}
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _LARGEST_CONFIG = 1_000_000
 _MOST_VALUES = 100_000
@@ -198,8 +199,8 @@ class _Search:
         for place in {folder, Path.cwd()}:
             self.file(place / text, is_config=name in ("config", "c"))
         # Where the type is known, a class may be given as a bare string. Names of data files contain dots too, so a
-        # string counts only if its first part is a module.
-        if _DOTTED.fullmatch(text) and _is_module(text.split(".")[0]):
+        # string counts only if its first part is a module, and not where it can be nothing but a file.
+        if key not in _FILES and _DOTTED.fullmatch(text) and _is_module(text.split(".")[0]):
             check_import(text, self.allowed, where)
         if text.startswith(("{", "[")) or "class_path" in text:
             parsed = _parsed(text, where)

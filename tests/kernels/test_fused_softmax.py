@@ -318,7 +318,7 @@ def test_a_head_scaled_to_nothing_still_has_a_gradient() -> None:
     assert (grad != 0).all()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_pairs_of_features(data: st.DataObject) -> None:
     assert_a_drawn_call(data)

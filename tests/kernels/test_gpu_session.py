@@ -33,6 +33,7 @@ def planned(session: Any, monkeypatch: pytest.MonkeyPatch, *steps: tuple[str, fl
     monkeypatch.setitem(session.PLANS, "first", tuple(session.Step(*step) for step in steps))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_late_is_ended_with_all_that_it_started_and_the_next_one_runs(session, monkeypatch, tmp_path):
     child = tmp_path / "child"
     code = (

@@ -1,6 +1,7 @@
 """Nothing outside the allow-list is imported, whatever names it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_what_is_allowed_passes(module):
     check_import("torch.nn.Linear")
     with pytest.raises(ImportRefusedError):
         check_import("torchattack.Thing")
+
+
+@pytest.mark.parametrize("option", ["--config", "-c", "--ckpt_path", "--model.init_from", "--trainer.default_root_dir"])
+def test_a_file_may_have_the_name_of_a_module(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("json.yaml").write_text("seed_everything: 1\n")
+    check_arguments(["fit", option, "json.yaml"])
+    Path("json.yaml").write_text("model: {attention: {class_path: json.tool}}\n")
+    if option in ("--config", "-c"):
+        with pytest.raises(ImportRefusedError, match=r"json\.yaml names json\.tool"):
+            check_arguments(["fit", option, "json.yaml"])
 
 
 def test_data_settings_are_no_import_paths():

@@ -150,6 +150,7 @@ def save_and_die(path, step, lines):
     AtomicCheckpointIO().save_checkpoint(content(step), path)
 
 
+@pytest.mark.slow
 def test_kill_before_every_line_of_a_save(tmp_path):
     path = write(tmp_path / "last.ckpt", 0)
     expected, replaced, lines = 0, 0, 0

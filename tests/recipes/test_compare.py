@@ -258,6 +258,7 @@ def test_a_comparison_finishes_and_is_not_run_again(small, tmp_path, capsys):
     assert after == stamps
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_validated(small, tmp_path):
     words = [*small[:1], "gta", *small[2:], "--", "--trainer.max_steps=4", "--checkpoints.every_n_train_steps=2"]
     main(words)
@@ -276,6 +277,7 @@ def test_a_run_killed_after_its_last_step_is_validated(small, tmp_path):
     assert after["val_bits_per_byte"] == before["val_bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_feed_forward_layers_are_compared(small, tmp_path):
     main([*small[:1], "depth0,depth2,parallel", *small[2:], "--vary", "feed_forward"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -395,6 +397,7 @@ def test_arguments_of_the_runs_are_in_the_plan(small, tmp_path):
     assert mha["cache_bytes_per_token"] == 2 * 2 * 8 * 2
 
 
+@pytest.mark.slow
 def test_any_setting_varies(small, tmp_path):
     words = [small[0], "mha", *small[2:], "--vary", "model.embed_dim", "--values", "16,32"]
     main(words)
@@ -406,6 +409,7 @@ def test_any_setting_varies(small, tmp_path):
     assert "everything but model.embed_dim" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_learning_rates_are_tried_for_each_mechanism(small, tmp_path):
     main([small[0], "mha", *small[2:], "--lrs", "1e-3,1e-2"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())

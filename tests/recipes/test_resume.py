@@ -81,7 +81,7 @@ def assert_equal_runs(whole, resumed):
 @pytest.mark.parametrize(
     ("mechanism", "more"),
     [
-        ("kha", ()),
+        pytest.param("kha", (), marks=pytest.mark.slow),
         (
             "kha",
             (
@@ -145,7 +145,8 @@ def test_a_flipped_bit_in_the_last_checkpoint_is_noticed(arguments, run, tmp_pat
     assert read_checkpoint(tmp_path / "run" / "version_1")["global_step"] == 5
 
 
-@pytest.mark.parametrize("mechanism", ["kha", "moh", pytest.param("moa", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", ["kha", "moh", "moa"])
 def test_two_processes_equal_one(mechanism, arguments, tmp_path):
     words = arguments(
         mechanism,

@@ -118,8 +118,15 @@ def end_in(*arguments):
     return process.exitcode
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "tokenizer"),
+    [
+        (signal.SIGKILL, "bpe"),
+        (signal.SIGTERM, "byte"),
+        pytest.param(signal.SIGKILL, "byte", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "bpe", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_is_continued(number, tokenizer, shards, tmp_path, monkeypatch, capsys):
     corpus, _ = shards("json")
     expected = contents(packed(corpus, tmp_path / "whole", tokenizer).folder.parent)
@@ -188,6 +195,7 @@ def children_then_kill(corpus, cache, results):
     killed(corpus, cache, "byte", 2, signal.SIGKILL, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_processes_end_with_the_one_that_was_killed(shards, tmp_path):
     corpus, _ = shards("json")

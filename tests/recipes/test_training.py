@@ -260,9 +260,9 @@ def test_out_of_memory_is_one_sentence(kind, arguments, run, tmp_path, capsys, m
 
 def test_a_model_that_does_not_fit_is_one_sentence(arguments, run, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(arguments("kha", "--model.embed_dim=8000000"))
+        run(arguments("kha", "--model.embed_dim=80000000"))
     assert stopped.value.code == 5
     err = capsys.readouterr().err
     assert "out of memory" in err
-    assert "E = 8000000" in err
+    assert "E = 80000000" in err
     assert "Traceback" not in err

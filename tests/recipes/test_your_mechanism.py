@@ -97,6 +97,7 @@ def compare(folder, line):
     return [(row["mechanism"], row["seeds"], row["note"]) for row in rows], {p: p.stat().st_mtime_ns for p in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_it_is_compared(folder):
     rows, runs = compare(folder, COMPARISONS[0])
