@@ -202,7 +202,9 @@ PACKINGS = {
     "single-tokens": [0, 1, 2, T, T + 1, 2 * T],
     "all-single-tokens": list(range(2 * T + 1)),
     "empty-document": [0, 5, 5, 2 * T],
+    "all-of-these": [0, 1, 2, 2, 7, T, 20, 2 * T],
 }
+FAST_PACKINGS = ("row-ends-inside", "all-of-these")
 
 
 def documents(packing: str) -> list[tuple[int, int, int]]:
@@ -212,7 +214,9 @@ def documents(packing: str) -> list[tuple[int, int, int]]:
 
 
 @every_case_in_either_direction
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    "packing", [name if name in FAST_PACKINGS else pytest.param(name, marks=pytest.mark.slow) for name in PACKINGS]
+)
 def test_packed_documents_are_separate_calls(name: str, option: str, causal: bool, packing: str) -> None:
     module, x = make(name, option, causal=causal), sample()
     y = module(x, mask=AttentionMask.packed(PACKINGS[packing]))
