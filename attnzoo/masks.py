@@ -270,22 +270,6 @@ class Visibility:
     key_positions: Tensor | None = None
     shards: Any = None
 
-    def __init__(
-        self,
-        causal: bool = True,
-        window: int | None = None,
-        sink_tokens: int = 0,
-        mask: AttentionMask | None = None,
-        query_start: int | None = None,
-        key_positions: Tensor | None = None,
-        shards: Any = None,
-    ) -> None:
-        # One is made in every decoding step, and frozen fields are slow to set one by one.
-        self.__dict__.update(
-            causal=causal, window=window, sink_tokens=sink_tokens, mask=mask, query_start=query_start,
-            key_positions=key_positions, shards=shards,
-        )  # fmt: skip
-
     def start(self, queries: int, keys: int) -> int:
         """Index of the first of T queries over S keys."""
         if self.shards is not None:

@@ -21,9 +21,17 @@ def is_traced() -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` records a program.
+
+    `torch.compiler.is_exporting`, which torch.compile before 2.12 takes for true wherever it meets it.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_exported() -> bool:
     """Whether a program is being recorded that will run for other sizes: exported or traced."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def has_values(tensor: Tensor) -> bool:

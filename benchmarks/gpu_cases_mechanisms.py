@@ -189,6 +189,7 @@ FIRST = (
     *(f"softmax D={D} T=4096 {view}" for D in (64, 128) for view in ("causal", "full")),
     *(f"decode G=8 B={B} S=8192" for B in (1, 8, 64)), "latent decode H=16 B=8", "latent decode H=128 B=8",
     "qk_norm_rope norm", "dcmha core M=16", "mhla core T=8192", "moh core 50%", "moa projection",
+    *(f"{case} D=128 T=4096" for case in ("decay", "gated", "sigmoid")), "factors H=47 B=8", "latent 128",
 )  # fmt: skip
 """Rows of one short session on a GPU, by the beginning of their names: every kernel once, in the shape that matters."""
 

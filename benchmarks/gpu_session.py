@@ -1,6 +1,6 @@
 """A short session on a GPU, prepared: every step with a time limit of its own, what it found written as it ends.
 
-    python benchmarks/gpu_session.py --plan first --out OUT        # 450 seconds: is it right, and how fast
+    python benchmarks/gpu_session.py --plan first --out OUT        # 480 seconds: is it right, and how fast
     python benchmarks/gpu_session.py --plan second --out OUT       # 200 seconds: candidates and compiled peers
     python benchmarks/gpu_session.py --plan first --out OUT --device cpu --interpret --tiny     # rehearsed anywhere
 
@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 GPU = ("python", "benchmarks/gpu.py")
 SMOKE = "tests/kernels/test_gpu_smoke.py"
+# Those that need no compiler.
+PEERS = "sdpa,loop,torch,dense,official,plain,two,softmax,formed"
 # Families of the smoke tests whose kernels run in rows of another name.
 ROWS_OF = {"softmax": ("softmax", "latent 128", "module"), "latent": ("latent 128",)}
 
@@ -59,10 +61,10 @@ PLANS: dict[str, tuple[Step, ...]] = {
     "first": (
         Step("versions", 30, ("python", "benchmarks/gpu_session.py", "--versions")),
         Step("precompile", 60, rows("first,tests/kernels/smoke.py", 50, "--precompile", "14", "--compile-only")),
-        Step("smoke", 75, tests("smoke", "-n", "5", SMOKE, "-k", "TestOnAGPU and not auto and not graph")),
-        Step("auto", 40, tests("auto", "-n", "5", SMOKE, "-k", "TestOnAGPU and (auto or graph)")),
-        Step("tests", 110, tests("tests", "-n", "14", "-m", "not slow and not aot", "{tests}", f"--ignore={SMOKE}")),
-        Step("rows", 135, rows("first", 125, "--peers", "sdpa", "--skip", "{skip}")),
+        Step("smoke", 75, tests("smoke", "-n", "8", SMOKE, "-k", "TestOnAGPU and not auto and not graph")),
+        Step("auto", 55, tests("auto", "-n", "12", SMOKE, "-k", "TestOnAGPU and (auto or graph)")),
+        Step("tests", 120, tests("tests", "-n", "14", "-m", "not slow and not aot", "{tests}", f"--ignore={SMOKE}")),
+        Step("rows", 140, rows("first", 130, "--peers", PEERS, "--skip", "{skip}")),
     ),
     "second": (
         Step("failed", 40, tests("failed", "-n", "5", SMOKE, "-k", "TestOnAGPU", "--maxfail=20")),
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=PLANS, help="which of the two calls")
     parser.add_argument("--out", type=Path, help="folder of everything that the session finds")
-    parser.add_argument("--seconds", type=float, default=450.0, help="for the whole plan; later steps are left out")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for the whole plan; later steps are left out")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --interpret")
     parser.add_argument("--interpret", action="store_true", help="run the kernels in Triton's interpreter")
     parser.add_argument("--tiny", action="store_true", help="shrink every row and take few tests")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnzoo.cache import StatefulCache
 from attnzoo.masks import AttentionMask
+from attnzoo.ops.precision import has_autocast
 from attnzoo.ops.submodules import is_plain
 from attnzoo.rules import check_sizes, describe
 
@@ -50,7 +51,7 @@ def check_input(name: str, x: Tensor, width: int, layer: nn.Module | None = None
 def _check_place(name: str, x: Tensor, weight: Tensor) -> None:
     """Refuse x in another dtype than a plain layer's weight, unless autocast brings both to one, or elsewhere."""
     device = weight.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = has_autocast(device) and torch.is_autocast_enabled(device)
     if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
         raise ValueError(f"{name} must have the dtype of the weights {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:

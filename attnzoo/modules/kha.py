@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain
 from attnzoo.rules import check, one_of
+from attnzoo.tracing import is_exporting
 
 Map = HeadMap | GatedHeadMap | None
 Base = TypeVar("Base", bound=Mechanism)
@@ -213,7 +213,7 @@ def composes(linear: nn.Module, head_map: Map, source: Tensor) -> bool:
     Both have to be plain: a projection with an adapter, a hook or quantised weights is called as it is.
     """
     # An exported program serves any B and T, so it must not ask for their product.
-    many = torch.compiler.is_exporting() or source.shape[0] * source.shape[1] > source.shape[2]
+    many = is_exporting() or source.shape[0] * source.shape[1] > source.shape[2]
     return many and is_plain(head_map, HeadMap) and is_plain(linear)
 
 

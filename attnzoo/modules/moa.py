@@ -17,6 +17,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
+from attnzoo.ops.precision import has_autocast
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain, local, own_shapes, precise_linear
@@ -358,6 +359,6 @@ def _product_with(experts: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
 def _cast(x: Tensor) -> Tensor:
     """In autocast's dtype where it is on, as a linear layer would be."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

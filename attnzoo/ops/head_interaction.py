@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+# torch.compile before 2.12 loses the fields of a frozen one that is called.
+@dataclass(eq=False)
 class Interaction:
     """The inner- and cross-subspace interaction of arXiv:2212.10197 at one pair (t, s), from H^2 maps to N.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import AttentionMask
 from attnzoo.ops.token_blocks import Blocks, block_count, block_weights, document_blocks, pair_weights
+from attnzoo.tracing import is_exporting
 
 
 def linear_attention(
@@ -207,7 +208,7 @@ def linear_attention_chunked(
         total = total if state is None else total + state
         return torch.einsum("btgrd,bgdv->btgrv", q.view(B, T, G, H // max(G, 1), D), total).reshape(B, T, H, Dv), total
     n = block_count(S, size) if weights is None else weights.shape[-1]
-    if torch.compiler.is_exporting() or n * size != S:
+    if is_exporting() or n * size != S:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n * size - S)) for x in (q, k, v))
     q = q.view(B, n, size, G, H // max(G, 1), D)
     k, v = k.view(B, n, size, G, D), v.view(B, n, size, G, Dv)
@@ -229,7 +230,7 @@ def linear_attention_chunked(
     out = out.reshape(B, n * size, H, Dv)
     if blocks is not None:
         return blocks.gather(out), end
-    if order is None and not torch.compiler.is_exporting():
+    if order is None and not is_exporting():
         return out[:, :T], end
     # A slice of an exported program would ask whether it is the whole.
     return out.index_select(1, torch.arange(T, device=out.device) if order is None else order.argsort()), end

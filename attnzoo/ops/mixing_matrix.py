@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from attnzoo.tracing import is_exporting
+
 MIXING_INITS = ("uniform", "linear", "cos", "exp", "local", "gaussian")
 
 
@@ -63,7 +65,7 @@ def clipped(mixing: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 
 def leading(mixing: Tensor, blocks: int) -> Tensor:
     """The first rows and columns of a mixing (..., M, M); blocks beyond it, which are padding, repeat the last."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return mixing[..., :blocks, :blocks]
     # A slice of an exported program would ask whether it is the whole.
     at = torch.arange(blocks, device=mixing.device).clamp(max=mixing.shape[-1] - 1)
@@ -81,7 +83,7 @@ def extended(mixing: Tensor, blocks: int, rule: str) -> Tensor:
         rule: "clamp" gives blocks farther back than the row reaches its first entry, "window" gives them 0.
     """
     trained = mixing.shape[-1]
-    if not torch.compiler.is_exporting() and blocks <= trained:
+    if not is_exporting() and blocks <= trained:
         return mixing[..., :blocks, :blocks]
     i, j = torch.arange(blocks, device=mixing.device)[:, None], torch.arange(blocks, device=mixing.device)
     column = j - (i - (trained - 1)).clamp(min=0)

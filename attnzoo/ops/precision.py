@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_autocast(device: str) -> bool:
+    """Whether a kind of device knows autocast, as "meta" does not. torch.compile before 2.12 cannot ask."""
+    return torch.amp.is_autocast_available(device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtype of their factors; the meta device has no autocast to switch off."""
+    """Products in the dtype of their factors."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()

@@ -103,20 +103,21 @@ def softmax_attention(
     chosen = choose(backend, "softmax_attention", _obstacles(q, k, v, view, rules, decoding), q.device)
     if chosen == "triton":
         per_token = head_scale is not None and head_scale.ndim == 3
-        options = {**vars(rules), **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device)}
-        del options["dropout"], options["sigmoid_bias"]
-        if per_token:
-            options["head_scale"] = None
+        options = {
+            "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks, "q_rope": q_rope,
+            "k_rope": k_rope, "head_scale": None if per_token else head_scale, "decay": decay,
+            **view.for_kernel((*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]), q.device),
+        }  # fmt: skip
         if decoding:
             from attnzoo_kernels.decode import decode_attention
 
-            del options["bias"], options["documents"], options["output_gate"]
+            del options["documents"]
             options["decay"] = None if decay is None else decay.float()
             out: Tensor = decode_attention(q, k, v, **options)
             return _finished(out, head_scale if per_token else None, output_gate)
         from attnzoo_kernels.softmax_attention import softmax_attention as kernel
 
-        out = kernel(q, k, v, **options)[0]
+        out = kernel(q, k, v, bias=bias, output_gate=output_gate, **options)[0]
         return _finished(out, head_scale, None) if per_token else out
     if scale <= 0 and chosen in ("flash", "sdpa"):
         # These kernels scale after masking, and -inf times such a scale is inf or nan.

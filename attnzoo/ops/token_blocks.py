@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import AttentionMask
-from attnzoo.tracing import is_traced
+from attnzoo.tracing import is_exporting, is_traced
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def document_blocks(mask: AttentionMask, batch: int, tokens: int, size: int) -> 
 
 def block_count(tokens: int, size: int) -> int:
     """Blocks that so many tokens take, at least one; in an exported program, whose tokens may vary, one to spare."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return (tokens + 2 * size - 1) // size  # two or more: a program cannot leave open whether a size is 1
     return -(-tokens // size) or 1
 

@@ -17,9 +17,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = make(*args, **kwargs)
             if tensor.device.type == "meta" or not isinstance(tensor, torch.Tensor):
                 return tensor
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            if tensor.dtype == torch.bool:
+                return tensor
+            value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+            # A leaf that requires a gradient, as checkpoints of torch 2.11 make one, takes no other change in place.
+            with torch.no_grad():
+                return tensor.fill_(value)
 
         return made
 
