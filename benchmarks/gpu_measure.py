@@ -95,6 +95,8 @@ def measured(row: Row, bench: Bench, prefixes: list[str], copy_rate: float) -> t
         line |= correctness(row, bench)
         line |= times(row, peers, bench)
         line |= rates(row, line, bench, copy_rate)
+        # Last: a capture that fails may leave the generator of random numbers behind in it.
+        line |= graph_times(row, peers, line, bench)
     except Exception as error:
         line |= {"correct": False, "failure": described(error), "ms": None}
         return line, is_healthy(bench, error)
@@ -179,9 +181,8 @@ def _results(run: Run, inputs: Inputs, part: Part, whole: Results | None) -> Res
 
 
 def times(row: Row, peers: dict[str, Run], bench: Bench) -> dict[str, Any]:
-    """Medians over three sets of inputs, all contenders in turns; of the first set in a CUDA graph too."""
+    """Medians over three sets of inputs, all contenders in turns."""
     taken: dict[str, list[float]] = {}
-    in_graph: dict[str, float] = {}
     failures: dict[str, str] = {}
     for seed in range(3 if bench.gpu else 1):
         inputs = row.make(seed)
@@ -195,14 +196,7 @@ def times(row: Row, peers: dict[str, Run], bench: Bench) -> dict[str, Any]:
                     raise
                 failures[name] = described(error)[:160]
                 taken.pop(name, None)
-    inputs = row.make(0)
-    for name in taken if bench.gpu else ():
-        # Last: a capture that fails may leave the generator of random numbers behind in it.
-        try:
-            in_graph[name] = timed_in_graph(step({"ours": row.ours, **peers}[name], inputs))
-        except Exception as error:
-            failures[f"{name}, in a graph"] = described(error)[:160]
-    own, own_in_graph = statistics.median(taken["ours"]), in_graph.get("ours")
+    own = statistics.median(taken["ours"])
     medians = {name: statistics.median(t) for name, t in taken.items() if name != "ours"}
     ratio = {name: ms / own for name, ms in medians.items()}
     sdpa = [value for name, value in ratio.items() if name.startswith("sdpa")]
@@ -210,9 +204,22 @@ def times(row: Row, peers: dict[str, Run], bench: Bench) -> dict[str, Any]:
         ratio["sdpa best"] = min(sdpa)
     return {
         "ms": own, "noise": max(taken["ours"]) / min(taken["ours"]), "peers": medians, "ratio": ratio,
-        "graph_ms": own_in_graph, "peers_graph_ms": {name: ms for name, ms in in_graph.items() if name != "ours"},
-        "peers_failed": failures,
+        "graph_ms": None, "peers_graph_ms": {}, "peers_failed": failures,
     }  # fmt: skip
+
+
+def graph_times(row: Row, peers: dict[str, Run], line: dict[str, Any], bench: Bench) -> dict[str, Any]:
+    """Medians of the first set of inputs in CUDA graphs, of ours and of the peers that could be timed."""
+    found: dict[str, float] = {}
+    failures: dict[str, str] = dict(line["peers_failed"])
+    inputs = row.make(0)
+    for name in ("ours", *line["peers"]) if bench.gpu else ():
+        try:
+            found[name] = timed_in_graph(step({"ours": row.ours, **peers}[name], inputs))
+        except Exception as error:
+            failures[f"{name}, in a graph"] = described(error)[:160]
+            break
+    return {"graph_ms": found.pop("ours", None), "peers_graph_ms": found, "peers_failed": failures}
 
 
 def step(run: Run, inputs: Inputs) -> Callable[[], None]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_autocast(device: str) -> bool:
-    """Whether a kind of device knows autocast, as "meta" does not. torch.compile before 2.12 cannot ask."""
-    return torch.amp.is_autocast_available(device)
+    """Whether a kind of device knows autocast, as "meta" does not."""
+    # torch.compile before 2.12 cannot ask; what it compiles for knows it.
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -15,9 +15,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from attnzoo_kernels.launch import dense_rows, empty_if, gradient_buffer, on_device, precision, strides
+from attnzoo_kernels.launch import (
+    dense_rows,
+    empty_if,
+    gradient_buffer,
+    on_device,
+    operator,
+    precision,
+    prepare,
+    strides,
+)
 from attnzoo_kernels.primitives import LENGTHS
 from attnzoo_kernels.tuning import Lines, Table, cdiv, power_of_two
 
@@ -186,7 +195,7 @@ def expert_projection_bwd_weights_kernel(
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=(o_o < OUT)[:, None] & (o_i < IN)[None, :])
 
 
-@library.custom_op("attnzoo::expert_linear", mutates_args=())
+@operator("attnzoo::expert_linear")
 def _forward(
     x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None, out_groups: int
 ) -> Tensor:  # fmt: skip
@@ -194,7 +203,8 @@ def _forward(
     if y.numel():
         grid, arguments, _ = _rows(x, weight, order, ends, gates, y)
         with on_device(x):
-            expert_projection_rows_kernel[grid](**arguments)
+            launch = prepare(expert_projection_rows_kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return y
 
 
@@ -205,7 +215,7 @@ def _forward_fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
-@library.custom_op("attnzoo::expert_linear_backward", mutates_args=())
+@operator("attnzoo::expert_linear_backward")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, gates: Tensor | None,
     need_x: bool, need_weight: bool, need_gates: bool,
@@ -219,7 +229,8 @@ def _backward(
     with on_device(x):
         if need_x or need_gates:
             grid, arguments, dot = _rows(dy, weight.transpose(1, 2), order, ends, gates, dx, x if need_gates else None)
-            expert_projection_rows_kernel[grid](**arguments)
+            launch = prepare(expert_projection_rows_kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
             if dot is not None:
                 dgates.copy_(dot.sum(0).view(dgates.shape))
         if need_weight:
@@ -227,12 +238,14 @@ def _backward(
             N, OUT, IN = weight.shape
             config = TABLE.config("expert_projection_bwd_weights", x.dtype, x.device)
             grid = (N * cdiv(OUT, config["BLOCK_T"]) * cdiv(IN, config["BLOCK_S"]),)
-            expert_projection_bwd_weights_kernel[grid](
+            launch = prepare(
+                expert_projection_bwd_weights_kernel, grid,
                 x_ptr=x, dy_ptr=dy, order_ptr=order, ends_ptr=ends, gates_ptr=gates, dw_ptr=dw,
                 **strides(x, "x", "ngk"), **strides(dy, "y", "ngk"), **strides(gates, "gates", "nk"), SLOTS=x.shape[2],
                 IN=IN, IN_PIECE=x.shape[3], OUT=OUT, OUT_PIECE=dy.shape[3], PRECISION=precision(x.dtype),
                 BLOCK_K=PAIRS, **config.options(),
             )  # fmt: skip
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 

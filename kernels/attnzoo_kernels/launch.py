@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import itertools
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, get_type_hints, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -17,8 +18,8 @@ from attnzoo_kernels.tuning import Config, architecture, or_pinned, padded
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 """A kernel, its grid and its arguments.
 
-An operator with several launches runs a generator of them, `kernel[grid](**arguments)` for each: the tensors between
-them are made and dropped in order, and no helper is on the stack while a kernel is launched.
+An operator with several launches runs a generator of them, `prepare`s each and launches it: the tensors between them
+are made and dropped in order, and no helper is on the stack while a kernel is launched.
 """
 Result = TypeVar("Result")
 Launches = Generator[Launch, None, Result]
@@ -56,21 +57,63 @@ class Plan:
         values = (self.arguments | changing).values()
         # Of the pointers Triton assumes that they are multiples of 16 where they are.
         aligned = tuple([x.data_ptr() % 16 == 0 for x in changing.values() if isinstance(x, Tensor)])
-        return PreparedLaunch(self, aligned, values)
+        return PreparedLaunch(self.kernel, self.compiled, aligned, values, self.options)
 
 
 class PreparedLaunch:
-    """One launch of a `Plan`: run[grid](*values, **options), whose result goes to `keep`."""
+    """One launch: run[grid](*values, **options), whose result goes to `keep`.
 
-    def __init__(self, plan: Plan, aligned: tuple[bool, ...], values: Iterable[Any]) -> None:
-        compiled = plan.compiled.get(aligned)
-        self.compiled, self.aligned, self.values = plan.compiled, aligned, values
-        self.run, self.options = (plan.kernel, plan.options) if compiled is None else (compiled, {})
+    Args:
+        kernel: the kernel, which Triton's own launcher runs if it has not been compiled for the key yet.
+        compiled: kernel compiled for each key.
+        key: what it is compiled for.
+        values: of all its arguments, in order.
+        options: how it is compiled.
+        grid: what `prepare` was given, as three numbers.
+    """
+
+    def __init__(
+        self, kernel: Any, compiled: dict[Any, Any], key: Any, values: Iterable[Any], options: dict[str, Any],
+        grid: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        self.compiled, self.key, self.values = compiled, key, values
+        self.grid = (*grid, 1, 1)[:3]
+        found = compiled.get(key)
+        self.run, self.options = (kernel, options) if found is None else (found, {})
 
     def keep(self, compiled: Any) -> None:
         """Remember what the kernel was compiled to; nothing in the interpreter, or if it was launched directly."""
         if compiled is not None:
-            self.compiled[self.aligned] = compiled
+            if len(self.compiled) >= PLANS_KEPT:
+                self.compiled.clear()
+            self.compiled[self.key] = compiled
+
+
+_LAUNCHED: dict[Any, dict[Any, Any]] = {}
+
+
+def prepare(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> PreparedLaunch:
+    """A launch that nobody has planned: its kernel is known again by all arguments but addresses.
+
+        launch = prepare(kernel, grid, **arguments)
+        launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
+
+    Args:
+        kernel: the kernel.
+        grid: one to three numbers of programs.
+        arguments: of the kernel, without descriptors, and options of the launch.
+    """
+    key: list[Any] = [None]
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            key[0] = x.get_device()
+            key += x.dtype, x.data_ptr() % 16 == 0
+        else:
+            key.append(x)
+    names = kernel.arg_names
+    options = {name: x for name, x in arguments.items() if name not in names}
+    values = [arguments.get(name) for name in names]
+    return PreparedLaunch(kernel, _LAUNCHED.setdefault(kernel, {}), tuple(key), values, options, grid)
 
 
 Key = tuple[Any, ...]
@@ -109,10 +152,15 @@ def layouts(tensors: Iterable[Tensor | None]) -> Key:
 
 
 def is_unobserved(*tensors: Tensor | None) -> bool:
-    """Whether an operator's body may be called by itself, which saves PyTorch's dispatcher.
+    """Whether nobody compiles, exports, traces, transforms or differentiates a call, or watches its operators."""
+    return _is_unwatched(*tensors) and not _is_differentiated(*tensors)
 
-    That is where nobody compiles, exports, traces, transforms or differentiates the call, or watches its operators.
-    """
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _is_unwatched(*tensors: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -122,13 +170,59 @@ def is_unobserved(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for tensor in tensors:
-        if tensor is not None:
-            if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-                return False
-            if tensor.requires_grad and torch.is_grad_enabled():
-                return False
-    return True
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
+class Operator:
+    """An operator in PyTorch's registry, and its body by itself where nobody watches.
+
+    With as many arguments as ours the dispatcher takes the host some hundred microseconds, more than many kernels take
+    the device.
+
+    Args:
+        name: "attnzoo::...".
+        body: computes the results, and changes nothing that it is given.
+        schema: arguments and results. Default: by the body's annotations.
+        alone: replaces the body in calls that nobody differentiates.
+    """
+
+    def __init__(
+        self, name: str, body: Callable[..., Any], schema: str | None = None, alone: Callable[..., Any] | None = None
+    ) -> None:
+        self.registered = library.custom_op(name, body, mutates_args=(), schema=schema)
+        self.register_fake = self.registered.register_fake
+        self._name, self._body, self._alone = name, body, alone or body
+        self._function: type[torch.autograd.Function] | None = None
+
+    def register_autograd(self, gradients: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """As of `torch.library.CustomOpDef`; setup_context takes ctx, inputs and output."""
+        self.registered.register_autograd(gradients, setup_context=setup_context)
+        body = self._body
+
+        # With a setup_context of its own, Function would look at the body's signature in every call.
+        def forward(ctx: Any, *given: Any) -> Any:
+            result = body(*given)
+            setup_context(ctx, given, result)
+            return result
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        self._function = type(self._name.rpartition(":")[2], (torch.autograd.Function,), members)
+
+    def __call__(self, *given: Any) -> Any:
+        """The results for the arguments in the schema's order, tensors in lists among them."""
+        lists = [x for x in given if isinstance(x, list)]
+        tensors = [x for x in itertools.chain(given, *lists) if isinstance(x, Tensor)]
+        if not _is_unwatched(*tensors):
+            return self.registered(*given)
+        if not _is_differentiated(*tensors):
+            return self._alone(*given)
+        # An operator without a formula says so when it is differentiated.
+        return self.registered(*given) if self._function is None else self._function.apply(*given)
+
+
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator of an `Operator`'s body."""
+    return lambda body: Operator(name, body, schema)
 
 
 _SCHEMA_TYPES: dict[Any, str] = {

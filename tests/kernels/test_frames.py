@@ -46,9 +46,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Frames:
     def run(self: Any, *_: Any, grid: Any, warmup: bool, **__: Any) -> None:
         frames, frame = [], sys._getframe(1)
         while frame is not None:
-            # `HintedCall.__call__` takes the place of torch's own: see test_hints.
-            if frame.f_code.co_filename.startswith(OWN) and frame.f_code.co_name != "__call__":
-                frames.append(frame.f_code.co_qualname)
+            name = frame.f_code.co_qualname
+            # `HintedCall.__call__` takes the place of torch's own: see test_hints. `Operator` takes that of
+            # torch's dispatcher.
+            own = frame.f_code.co_filename.startswith(OWN) and not name.startswith("Operator.")
+            if own and frame.f_code.co_name != "__call__":
+                frames.append(name)
             frame = frame.f_back
         name = self.__name__
         seen[name] = max(seen.get(name, []), frames[::-1], key=len)

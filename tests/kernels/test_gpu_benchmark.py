@@ -389,6 +389,7 @@ def test_times_on_a_gpu_come_from_both_of_tritons_timers(modules, monkeypatch):
     row = cases.Row("row", "forward", {}, lambda seed: [torch.ones(3, requires_grad=True)], lambda x: x[0].sin(),
                     lambda x: x[0].sin(), peers)  # fmt: skip
     found = measure.times(row, peers, pretended(cases))
+    found |= measure.graph_times(row, peers, found, pretended(cases))
     # Three rounds of three contenders.
     assert (found["ms"], found["peers"]) == (4.0, {"sdpa": 5.0, "slow": 6.0})
     assert found["noise"] == 7.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.composed_attention.kernels_bwd import (
     composed_attention_bwd_delta_kernel,
@@ -23,6 +23,7 @@ from attnzoo_kernels.composed_attention.kernels_fwd import (
 from attnzoo_kernels.composed_attention.tuning import TABLE, capacity, keys_in_one_launch, sizes, splits_of_keys
 from attnzoo_kernels.launch import (
     Key,
+    Operator,
     Plan,
     arguments_of,
     as_int,
@@ -30,11 +31,12 @@ from attnzoo_kernels.launch import (
     dense_rows,
     find_plan,
     gradient_buffer,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
+    operator,
     precision,
+    prepare,
     row_norm,
     schema,
     strides,
@@ -106,9 +108,7 @@ def composed_attention(
     softmax_heads = _heads_after(q.shape[2], groups, q_pre, k_pre)
     if splits is None:
         splits = 0 if split_keys else 1
-    # Without a gradient the operator's body runs by itself.
-    run = _run if is_unobserved(q, k, v, *matrices) else _forward
-    out: Tensor = run(
+    out: Tensor = _forward(
         q, k, v, *matrices, None if mask is None else mask.expand(B, softmax_heads, T, S), as_int(lengths),
         as_int(first), as_int(last), as_int(key_positions), scale, groups, window or 0,
         S - T if query_start is None else query_start, splits, causal, residual_pre, residual_post,
@@ -328,7 +328,7 @@ def _join(shifts: Tensor, sums: Tensor, shift: Tensor, norm: Tensor | None) -> N
         norm.copy_(torch.where(total > 0, 1.0 / total, 0.0))
 
 
-_forward = library.custom_op("attnzoo::composed_attention", _run, mutates_args=(), schema=schema(_Inputs, 3))
+_forward = Operator("attnzoo::composed_attention", _run, schema(_Inputs, 3))
 
 
 @_forward.register_fake
@@ -336,9 +336,8 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _Inputs(*given).outputs()
 
 
-@library.custom_op(
+@operator(
     "attnzoo::composed_attention_backward",
-    mutates_args=(),
     schema="(Tensor do, Tensor shift, Tensor norm, bool[] needed, Tensor?[] tensors, float scale, SymInt[] integers, "
     "bool[] flags) -> Tensor[]",
 )
@@ -364,17 +363,21 @@ def _backward(do: Tensor, shift: Tensor, norm: Tensor, needed: list[bool], *give
         config = inputs.config("composed_attention_bwd_delta")
         # The gradient of a matrix that all tokens share is stored as one sum per tile of queries.
         post = inputs.matrix_gradient(q_post, config) if need_queries else None
-        composed_attention_bwd_delta_kernel[(inputs.query_programs(config),)](
+        launch = prepare(
+            composed_attention_bwd_delta_kernel, (inputs.query_programs(config),),
             **arguments, dq_post_ptr=post, **strides(post, "dq_post", "btn"),
             SHARED_POST=q_post is not None and q_post.ndim == 3, **config.options(),
         )  # fmt: skip
+        launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         if need_queries:
             config = inputs.config("composed_attention_bwd_dq")
             pre = inputs.matrix_gradient(q_pre, config)
-            composed_attention_bwd_dq_kernel[(inputs.query_programs(config),)](
+            launch = prepare(
+                composed_attention_bwd_dq_kernel, (inputs.query_programs(config),),
                 **arguments, dq_ptr=dq, dq_pre_ptr=pre, **strides(pre, "dq_pre", "btn"),
                 SHARED_PRE=q_pre is not None and q_pre.ndim == 3, **config.options(),
             )  # fmt: skip
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
             dq_pre = _summed(pre, q_pre, dq_pre)
             dq_post = _summed(post, q_post, dq_post)
         if need_keys:
@@ -390,10 +393,12 @@ def _backward(do: Tensor, shift: Tensor, norm: Tensor, needed: list[bool], *give
             of_values = {"dv_ptr": each_v, "dk_post_ptr": post}
             one = keys_in_one_launch(inputs.tile_heads(), q.dtype)
             for written in (of_keys | of_values,) if one else (of_keys, of_values):
-                composed_attention_bwd_dkdv_kernel[(inputs.key_programs(config),)](
+                launch = prepare(
+                    composed_attention_bwd_dkdv_kernel, (inputs.key_programs(config),),
                     **arguments, **(dict.fromkeys((*of_keys, *of_values)) | written), **strides(pre, "dk_pre", "bsn"),
                     **strides(post, "dk_post", "bsn"), **config.options(),
                 )  # fmt: skip
+                launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
             dk_pre = _summed(pre, k_pre, dk_pre)
             dk_post = _summed(post, k_post, dk_post)
             if each_k is not dk:
@@ -421,6 +426,7 @@ def _of_forward(tensors: list[Any], scale: float, integers: list[int], flags: li
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
     ctx.numbers = inputs[TENSORS:]
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.decode.checks import check_decode, check_options
 from attnzoo_kernels.decode.kernels import decode_attention_fwd_kernel, decode_attention_merge_kernel
 from attnzoo_kernels.decode.tuning import config_and_slots, key_range
 from attnzoo_kernels.launch import (
     Key,
+    Operator,
     Plan,
     chip,
     dense_rows,
     find_plan,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
@@ -95,8 +95,7 @@ def decode_attention(
         sinks = torch.full((q.shape[2],), sinks, dtype=torch.float32, device=q.device)
     start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
     # Gradients were refused.
-    run = _run if is_unobserved(q, k, v) else _decode
-    out: Tensor = run(
+    out: Tensor = _decode(
         q, k, v, q_rope, k_rope, decay, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start, scale,
         softcap or 0.0, window or 0, sink_tokens, first, num_splits or 0, causal,
     )  # fmt: skip
@@ -150,8 +149,7 @@ def latent_decode(
     check_decode(q, state, state, q_rope, shared, num_splits)
     check_options(q, state, lengths=lengths, mask=mask)
     start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
-    run = _run if is_unobserved(q, latent) else _decode
-    u: Tensor = run(
+    u: Tensor = _decode(
         q, state, state, q_rope, shared, None, None, None, None, lengths, mask, None, start, scale, 0.0, 0, 0, first,
         num_splits or 0, causal,
     )  # fmt: skip
@@ -307,5 +305,5 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     return torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
 
 
-_decode = library.custom_op("attnzoo::decode_attention", _run, mutates_args=(), schema=schema(_Inputs, 1))
+_decode = Operator("attnzoo::decode_attention", _run, schema(_Inputs, 1))
 _decode.register_fake(_fake)

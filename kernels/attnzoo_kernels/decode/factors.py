@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.decode.kernels import closing_factor, decode_attention_merge_kernel
 from attnzoo_kernels.decode.tuning import config_and_slots, key_range
 from attnzoo_kernels.launch import (
     Key,
+    Operator,
     Plan,
     as_int,
     chip,
     dense_rows,
     find_plan,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
@@ -155,8 +155,7 @@ def decode_factors(
         num_splits: into how many parts the keys are cut. Default: `splits_for` this device.
     """
     scale, q, _ = positive_scale(scale, q)
-    run = _run if is_unobserved(q, k_a, k_b, v_a, v_b) else _decode
-    out: Tensor = run(
+    out: Tensor = _decode(
         q, k_a, k_b, v_a, v_b, as_int(lengths), mask, as_int(key_positions), scale, window or 0, sink_tokens,
         query_start, num_splits or 0, causal,
     )  # fmt: skip
@@ -266,5 +265,5 @@ def _run(*given: Any) -> Tensor:
     return out
 
 
-_decode = library.custom_op("attnzoo::decode_factors", _run, mutates_args=(), schema=schema(_Inputs, 1))
+_decode = Operator("attnzoo::decode_factors", _run, schema(_Inputs, 1))
 _decode.register_fake(_fake)

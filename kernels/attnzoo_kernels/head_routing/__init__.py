@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.head_routing.kernels import (
     head_routing_bwd_delta_kernel,
@@ -26,8 +26,10 @@ from attnzoo_kernels.launch import (
     empty_if,
     gradient_buffer,
     on_device,
+    operator,
     positive_scale,
     precision,
+    prepare,
     row_norm,
     schema,
     strides,
@@ -138,7 +140,7 @@ TENSORS = _Inputs._fields.index("scale")
 STRIDES = {"q": "bth", "k": "bsg", "v": "bsg", "gates": "bth"}
 
 
-@library.custom_op("attnzoo::routed_attention", mutates_args=(), schema=schema(_Inputs, 5))
+@operator("attnzoo::routed_attention", schema(_Inputs, 5))
 def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, the packed lists, and what is kept of each packed row; the host never waits for the device."""
     inputs = _Inputs(*given)
@@ -158,9 +160,16 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )  # fmt: skip
         if out.numel():
             config = inputs.config("head_routing_fwd")
-            head_routing_fwd_kernel[inputs.row_grid(config["BLOCK_T"])](
-                **inputs.arguments(rows, start), o_ptr=out, shift_ptr=shift, norm_ptr=norm, **config.options()
+            launch = prepare(
+                head_routing_fwd_kernel,
+                inputs.row_grid(config["BLOCK_T"]),
+                **inputs.arguments(rows, start),
+                o_ptr=out,
+                shift_ptr=shift,
+                norm_ptr=norm,
+                **config.options(),
             )
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return out, rows, start, shift, norm
 
 
@@ -169,9 +178,8 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _Inputs(*given).outputs()
 
 
-@library.custom_op(
+@operator(
     "attnzoo::routed_attention_backward",
-    mutates_args=(),
     schema="(Tensor do, Tensor out, Tensor rows, Tensor start, Tensor shift, Tensor norm, bool[] needed, "
     "Tensor?[] tensors, float scale) -> Tensor[]",
 )
@@ -204,14 +212,26 @@ def _backward(
         )  # fmt: skip
         if need_keys:
             config = inputs.config("head_routing_bwd_dkdv")
-            head_routing_bwd_dkdv_kernel[(cdiv(T, config["BLOCK_S"]) * B * G,)](
-                **arguments, dk_ptr=dk, dv_ptr=dv, **config.options()
+            launch = prepare(
+                head_routing_bwd_dkdv_kernel,
+                (cdiv(T, config["BLOCK_S"]) * B * G,),
+                **arguments,
+                dk_ptr=dk,
+                dv_ptr=dv,
+                **config.options(),
             )
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         if need_queries or need_gates:
             config = inputs.config("head_routing_bwd_dq")
-            head_routing_bwd_dq_kernel[inputs.row_grid(config["BLOCK_T"])](
-                **arguments, dq_ptr=dq, dgates_ptr=dgates if need_gates else None, **config.options()
+            launch = prepare(
+                head_routing_bwd_dq_kernel,
+                inputs.row_grid(config["BLOCK_T"]),
+                **arguments,
+                dq_ptr=dq,
+                dgates_ptr=dgates if need_gates else None,
+                **config.options(),
             )
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 
@@ -222,6 +242,7 @@ def _backward_fake(*given: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     *tensors, ctx.scale = _Inputs(*inputs)._replace(active=None)
     ctx.save_for_backward(*tensors, *output)
 

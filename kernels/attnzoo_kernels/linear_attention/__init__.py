@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from attnzoo_kernels.launch import as_int, dense_rows, on_device, schema, stored_as
+from attnzoo_kernels.launch import as_int, dense_rows, on_device, operator, prepare, schema, stored_as
 from attnzoo_kernels.linear_attention.finish import linear_attention_finish
 from attnzoo_kernels.linear_attention.launches import Inputs, Passes
 from attnzoo_kernels.linear_attention.step import linear_attention_step
@@ -90,13 +90,14 @@ def linear_attention_states(k: Tensor, v: Tensor, size: int) -> Tensor:
     return states
 
 
-@library.custom_op("attnzoo::linear_attention_states", mutates_args=())
+@operator("attnzoo::linear_attention_states")
 def _states(k: Tensor, v: Tensor, size: int) -> Tensor:
     passes = Passes(Inputs(k, k, v, *(None,) * 5, size, True))
     states, (kernel, grid, arguments) = passes.states(k, v, dtype=torch.float32)
     if states.numel():
         with on_device(k):
-            kernel[grid](**arguments)
+            launch = prepare(kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return states
 
 
@@ -105,7 +106,7 @@ def _states_fake(k: Tensor, v: Tensor, size: int) -> Tensor:
     return Passes(Inputs(k, k, v, *(None,) * 5, size, True)).states(k, v, dtype=torch.float32)[0]
 
 
-@library.custom_op("attnzoo::linear_attention", mutates_args=(), schema=schema(Inputs, 2))
+@operator("attnzoo::linear_attention", schema(Inputs, 2))
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
     inputs = Inputs(*given)
     out, end = inputs.outputs()
@@ -113,7 +114,8 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
         return out.zero_(), end.zero_()
     with on_device(out):
         for kernel, grid, arguments in Passes(inputs).forward(out, end):
-            kernel[grid](**arguments)
+            launch = prepare(kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return out, end
 
 
@@ -122,9 +124,8 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
     return Inputs(*given).outputs()
 
 
-@library.custom_op(
+@operator(
     "attnzoo::linear_attention_backward",
-    mutates_args=(),
     schema="(Tensor do, Tensor? dend, bool[] needed, Tensor?[] tensors, SymInt size, bool causal) -> Tensor[]",
 )
 def _backward(
@@ -137,7 +138,8 @@ def _backward(
         return [gradient.zero_() for gradient in gradients]
     with on_device(do):
         for kernel, grid, arguments in Passes(inputs).backward(dense_rows(do), dend, gradients, needed):
-            kernel[grid](**arguments)
+            launch = prepare(kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 
@@ -149,6 +151,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:TENSORS])
     ctx.size, ctx.causal = inputs[TENSORS:]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from attnzoo_kernels.launch import on_device
+from attnzoo_kernels.launch import on_device, operator
 from attnzoo_kernels.primitives import LENGTHS, LOG2E
 from attnzoo_kernels.tuning import cdiv, power_of_two
 
@@ -109,7 +109,7 @@ def linear_attention_finish(
     return y
 
 
-@library.custom_op("attnzoo::linear_attention_finish", mutates_args=())
+@operator("attnzoo::linear_attention_finish")
 def _forward(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(out, dtype=dtype)
     if out.numel():
@@ -127,7 +127,7 @@ def _forward_fake(out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: 
     return torch.empty_like(out, dtype=dtype)
 
 
-@library.custom_op("attnzoo::linear_attention_finish_backward", mutates_args=())
+@operator("attnzoo::linear_attention_finish_backward")
 def _backward(
     dy: Tensor, out: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,20 +23,22 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.launch import (
     Key,
     Launch,
+    Operator,
     Plan,
     chip,
     dense_rows,
     find_plan,
     gradient_buffer,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
+    operator,
+    prepare,
     schema,
     strides,
 )
@@ -121,9 +123,7 @@ def qk_norm_rope(
     if all(option is None for option in (linear, mlp, norm_weight, cos)):
         return z
     given = z, linear if mlp is None else down, up, gate, norm_weight, cos, sin
-    # Without a gradient the operator's body runs by itself.
-    run = _run if is_unobserved(*given) else _forward
-    y: Tensor = run(*given, norm_eps, style)
+    y: Tensor = _forward(*given, norm_eps, style)
     return y
 
 
@@ -207,7 +207,7 @@ def _run(*given: Any) -> Tensor:
     return y
 
 
-_forward = library.custom_op("attnzoo::qk_norm_rope", _run, mutates_args=(), schema=schema(_Inputs, 1))
+_forward = Operator("attnzoo::qk_norm_rope", _run, schema(_Inputs, 1))
 
 
 @_forward.register_fake
@@ -221,9 +221,8 @@ def _check_runnable(inputs: _Inputs) -> None:
         raise ValueError(f"z must not be bfloat16 with a head map in Triton's interpreter, got {inputs.z.dtype}")
 
 
-@library.custom_op(
+@operator(
     "attnzoo::qk_norm_rope_backward",
-    mutates_args=(),
     schema="(Tensor dy, bool[] needed, Tensor?[] tensors, float eps, str style) -> Tensor[]",
 )
 def _backward(dy: Tensor, needed: list[bool], tensors: list[Any], eps: float, style: str) -> list[Tensor]:
@@ -235,7 +234,8 @@ def _backward(dy: Tensor, needed: list[bool], tensors: list[Any], eps: float, st
     inputs = inputs._replace(z=dense_rows(inputs.z))
     with on_device(dy):
         for kernel, grid, arguments in _backward_launches(inputs, dense_rows(dy), gradients, needed):
-            kernel[grid](**arguments)
+            launch = prepare(kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 

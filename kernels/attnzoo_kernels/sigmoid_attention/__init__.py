@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.launch import (
     Key,
+    Operator,
     Plan,
     arguments_of,
     as_int,
@@ -20,12 +21,13 @@ from attnzoo_kernels.launch import (
     descriptor,
     empty_if,
     find_plan,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
+    operator,
     positive_scale,
     precision,
+    prepare,
     schema,
     stored_as,
     strides,
@@ -83,8 +85,7 @@ def sigmoid_attention(
     if not isinstance(logit_bias, Tensor):
         logit_bias = torch.full((), logit_bias, device=q.device)
     first, last = (None, None) if documents is None else documents
-    run = _run if is_unobserved(q, k, v, logit_bias, alibi_slopes) else _forward
-    out: Tensor = run(
+    out: Tensor = _forward(
         q, k, v, logit_bias.float().expand(B, H, T), None if mask is None else mask.expand(B, H, T, S),
         stored_as(alibi_slopes, torch.float32), as_int(lengths), as_int(first), as_int(last), as_int(key_positions),
         scale, softcap or 0.0, window or 0, S - T if query_start is None else query_start, causal,
@@ -186,7 +187,7 @@ def _run(*given: Any) -> Tensor:
     return out
 
 
-_forward = library.custom_op("attnzoo::sigmoid_attention", _run, mutates_args=(), schema=schema(_Inputs, 1))
+_forward = Operator("attnzoo::sigmoid_attention", _run, schema(_Inputs, 1))
 
 
 @_forward.register_fake
@@ -194,9 +195,8 @@ def _forward_fake(*given: Any) -> Tensor:
     return _Inputs(*given).output()
 
 
-@library.custom_op(
+@operator(
     "attnzoo::sigmoid_attention_backward",
-    mutates_args=(),
     schema="(Tensor do, bool[] needed, Tensor?[] tensors, float[] floats, SymInt[] sizes, bool causal) -> Tensor[]",
 )
 def _backward(do: Tensor, needed: list[bool], *given: Any) -> list[Tensor]:
@@ -212,14 +212,26 @@ def _backward(do: Tensor, needed: list[bool], *given: Any) -> list[Tensor]:
     with on_device(do):
         if need_keys:
             config = inputs.config("sigmoid_attention_bwd_dkdv")
-            sigmoid_attention_bwd_dkdv_kernel[(cdiv(S, config["BLOCK_S"]) * B * G,)](
-                **arguments, dk_ptr=dk, dv_ptr=dv, **config.options()
+            launch = prepare(
+                sigmoid_attention_bwd_dkdv_kernel,
+                (cdiv(S, config["BLOCK_S"]) * B * G,),
+                **arguments,
+                dk_ptr=dk,
+                dv_ptr=dv,
+                **config.options(),
             )
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         if need_queries or need_bias:
             config = inputs.config("sigmoid_attention_bwd_dq")
-            sigmoid_attention_bwd_dq_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
-                **arguments, dq_ptr=dq, dbias_ptr=dbias if need_bias else None, **config.options()
+            launch = prepare(
+                sigmoid_attention_bwd_dq_kernel,
+                (cdiv(T, config["BLOCK_T"]) * B * H,),
+                **arguments,
+                dq_ptr=dq,
+                dbias_ptr=dbias if need_bias else None,
+                **config.options(),
             )
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from attnzoo_kernels.launch import (
     Key,
     Launch,
+    Operator,
     Plan,
     arguments_of,
     as_int,
@@ -25,12 +26,13 @@ from attnzoo_kernels.launch import (
     empty_if,
     find_plan,
     gradient_buffer,
-    is_unobserved,
     keep_plan,
     layouts,
     on_device,
+    operator,
     positive_scale,
     precision,
+    prepare,
     row_norm,
     schema,
     stored_as,
@@ -115,11 +117,7 @@ def softmax_attention(
     if head_scale is not None:
         head_scale = head_scale.float().expand(B, H)
     first, last = (None, None) if documents is None else documents
-    # Without a gradient the operator's body runs by itself.
-    alone = is_unobserved(
-        q, k, v, q_rope, k_rope, bias, decay, output_gate, sinks if isinstance(sinks, Tensor) else None, head_scale
-    )
-    out, lse, *_ = (partial(_run, trains=False) if alone else _forward)(
+    out, lse, *_ = _forward(
         q, k, v, q_rope, k_rope, output_gate, stored_as(decay, torch.float32) if k.shape[1] else None,
         None if bias is None else bias.expand(B, H, T, S), None if mask is None else mask.expand(B, H, T, S),
         stored_as(alibi_slopes, torch.float32), stored_as(sinks, torch.float32), head_scale, as_int(lengths),
@@ -289,12 +287,13 @@ def _run(*given: Any, trains: bool = True) -> tuple[Tensor, Tensor, Tensor, Tens
     launch = plan.launch(**pointers, o_ptr=out, plain_ptr=kept, lse_ptr=lse, shift_ptr=shift, norm_ptr=norm)
     with on_device(out):
         for kernel, grid, arguments in fills:
-            kernel[grid](**arguments)
+            fill = prepare(kernel, grid, **arguments)
+            fill.keep(fill.run[fill.grid](*fill.values, **fill.options))
         launch.keep(launch.run[cdiv(T, plan.config["BLOCK_T"]) * B * H, 1, 1](*launch.values, **launch.options))
     return outputs
 
 
-_forward = library.custom_op("attnzoo::softmax_attention", _run, mutates_args=(), schema=schema(_Inputs, 5))
+_forward = Operator("attnzoo::softmax_attention", _run, schema(_Inputs, 5), alone=partial(_run, trains=False))
 
 
 @_forward.register_fake
@@ -302,9 +301,8 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _Inputs(*given).outputs()
 
 
-@library.custom_op(
+@operator(
     "attnzoo::softmax_attention_backward",
-    mutates_args=(),
     schema="(Tensor do, Tensor out, Tensor shift, Tensor norm, Tensor? dlse, bool[] needed, Tensor?[] tensors, "
     "float[] floats, SymInt[] sizes, bool causal) -> Tensor[]",
 )
@@ -326,14 +324,17 @@ def _backward(
     given_do = dense_rows(do)
     do = given_do if inputs.output_gate is None else torch.empty_like(out)
     with on_device(out):
-        softmax_attention_bwd_delta_kernel[(cdiv(T, ROWS) * B * H,)](
+        launch = prepare(
+            softmax_attention_bwd_delta_kernel, (cdiv(T, ROWS) * B * H,),
             **arguments_of({"o": out, "do": given_do}, {"o": "bth", "do": "bth"}), **inputs.gate(), delta_ptr=delta,
             da_ptr=None if do is given_do else do, dgate_ptr=dgate if need_gate else None, T=T, H=H, DV=DV,
             BLOCK_DV=padded(DV), BLOCK_T=ROWS,
         )  # fmt: skip
+        launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         features, fills = inputs.features()
         for kernel, grid, arguments in fills:
-            kernel[grid](**arguments)
+            launch = prepare(kernel, grid, **arguments)
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         arguments = {
             **inputs.arguments(), "features_ptr": features, "do_ptr": do, "shift_ptr": shift, "norm_ptr": norm,
             "delta_ptr": delta, **strides(do, "do", "bth"),
@@ -342,18 +343,22 @@ def _backward(
             delta -= dlse
         if need_keys or need_decay:
             config = inputs.config("softmax_attention_bwd_dkdv", grouped=G < H)
-            softmax_attention_bwd_dkdv_kernel[(cdiv(S, config["BLOCK_S"]) * B * G,)](
+            launch = prepare(
+                softmax_attention_bwd_dkdv_kernel, (cdiv(S, config["BLOCK_S"]) * B * G,),
                 **arguments, dk_ptr=dk, dv_ptr=dv, dk_rope_ptr=dk_rope if R else None,
                 ddecay_ptr=ddecay if need_decay else None, **config.options(),
             )  # fmt: skip
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
         if need_queries or need_bias or need_head_scale:
             config = inputs.config("softmax_attention_bwd_dq")
             if need_bias:
                 dbias.zero_()
-            softmax_attention_bwd_dq_kernel[(cdiv(T, config["BLOCK_T"]) * B * H,)](
+            launch = prepare(
+                softmax_attention_bwd_dq_kernel, (cdiv(T, config["BLOCK_T"]) * B * H,),
                 **arguments, dq_ptr=dq, dq_rope_ptr=dq_rope if R else None, dbias_ptr=dbias if need_bias else None,
                 r_ptr=r if need_head_scale else None, **config.options(),
             )  # fmt: skip
+            launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
     return gradients
 
 
@@ -370,6 +375,7 @@ def _of_forward(tensors: list[Any], floats: list[float], sizes: list[int], causa
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
     out, _, shift, norm, plain = output
     ctx.save_for_backward(*inputs[:TENSORS], out if plain.numel() == 0 else plain, shift, norm)
     ctx.numbers = inputs[TENSORS:]
