@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnzoo_kernels import tuning
-from attnzoo_kernels.tuning import Config, architecture, or_pinned, padded
+from attnzoo_kernels.tuning import Config, architecture, padded
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 """A kernel, its grid and its arguments.
@@ -122,23 +122,16 @@ Found = TypeVar("Found")
 
 def find_plan(plans: dict[Key, Found], key: Key) -> Found | None:
     """What is kept under the key; nothing while a configuration is pinned."""
-    return None if _is_pinned() else plans.get(key)
+    return None if tuning.is_pinned() else plans.get(key)
 
 
 def keep_plan(plans: dict[Key, Found], key: Key, plan: Found) -> Found:
     """The plan, kept under the key unless a configuration is pinned."""
-    if not _is_pinned():
+    if not tuning.is_pinned():
         if len(plans) >= PLANS_KEPT:
             plans.clear()
         plans[key] = plan
     return plan
-
-
-_ANY = Config({}, 0, 0)
-
-
-def _is_pinned() -> bool:
-    return or_pinned(_ANY) is not _ANY
 
 
 def chip(device: torch.device) -> Key:

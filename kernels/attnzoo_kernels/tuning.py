@@ -47,29 +47,38 @@ class Config:
 
 
 # A global, not a context variable: backward kernels are launched by autograd's thread of the device.
-_pinned: Config | None = None
+_pinned: tuple[Config, str | None] | None = None
 
 
 @contextmanager
-def pinned(config: Config) -> Iterator[None]:
+def pinned(config: Config, kernel: str | None = None) -> Iterator[None]:
     """Every launch within has this configuration's tiles, as far as its kernel has them, its warps and its stages.
 
-    It holds in every thread. For tests and for measuring candidates.
+    With a kernel's name, as in the tables, only that kernel's, in all its variants. It holds in every thread. For tests
+    and for measuring candidates.
     """
     global _pinned
-    before, _pinned = _pinned, config
+    before, _pinned = _pinned, (config, kernel)
     try:
         yield
     finally:
         _pinned = before
 
 
-def or_pinned(config: Config) -> Config:
-    """The configuration, or within `pinned` the pinned one."""
+def is_pinned() -> bool:
+    """Whether a configuration is pinned, for whichever kernel."""
+    return _pinned is not None
+
+
+def or_pinned(config: Config, kernel: str = "") -> Config:
+    """The configuration of a kernel, or the one that is pinned for it."""
     if _pinned is None:
         return config
-    tiles = {name: _pinned.tiles.get(name, size) for name, size in config.tiles.items()}
-    return replace(_pinned, tiles=tiles)
+    chosen, only = _pinned
+    if only is not None and kernel != only and not kernel.startswith(f"{only} "):
+        return config
+    tiles = {name: chosen.tiles.get(name, size) for name, size in config.tiles.items()}
+    return replace(chosen, tiles=tiles)
 
 
 # A table's inner keys are one number or a pair of them.
@@ -99,7 +108,7 @@ class Table:
         chosen = lines[next(place for place in places if place in lines)]
         wide_enough = (line for limit, line in chosen.items() if _covers(limit, size))
         *tiles, num_warps, num_stages = next(wide_enough, list(chosen.values())[-1])
-        return or_pinned(Config(dict(zip(self.tiles, tiles, strict=True)), num_warps, num_stages))
+        return or_pinned(Config(dict(zip(self.tiles, tiles, strict=True)), num_warps, num_stages), kernel)
 
 
 def _covers(limit: int | tuple[int, int], size: tuple[int, ...]) -> bool:

@@ -11,7 +11,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from attnzoo_kernels import expert_projection, tuning
 from attnzoo_kernels.composed_attention import tuning as composed_tuning
+from attnzoo_kernels.decode import tuning as decode_tuning
 from attnzoo_kernels.head_routing import tuning as routing_tuning
+from attnzoo_kernels.launch import find_plan, keep_plan
 from attnzoo_kernels.linear_attention import tuning as linear_tuning
 from attnzoo_kernels.qk_norm_rope import tuning as norm_tuning
 from attnzoo_kernels.softmax_attention import softmax_attention
@@ -120,6 +122,35 @@ def test_what_was_pinned_before_holds_again_after_an_error() -> None:
             raise RuntimeError
         assert tuning.or_pinned(inner) == outer
     assert tuning.or_pinned(inner) == inner
+
+
+def test_a_configuration_pinned_for_a_kernel_reaches_its_variants_and_no_other_kernel() -> None:
+    lines: tuning.Lines = {name: {("any", 2): {64: (32, 4, 2)}} for name in ("k", "k dense", "k_two", "other")}
+    table = tuning.Table(("BLOCK_T",), lines)
+    with tuning.pinned(tuning.Config({"BLOCK_T": 16}, num_warps=1, num_stages=3), "k"):
+        tiles = {name: table.config(name, torch.float16, CPU, 64)["BLOCK_T"] for name in lines}
+        assert tuning.or_pinned(tile(64, 16)) == tile(64, 16)
+    assert tiles == {"k": 16, "k dense": 16, "k_two": 32, "other": 32}
+
+
+@pytest.mark.parametrize("kernel", [None, "softmax_attention_bwd_dq"])
+def test_no_plan_is_used_or_kept_while_anything_is_pinned(kernel: str | None) -> None:
+    plans = {("kept",): 1}
+    with tuning.pinned(tile(16, 16), kernel):
+        assert find_plan(plans, ("kept",)) is None
+        assert keep_plan(plans, ("new",), 2) == 2
+    assert plans == {("kept",): 1}
+    assert find_plan(plans, ("kept",)) == 1
+
+
+def test_every_decoding_kernel_can_be_pinned_by_its_name() -> None:
+    wanted = tile(16, 32)
+    for kernel in ("decode_attention_fwd", "decode_factors_fwd"):
+        free, _ = decode_tuning.config_and_slots(kernel, 4, (64, 64, 0), 4, CPU)
+        assert free != wanted
+        with tuning.pinned(wanted, "decode_attention_fwd"):
+            config, _ = decode_tuning.config_and_slots(kernel, 4, (64, 64, 0), 4, CPU)
+        assert config == (wanted if kernel == "decode_attention_fwd" else free)
 
 
 def test_composed_attention_has_less_capacity_where_there_is_less_shared_memory(

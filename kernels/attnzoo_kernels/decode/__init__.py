@@ -222,7 +222,8 @@ def _plans(inputs: _Inputs, tied: bool) -> _Plans:
     (B, T, H, D), G, DV = q.shape, k.shape[2], inputs.v.shape[3]
     R = 0 if inputs.q_rope is None else inputs.q_rope.shape[3]
     rest = DV - D if tied else DV
-    config, slots = config_and_slots(H // G * T, (D, rest, R), q.element_size(), q.device)
+    name, widths = "decode_attention_fwd", (D, rest, R)
+    config, slots = config_and_slots(name, H // G * T, widths, q.element_size(), q.device)
     given = inputs._asdict()
     if inputs.head_scale is not None:
         given["head_scale"] = inputs.head_scale.expand(B, H)

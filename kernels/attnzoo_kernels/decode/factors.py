@@ -212,7 +212,8 @@ def _key(inputs: _Inputs) -> Key:
 
 def _plans(inputs: _Inputs) -> _Plans:
     (B, T, H, D), DV = inputs.q.shape, inputs.v_b.shape[3]
-    config, slots = config_and_slots(H * T, (D, DV, 0), inputs.q.element_size(), inputs.q.device)
+    name, widths = "decode_factors_fwd", (D, DV, 0)
+    config, slots = config_and_slots(name, H * T, widths, inputs.q.element_size(), inputs.q.device)
     if config["BLOCK_T"] > 32:
         # Head factors take a register for every pair: larger tiles spill.
         config = config.at_most(BLOCK_S=32)

@@ -55,11 +55,11 @@ def tile_bytes(config: Config, key_width: int, rest_width: int, rope_width: int,
 
 
 def config_and_slots(
-    rows: int, widths: tuple[int, int, int], element_size: int, device: torch.device
+    kernel: str, rows: int, widths: tuple[int, int, int], element_size: int, device: torch.device
 ) -> tuple[Config, int]:
-    """The configuration for sets of so many rows, and how many of its programs the device runs at once."""
+    """The configuration of a kernel for sets of so many rows, and how many of its programs the device runs at once."""
     processors, shared_memory, warp_size = tuning.device_limits(device)
-    config = or_pinned(decode_config(rows, *widths, element_size, shared_memory, warp_size))
+    config = or_pinned(decode_config(rows, *widths, element_size, shared_memory, warp_size), kernel)
     resident = 1 if 2 * tile_bytes(config, *widths, element_size) > shared_memory else 2
     return config, processors * resident
 
