@@ -25,6 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 GPU = ("python", "benchmarks/gpu.py")
+PYTEST = ("python", "-m", "pytest")
+# A plugin that warns, as one of benchmarks does beside xdist, ends pytest: here warnings are errors.
+PLUGINS = ("xdist.plugin", "pytest_timeout", "_hypothesis_pytestplugin")
 SMOKE = "tests/kernels/test_gpu_smoke.py"
 # Those that need no compiler.
 PEERS = "sdpa,loop,torch,dense,official,plain,two,softmax,formed"
@@ -45,8 +48,9 @@ class Step:
 
 
 def tests(name: str, *arguments: str) -> tuple[str, ...]:
-    """pytest with its result in NAME.xml."""
-    return ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={{out}}/{name}.xml", *arguments)
+    """pytest with its result in NAME.xml, and with no plugins but those that the tests need."""
+    plugins = [word for plugin in PLUGINS for word in ("-p", plugin)]
+    return (*PYTEST, "-q", "-p", "no:cacheprovider", *plugins, f"--junitxml={{out}}/{name}.xml", *arguments)
 
 
 def rows(grid: str, seconds: float, *arguments: str) -> tuple[str, ...]:
@@ -67,9 +71,10 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step("rows", 140, rows("first", 130, "--peers", PEERS, "--skip", "{skip}")),
     ),
     "second": (
-        Step("failed", 40, tests("failed", "-n", "5", SMOKE, "-k", "TestOnAGPU", "--maxfail=20")),
-        Step("candidates", 70, rows("candidates", 60)),
-        Step("compiled peers", 85, rows("first", 75, "--peers", "compile,flex", "--only",
+        Step("failed", 40, tests("failed", "-n", "8", SMOKE, "-k", "TestOnAGPU", "--maxfail=20")),
+        Step("candidates", 95, ("python", "benchmarks/gpu_tune.py", "--budget", "85", "--processes", "14", "--out",
+                                "{out}/{step}")),
+        Step("compiled peers", 65, rows("first", 55, "--peers", "eager,compile,flex", "--only",
                                         "dcmha core,qk_norm_rope norm,softmax D=128 T=4096 causal")),
     ),
 }  # fmt: skip
@@ -84,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --interpret")
     parser.add_argument("--interpret", action="store_true", help="run the kernels in Triton's interpreter")
     parser.add_argument("--tiny", action="store_true", help="shrink every row and take few tests")
+    parser.add_argument("--only", help="steps of the plan (a,b)")
     parser.add_argument("--versions", action="store_true", help="print what is installed and how fast the device is")
     options = parser.parse_args(arguments)
     if options.versions:
@@ -96,7 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds
     failed = False
-    for step in PLANS[options.plan]:
+    steps = PLANS[options.plan]
+    if options.only is not None:
+        named = options.only.split(",")
+        if unknown := set(named) - {step.name for step in steps}:
+            parser.error(
+                f"--only must be of {', '.join(step.name for step in steps)}, got {', '.join(sorted(unknown))}"
+            )
+        steps = tuple(step for step in steps if step.name in named)
+    for step in steps:
         line = run(step, options, deadline)
         with (options.out / "session.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -124,7 +138,10 @@ def run(step: Step, options: argparse.Namespace, deadline: float) -> dict[str, A
     command += dry(step, options)
     start = time.monotonic()
     with (options.out / f"{name}.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        )  # fmt: skip
         try:
             status: int | str = process.wait(left)
         except subprocess.TimeoutExpired:
@@ -155,15 +172,12 @@ def dry(step: Step, options: argparse.Namespace) -> list[str]:
     """What a rehearsal adds to a step's command."""
     if options.device != "cpu":
         return []
-    if step.command[: len(GPU)] == GPU:
-        return [
-            "--device",
-            "cpu",
-            "--interpret",
-            "--tiny",
-            *(["--precompile", "1"] if "--precompile" in step.command else []),
-        ]
-    return ["-n", "1"] if "pytest" in step.command else []
+    if "pytest" in step.command:
+        return ["-n", "1"]
+    if "--versions" in step.command:
+        return []
+    processes = [word for word in ("--precompile", "--processes") if word in step.command]
+    return ["--device", "cpu", "--interpret", "--tiny", *[word for name in processes for word in (name, "1")]]
 
 
 def skipped_rows(junit: Path) -> list[str]:

@@ -92,6 +92,11 @@ class PreparedLaunch:
 _LAUNCHED: dict[Any, dict[Any, Any]] = {}
 
 
+def forget_launches() -> None:
+    """Give every kernel that `prepare` knows to Triton's launcher again, for whoever watches that."""
+    _LAUNCHED.clear()
+
+
 def prepare(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> PreparedLaunch:
     """A launch that nobody has planned: its kernel is known again by all arguments but addresses.
 
