@@ -144,7 +144,8 @@ class AttentionMask:
         start is the index of the first query where queries are some of the tokens of packed rows.
         """
         for part in self._parts().values():
-            if part is not None and part.device != device:
+            # "cuda" is the device that a tensor there calls cuda:0.
+            if part is not None and part.device != device and part.device != torch.empty(0, device=device).device:
                 raise ValueError(f"mask must be on the device of the input {device}, got {part.device}")
         if self.lengths is not None:
             if self.lengths.shape[0] != batch:

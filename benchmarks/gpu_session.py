@@ -4,7 +4,8 @@
     python benchmarks/gpu_session.py --plan second --out OUT       # 200 seconds: candidates and compiled peers
     python benchmarks/gpu_session.py --plan first --out OUT --device cpu --interpret --tiny     # rehearsed anywhere
 
-OUT/session.jsonl has a line for each step, OUT/NAME.log what it printed, OUT/NAME.xml its tests, OUT/NAME/ its rows.
+OUT/session.jsonl has a line for each step, OUT/NAME.log what it printed, OUT/NAME.xml its tests, OUT/NAME.jsonl those
+that failed, OUT/NAME/ its rows.
 Rows of families that the smoke tests refuse are left out. Exit status 1: a step failed.
 """
 
@@ -27,7 +28,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 GPU = ("python", "benchmarks/gpu.py")
 PYTEST = ("python", "-m", "pytest")
 # A plugin that warns, as one of benchmarks does beside xdist, ends pytest: here warnings are errors.
-PLUGINS = ("xdist.plugin", "pytest_timeout", "_hypothesis_pytestplugin")
+PLUGINS = ("xdist.plugin", "pytest_timeout", "_hypothesis_pytestplugin", "pytest_failures")
 SMOKE = "tests/kernels/test_gpu_smoke.py"
 # Those that need no compiler.
 PEERS = "sdpa,loop,torch,dense,official,plain,two,softmax,formed"
@@ -50,7 +51,16 @@ class Step:
 def tests(name: str, *arguments: str) -> tuple[str, ...]:
     """pytest with its result in NAME.xml, and with no plugins but those that the tests need."""
     plugins = [word for plugin in PLUGINS for word in ("-p", plugin)]
-    return (*PYTEST, "-q", "-p", "no:cacheprovider", *plugins, f"--junitxml={{out}}/{name}.xml", *arguments)
+    return (
+        *PYTEST,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *plugins,
+        f"--junitxml={{out}}/{name}.xml",
+        f"--failures={{out}}/{name}.jsonl",
+        *arguments,
+    )
 
 
 def rows(grid: str, seconds: float, *arguments: str) -> tuple[str, ...]:
@@ -140,7 +150,7 @@ def run(step: Step, options: argparse.Namespace, deadline: float) -> dict[str, A
     with (options.out / f"{name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "benchmarks")},
         )  # fmt: skip
         try:
             status: int | str = process.wait(left)

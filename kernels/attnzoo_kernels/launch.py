@@ -108,16 +108,15 @@ def prepare(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> PreparedLau
         grid: one to three numbers of programs.
         arguments: of the kernel, without descriptors, and options of the launch.
     """
-    key: list[Any] = [None]
-    for x in arguments.values():
+    names = kernel.arg_names
+    values = [arguments.get(name) for name in names]
+    options = {name: x for name, x in arguments.items() if name not in names}
+    key: list[Any] = [*options.items()]
+    for x in values:
         if isinstance(x, Tensor):
-            key[0] = x.get_device()
-            key += x.dtype, x.data_ptr() % 16 == 0
+            key += x.dtype, x.data_ptr() % 16 == 0, x.get_device()
         else:
             key.append(x)
-    names = kernel.arg_names
-    options = {name: x for name, x in arguments.items() if name not in names}
-    values = [arguments.get(name) for name in names]
     return PreparedLaunch(kernel, _LAUNCHED.setdefault(kernel, {}), tuple(key), values, options, grid)
 
 

@@ -400,7 +400,8 @@ def assert_needles_found(attend: Attend, masks: Masks, dtype: torch.dtype, devic
         expected = (expected * seen.any(-1, keepdim=True)).transpose(1, 2)
         wrong = ~((out.detach().double() - expected.double()).abs() < 0.1).all(-1)
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} queries see another {_edge(sign)} key"
-        if q.requires_grad:
+        # Answers near 300 are rounded by 1 in bfloat16, and with them what the gradients subtract: float16 tells.
+        if q.requires_grad and dtype != torch.bfloat16:
             # Differences of neighbours' gradients are weighted by the places: their rounding is too, up to 20 times.
             exact = results(lambda *x: [definition(*x, view)], *(x.detach().double().requires_grad_() for x in inputs))
             found = results(lambda *x: [attend(*x, view)], *inputs)

@@ -9,6 +9,10 @@ import torch
 from attnzoo_kernels import tuning
 from attnzoo_kernels.tuning import Config, or_pinned, padded, power_of_two
 
+HOPPER = 227 * 1024
+"""Shared memory of a program there. Heads of 128 have been timed on an H200 (benchmarks/gpu_tune.py): small programs
+keep more reads in flight."""
+
 
 def decode_config(
     rows: int,
@@ -31,6 +35,8 @@ def decode_config(
     block_s = 64 if half else 32
     if block_t == 64 and wide > 512 and tile_bytes(_config(64, block_s, 8, 2), *widths, element_size) > shared_memory:
         block_t = 32
+    if half and block_t == 16 and rest_width > 0 and wide <= 256 and shared_memory >= HOPPER:
+        return _config(16, 32, 2, 4)
     # 128 threads until ptxas spills, at 64 rows of 192 features or 16 of 256 in float32; AMD's four warps are 256.
     num_warps = 4 if warp_size == 64 or (block_t * wide <= 16 * 576 and (half or wide < 256)) else 8
     config = _config(block_t, block_s, num_warps, 2)

@@ -1,7 +1,8 @@
 """Tile sizes of linear attention; no line spills.
 
 Products of bfloat16 go through tensor cores as they are. Those of float16 are of TF32, whose lines are a variant of
-each kernel, and those of float32 exact.
+each kernel, and those of float32 exact. Hopper's lines have been timed with states of 128 by 128, on an H200
+(benchmarks/gpu_tune.py).
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ OF_TOKENS: Lines = {
     "linear_attention_state tf32": {("any", 2): {0: (64, 64, 64, 4, 1)}},
     "linear_attention_sums": {("any", 2): {0: (64, 64, 64, 4, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
     "linear_attention_sums tf32": {("any", 2): {0: (64, 64, 32, 4, 1)}},
-    "linear_attention_tile": {("any", 2): {0: (64, 64, 128, 8, 2)}, ("any", 4): {0: (64, 16, 64, 8, 1)}},
+    "linear_attention_tile": {
+        ("hopper", 2): {0: (64, 128, 128, 4, 2)},
+        ("any", 2): {0: (64, 64, 128, 8, 2)},
+        ("any", 4): {0: (64, 16, 64, 8, 1)},
+    },
     "linear_attention_tile tf32": {("any", 2): {0: (64, 32, 32, 8, 2)}},
 }
 # BLOCK_I by BLOCK_J blocks of tokens and BLOCK_E numbers of a state. Up to 128 blocks mix reads a state once.
 OF_BLOCKS: Lines = {
-    "linear_attention_mix": {("any", 2): {0: (128, 32, 128, 8, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
+    "linear_attention_mix": {
+        ("hopper", 2): {0: (128, 32, 64, 4, 2)},
+        ("any", 2): {0: (128, 32, 128, 8, 2)},
+        ("any", 4): {0: (32, 32, 32, 4, 1)},
+    },
     "linear_attention_pair": {("any", 2): {0: (64, 64, 64, 8, 2)}, ("any", 4): {0: (32, 32, 32, 4, 1)}},
 }
 

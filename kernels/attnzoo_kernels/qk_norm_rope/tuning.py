@@ -7,9 +7,10 @@ import torch
 from attnzoo_kernels.tuning import Config, Lines, Table, padded
 
 # BLOCK_M whole vectors, which spill where they are wide and many, and blocks of hidden and of inner features. A name's
-# second part is the head map.
+# second part is the head map. Of Hopper's, heads of 128 have been timed, on an H200 (benchmarks/gpu_tune.py).
 VECTOR_LINES: Lines = {
     "qk_norm_rope_fwd none": {
+        ("hopper", 2): {256: (16, 16, 16, 4, 1)},
         ("any", 2): {128: (32, 16, 16, 4, 1), 256: (16, 16, 16, 4, 1)},
         ("any", 4): {128: (32, 16, 16, 4, 1), 256: (16, 16, 16, 4, 1)},
     },
@@ -22,6 +23,7 @@ VECTOR_LINES: Lines = {
         ("any", 4): {128: (32, 32, 32, 8, 2), 256: (16, 32, 32, 8, 2)},
     },
     "qk_norm_rope_bwd_input none": {
+        ("hopper", 2): {128: (16, 16, 16, 2, 1), 256: (16, 16, 16, 4, 1)},
         ("any", 2): {128: (32, 16, 16, 4, 1), 256: (16, 16, 16, 4, 1)},
         ("any", 4): {128: (32, 16, 16, 4, 1), 256: (16, 16, 16, 4, 1)},
     },
