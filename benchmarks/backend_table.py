@@ -9,6 +9,8 @@ No GPU is needed and nothing is launched: tensors without values say that they a
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -114,8 +116,12 @@ def _placed(x: Any) -> Any:
 @contextmanager
 def pretend_gpu() -> Iterator[PretendGPU]:
     """A block in which tensors of the meta device are on a GPU with 227 KiB of shared memory, without flash-attn."""
+    import attnzoo_kernels
     from attnzoo_kernels import tuning
 
+    # A kernel whose module is imported within would stay one for GPUs after it.
+    for module in pkgutil.walk_packages(attnzoo_kernels.__path__, "attnzoo_kernels."):
+        importlib.import_module(module.name)
     with ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "is_available", lambda: True), (torch.cuda, "get_device_capability", lambda _: (9, 0)),

@@ -13,7 +13,7 @@ from tests.test_docs_commands import uses_runs
 
 ROOT = Path(__file__).parents[1]
 # Pages of commands.
-COMMANDS = {"comparison", "evidence", "pretrain", "reliability", "speed"}
+COMMANDS = {"comparison", "evidence", "gpu", "pretrain", "reliability", "speed"}
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -79,6 +79,12 @@ def test_the_speed_tables_are_those_of_the_committed_results():
     made = runpy.run_path(str(path))
     page = (ROOT / "docs" / "speed.md").read_text()
     assert made["written"](page, made["tables"]()) == page, f"run {path.name} --write"
+
+
+def test_the_tables_of_the_gpu_are_those_of_the_committed_results():
+    path = ROOT / "benchmarks" / "gpu_table.py"
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert runpy.run_path(str(path))["page"](page) == page, f"run {path.name} --write"
 
 
 def test_the_readme_is_short():

@@ -54,6 +54,7 @@ ALONE = {
 # Beginnings of commands that run in no test, each with its reason.
 NOT_RUN = {
     "pip install": "needs a package index; tests/test_packaging.py installs a wheel without one",
+    "python benchmarks/gpu_session.py": "needs a GPU; tests/kernels/test_gpu_session.py rehearses it",
     "make ": "installs its environment from a package index; that the target exists is checked",
     ".venv/bin/pre-commit install": "changes the hooks of the repository",
     "python -m build": "needs a package index; tests/test_packaging.py builds the wheel without one",

@@ -115,7 +115,9 @@ def masked_softmax(scores: Tensor, visible: Tensor | None, sinks: Tensor | float
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        sink = torch.as_tensor(sinks, dtype=scores.dtype, device=scores.device).expand(*scores.shape[:-1], 1)
+        # A number is written on the device: one that is copied there could not be captured in a CUDA graph.
+        sink = sinks.to(scores.dtype) if isinstance(sinks, Tensor) else scores.new_full((), sinks)
+        sink = sink.expand(*scores.shape[:-1], 1)
         weights = torch.softmax(torch.cat([scores, sink], -1), dim=-1)[..., :-1]
     return weights if seen is None else weights.masked_fill(~seen, 0.0)
 

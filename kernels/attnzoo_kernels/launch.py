@@ -93,7 +93,7 @@ _LAUNCHED: dict[Any, dict[Any, Any]] = {}
 
 
 def forget_launches() -> None:
-    """Give every kernel that `prepare` knows to Triton's launcher again, for whoever watches that."""
+    """Give every kernel that `prepare` knows to Triton's launcher again, as those who watch that need it."""
     _LAUNCHED.clear()
 
 

@@ -587,16 +587,16 @@ QUICK = (
 
 # Kernel -> a side of its tile and what that is in half precision at the least. A product of a warpgroup takes 64 rows.
 LARGE = {
-    "softmax_attention_fwd_kernel": ("BLOCK_T", 128),
-    "softmax_attention_bwd_dq_kernel": ("BLOCK_T", 128),
+    "softmax_attention_fwd_kernel": ("BLOCK_T", 64),
+    "softmax_attention_bwd_dq_kernel": ("BLOCK_T", 64),
     "softmax_attention_bwd_dkdv_kernel": ("BLOCK_S", 64),
-    "sigmoid_attention_fwd_kernel": ("BLOCK_T", 128),
+    "sigmoid_attention_fwd_kernel": ("BLOCK_T", 64),
     "sigmoid_attention_bwd_dq_kernel": ("BLOCK_T", 128),
     "sigmoid_attention_bwd_dkdv_kernel": ("BLOCK_S", 64),
-    "decode_attention_fwd_kernel": ("BLOCK_S", 64),
-    "head_routing_fwd_kernel": ("BLOCK_T", 128),
-    "head_routing_bwd_dq_kernel": ("BLOCK_T", 128),
-    "head_routing_bwd_dkdv_kernel": ("BLOCK_S", 128),
+    "decode_attention_fwd_kernel": ("BLOCK_S", 32),
+    "head_routing_fwd_kernel": ("BLOCK_T", 64),
+    "head_routing_bwd_dq_kernel": ("BLOCK_T", 64),
+    "head_routing_bwd_dkdv_kernel": ("BLOCK_S", 64),
     "expert_projection_rows_kernel": ("BLOCK_T", 128),
     "expert_projection_bwd_weights_kernel": ("BLOCK_T", 128),
     "linear_attention_tile_kernel": ("BLOCK_T", 64),

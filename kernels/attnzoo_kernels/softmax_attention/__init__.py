@@ -173,7 +173,7 @@ class _Inputs(NamedTuple):
         """Buffers for what `_backward` returns."""
         B, T, S, H, G, D, DV, R = self.sizes()
         dtype, device = self.q.dtype, self.q.device
-        queries = need_queries or need_bias or need_head_scale
+        queries = need_queries or need_bias or need_head_scale or need_decay
         return [
             empty_if(queries, (B, T, H, D), dtype, device),
             empty_if(need_keys or need_decay, (B, S, G, D), dtype, device),
@@ -181,7 +181,7 @@ class _Inputs(NamedTuple):
             empty_if(queries and R > 0, (B, T, H, R), dtype, device),
             empty_if((need_keys or need_decay) and R > 0, (B, G, S, R), torch.float32, device),
             empty_if(need_bias, (B, H, T, S), torch.float32, device),
-            empty_if(need_head_scale, (B, H, T), torch.float32, device),
+            empty_if(need_head_scale or need_decay, (B, H, T), torch.float32, device),
             empty_if(True, (B, H, T), torch.float32, device),
             empty_if(need_decay, (B, H, S), torch.float32, device),
             torch.empty(0, device=device) if self.output_gate is None else gradient_buffer(self.output_gate, need_gate),
@@ -349,16 +349,20 @@ def _backward(
                 ddecay_ptr=ddecay if need_decay else None, **config.options(),
             )  # fmt: skip
             launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
-        if need_queries or need_bias or need_head_scale:
+        if need_queries or need_bias or need_head_scale or need_decay:
             config = inputs.config("softmax_attention_bwd_dq")
             if need_bias:
                 dbias.zero_()
             launch = prepare(
                 softmax_attention_bwd_dq_kernel, (cdiv(T, config["BLOCK_T"]) * B * H,),
                 **arguments, dq_ptr=dq, dq_rope_ptr=dq_rope if R else None, dbias_ptr=dbias if need_bias else None,
-                r_ptr=r if need_head_scale else None, **config.options(),
+                r_ptr=r if need_head_scale or need_decay else None, **config.options(),
             )  # fmt: skip
             launch.keep(launch.run[launch.grid](*launch.values, **launch.options))
+    if need_decay and inputs.positions is None:
+        # A row's sum is 0, but for the rounding of out in delta, which the keys' part alone would add up over rows.
+        rows = (r if inputs.head_scale is None else r * inputs.head_scale[..., None]) - delta
+        ddecay[..., inputs.query_start : inputs.query_start + T] += rows if dlse is None else rows - dlse
     return gradients
 
 

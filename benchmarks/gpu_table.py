@@ -1,0 +1,86 @@
+"""The tables of docs/gpu.md, made from committed results of a GPU.
+
+python benchmarks/gpu_table.py           print them
+python benchmarks/gpu_table.py --write   put them between the page's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- made by benchmarks/gpu_table.py -->", "<!-- end -->"
+Line = dict[str, Any]
+
+
+def read(name: str) -> list[Line]:
+    """The lines of a committed file."""
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def calls() -> list[str]:
+    """A row for each call: the device's time in a CUDA graph, the host's on top, and the peers."""
+    rows = {(row["case"], row["phase"]): (row, "before") for row in read("h200_before_tuning.jsonl")}
+    rows |= {(row["case"], row["phase"]): (row, "now") for row in read("h200.jsonl")}
+    lines = ["| call | phase | tiles | us | called from Python, us | times as fast as |", "| --- " * 6 + "|"]
+    for (case, phase), (row, tiles) in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1])):
+        if row["failure"]:
+            continue
+        peers = {name: ms / row["graph_ms"] for name, ms in row["peers_graph_ms"].items()}
+        peers |= {name: ms / row["ms"] for name, ms in row["peers"].items() if name not in peers}
+        text = ", ".join(f"{name} {ratio:.2f}" for name, ratio in peers.items())
+        lines.append(f"| {case} | {phase} | {tiles} | {row['graph_ms'] * 1e3:.1f} | {row['ms'] * 1e3:.1f} | {text} |")
+    return lines
+
+
+def tiles() -> list[str]:
+    """A row for each sweep: the tiles that the table had, and the fastest of the candidates."""
+    sweeps: dict[str, list[Line]] = {}
+    for line in read("h200_tiles.jsonl"):
+        sweeps.setdefault(line["sweep"], []).append(line)
+    lines = ["| kernel | call | tiles before | us | fastest candidate | us | ratio |", "| --- " * 7 + "|"]
+    for found in sweeps.values():
+        table = next(line for line in found if line["role"] == "table")
+        best = max((x for x in found if x["role"] == "candidate" and x["ratio"]), key=lambda x: x["ratio"])
+        shape = ", ".join(f"{name} {size}" for name, size in table["shape"].items() if size)
+        lines.append(
+            f"| {table['kernel']} | {shape} | {_tiles(table)} | {table['ms'] * 1e3:.1f} | {_tiles(best)} | "
+            f"{best['ms'] * 1e3:.1f} | {best['ratio']:.2f} |"
+        )
+    return lines
+
+
+def _tiles(line: Line) -> str:
+    sizes: Iterable[int] = (size for name, size in line["tiles"].items() if name != "splits" or size)
+    return "/".join(("x".join(map(str, sizes)), str(line["num_warps"]), str(line["num_stages"])))
+
+
+def page(text: str) -> str:
+    """The page with the tables put into it."""
+    for made in (calls(), tiles()):
+        before, _, rest = text.partition(BEGIN + "\n")
+        _, _, after = rest.partition(END)
+        # Marked as done, so that the next table goes to the next place.
+        table = "\n".join(made)
+        text = f"{before}\0{table}\n\1{after}"
+    return text.replace("\0", BEGIN + "\n").replace("\1", END)
+
+
+def main() -> None:
+    """Print the tables, or write the page."""
+    parser = argparse.ArgumentParser(description="The tables of docs/gpu.md, made from committed results.")
+    parser.add_argument("--write", action="store_true", help="put them into the page")
+    if parser.parse_args().write:
+        PAGE.write_text(page(PAGE.read_text()))
+    else:
+        print("\n".join([*calls(), "", *tiles()]))
+
+
+if __name__ == "__main__":
+    main()
