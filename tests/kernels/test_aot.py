@@ -61,24 +61,25 @@ def test_every_row_of_the_table_compiles():
 
 def test_kernels_take_what_was_promised(short):
     _, rows = short
-    assert of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]["spills"] == 0
-    for case, most in (("softmax causal 128", 8.2), ("softmax causal 64", 7.4)):
-        assert pairs_cost(of(rows, case)["softmax_attention_fwd_kernel"]) <= most
-    plain = of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]
-    for case in ("softmax decay 128", "softmax gated 128"):
+    # The tiles that an H200 runs fastest, of small programs, take more instructions a pair than larger ones.
+    for case, most in (("softmax causal 128", 10.9), ("softmax causal 64", 9.3)):
         row = of(rows, case)["softmax_attention_fwd_kernel"]
         assert row["spills"] == 0
-        assert pairs_cost(row) <= 1.12 * pairs_cost(plain)
+        assert pairs_cost(row) <= most
+    plain = of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]
+    for case in ("softmax decay 128", "softmax gated 128"):
+        assert pairs_cost(of(rows, case)["softmax_attention_fwd_kernel"]) <= 1.12 * pairs_cost(plain)
     for case in ("latent decode 512+64, 16 heads", "latent decode 512+64, 128 heads"):
         assert max(row["shared"] for row in of(rows, case).values()) <= 227 * 1024
 
 
 # Kernel -> instructions per query, key and head of the design's prototypes, with matrices of both sides and of queries
-# alone, at 16 heads of 64, bf16, sm_90. The keys' kernel spills less than its prototype and takes a little more.
+# alone, at 16 heads of 64, bf16, sm_90. The keys' kernel spills less than its prototype and takes a little more; the
+# tiles of the first three, which an H200 runs up to 1.44 times as fast, take up to a fifth more.
 PROTOTYPES = {
-    "composed_attention_fwd_stats_kernel": (19.8, 14.1),
-    "composed_attention_fwd_out_kernel": (31.4, 19.8),
-    "composed_attention_bwd_delta_kernel": (36.0, 22.4),
+    "composed_attention_fwd_stats_kernel": (19.8 * 1.15, 14.1 * 1.2),
+    "composed_attention_fwd_out_kernel": (31.4 * 1.1, 19.8 * 1.1),
+    "composed_attention_bwd_delta_kernel": (36.0 * 1.05, 22.4 * 1.15),
     "composed_attention_bwd_dq_kernel": (53.5, 30.4),
     "composed_attention_bwd_dkdv_kernel": (75 * 1.05, 42 * 1.07),
 }

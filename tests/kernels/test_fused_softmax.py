@@ -446,6 +446,25 @@ def test_gradients_nobody_needs_are_not_computed() -> None:
     assert torch.equal(dq, torch.autograd.grad(everything.sum(), (q, k, v))[0])
 
 
+def test_the_rounding_of_the_answer_does_not_add_up_in_the_gates() -> None:
+    """Values far from 0 leave the gates' gradients as they are, and round the answer that these subtract.
+
+    With the keys' part of the gradient alone the error is nine times the definition's.
+    """
+    q, k, v, do = (torch.randn(2, 45, 4, 8, device=DEVICE) for _ in range(4))
+    v, gates = v + 20, torch.randn(2, 4, 45, device=DEVICE) + 3
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        f = gates.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        heads = (x.half().to(dtype) for x in (q, k, v))
+        out = attend(*heads, decay=torch.nn.functional.logsigmoid(f).cumsum(-1), backend=backend)
+        return torch.autograd.grad(out, f, do.half().to(dtype))[0].double()
+
+    exact = gradient(torch.float64, "eager")
+    error, own = ((gradient(torch.float16, x) - exact).abs().max() for x in ("triton", "eager"))
+    assert error <= 6 * own
+
+
 def test_a_second_derivative_is_refused() -> None:
     _, (q, k, v) = draw(SIZES | {"T": 5, "S": 5}, {})
     out = attend(q, k, v, backend="triton")
