@@ -43,7 +43,8 @@ def tiles() -> list[str]:
     """A row for each sweep: the tiles that the table had, and the fastest of the candidates."""
     sweeps: dict[str, list[Line]] = {}
     for line in read("h200_tiles.jsonl"):
-        sweeps.setdefault(line["sweep"], []).append(line)
+        # The same call at a later commit is another sweep, around the tiles that won before.
+        sweeps.setdefault(line["sweep"] + line["commit"], []).append(line)
     lines = ["| kernel | call | tiles before | us | fastest candidate | us | ratio |", "| --- " * 7 + "|"]
     for found in sweeps.values():
         table = next(line for line in found if line["role"] == "table")

@@ -81,34 +81,56 @@ def made(run: Callable[[Inputs], Tensor], inputs: Inputs, needed: Sequence[int])
 
 
 def softmax_sweeps(bench: Bench) -> Iterator[Sweep]:
-    """Causal attention, 16k tokens. Of the backward pass, which walks queries for keys, one kernel at a time."""
+    """Causal attention, 16k tokens, by part, width, heads of a group and width of the shared part.
+
+    Of the backward pass, which walks queries for keys, one kernel at a time.
+    """
     from attnzoo_kernels.softmax_attention import softmax_attention
 
     tables = {
-        ("fwd", 64): "128x128/8/2 128x64/8/2 128x64/8/3 128x64/4/2 128x64/4/3 128x64/4/4 64x64/4/3 64x128/4/3 "
-        "128x128/8/3 128x32/4/4 256x64/8/3",
-        ("fwd", 128): "128x128/8/2 128x64/8/2 128x64/8/3 128x64/8/4 64x64/4/3 64x128/4/3 128x64/4/3 128x128/8/3 "
-        "64x128/4/2",
-        ("dkdv", 64): "64x64/4/2 64x64/4/3 64x128/4/2 128x128/8/2 32x128/4/2 32x128/8/2 64x64/8/2 64x128/8/3 "
-        "128x64/8/2 128x64/4/2 64x128/8/1",
-        ("dkdv", 128): "64x64/4/2 64x64/4/3 64x128/4/2 128x128/8/2 32x128/4/2 32x128/8/2 64x64/8/2 64x128/8/3 "
-        "128x64/8/2 128x64/4/2 64x128/8/1",
-        ("dq", 64): "128x64/8/3 128x64/4/2 128x128/8/2 64x64/4/2 64x64/4/3 128x32/8/2 128x32/4/3 64x128/4/2",
-        ("dq", 128): "128x64/8/3 128x64/8/1 128x128/8/1 64x64/4/2 64x64/4/3 128x32/8/3 128x32/4/2 64x128/4/2",
+        ("fwd", 64, 1, 0): "128x128/8/2 128x64/8/2 128x64/8/3 128x64/4/2 128x64/4/3 128x64/4/4 64x64/4/2 64x64/4/3 "
+        "64x64/4/4 64x32/4/3 64x32/4/4 64x128/4/3 128x128/8/3 128x32/4/4 256x64/8/3",
+        ("fwd", 128, 1, 0): "128x128/8/2 128x64/8/2 128x64/8/3 128x64/8/4 64x64/4/2 64x64/4/3 64x64/4/4 64x32/4/3 "
+        "64x32/4/4 64x128/4/3 128x64/4/3 128x128/8/3 64x128/4/2",
+        ("dkdv", 64, 1, 0): "64x64/4/1 64x64/4/2 64x64/4/3 64x128/4/2 128x128/8/2 32x128/4/2 32x128/8/2 64x64/8/2 "
+        "64x128/8/3 128x64/8/2 128x64/4/1 128x64/4/2 128x64/4/3 64x128/8/1 256x64/4/1",
+        ("dkdv", 128, 1, 0): "64x64/4/1 64x64/4/2 64x64/4/3 64x128/4/2 128x128/8/2 32x128/4/2 32x128/8/2 64x64/8/2 "
+        "64x128/8/3 128x64/8/2 128x64/4/1 128x64/4/2 32x64/4/2 32x64/4/3 64x128/8/1",
+        ("dq", 64, 1, 0): "128x64/8/3 128x64/8/4 128x64/4/2 128x64/4/3 128x128/8/2 64x64/4/2 64x64/4/3 64x64/4/4 "
+        "64x32/4/4 128x32/8/2 128x32/4/3 64x128/4/2",
+        ("dq", 128, 1, 0): "128x64/8/3 128x64/8/4 128x64/8/1 128x128/8/1 64x64/4/1 64x64/4/2 64x64/4/3 64x32/4/3 "
+        "64x32/4/4 128x32/8/3 128x32/4/2 64x128/4/2",
+        ("fwd", 256, 1, 0): "64x32/4/2 64x32/4/3 64x64/4/2",
+        ("fwd", 128, 1, 64): "64x64/4/2 64x64/4/3 64x32/4/3 128x64/8/2 128x64/8/3 64x32/4/4",
+        ("dkdv", 64, 4, 0): "128x64/4/2 64x64/4/3 64x64/4/2",
+        ("dkdv", 128, 4, 0): "64x64/4/2 64x128/8/2 32x64/4/2 64x64/4/1",
+        ("dkdv", 128, 1, 64): "64x64/4/2 64x128/8/2 32x64/4/2 64x64/4/1 32x64/4/3",
+        ("dq", 128, 1, 64): "64x64/4/2 64x32/4/3 128x64/8/1 128x32/8/3 64x32/4/2",
     }
-    needed = {"fwd": (), "dkdv": (1, 2), "dq": (0,)}
-    for (part, D), candidates in tables.items():
-        b, t, h, d = bench.size(4, 1), bench.size(4096, 33), bench.size(2048 // D, 2), bench.size(D, 16)
+    needed = {"fwd": (), "dkdv": (1, 2, 4), "dq": (0, 3)}
+    for (part, D, members, R), candidates in tables.items():
+        b, t, d = bench.size(4, 1), bench.size(4096, 33), bench.size(D, 16)
+        h, g, r = (
+            bench.size(2048 // D, 2),
+            bench.size(2048 // D // members, 2 // min(members, 2)),
+            R and bench.size(R, 16),
+        )
 
-        def run(x: Inputs, d: int = d) -> Tensor:
-            return softmax_attention(*x, scale=d**-0.5)[0]
+        def run(x: Inputs, scale: float = (d + r) ** -0.5) -> Tensor:
+            shared = dict(zip(("q_rope", "k_rope"), x[3:], strict=False))
+            return softmax_attention(*x[:3], scale=scale, **shared)[0]
 
-        def make(run: Any = run, shape: tuple[int, ...] = (b, t, h, d), part: str = part) -> Call:
-            return made(run, bench.tensors(0, *[shape] * 3), needed[part])
+        def make(
+            run: Any = run, sizes: tuple[int, ...] = (b, t, h, g, d, r), needed: Sequence[int] = needed[part]
+        ) -> Call:
+            b, t, h, g, d, r = sizes
+            shared = [(b, t, h, r), (b, t, 1, r)] if r else []
+            return made(run, bench.tensors(0, (b, t, h, d), (b, t, g, d), (b, t, g, d), *shared), needed)
 
         kernel = "softmax_attention_fwd" if part == "fwd" else f"softmax_attention_bwd_{part}"
-        shape = {"B": b, "T": t, "H": h, "D": d}
-        yield Sweep(f"softmax_{part}_{D}", kernel, shape, make, configs(QUERIES_KEYS, candidates))
+        shape = {"B": b, "T": t, "H": h, "D": d} | ({"G": g} if members > 1 else {}) | ({"R": r} if R else {})
+        more = (f"_g{members}" if members > 1 else "") + (f"_r{R}" if R else "")
+        yield Sweep(f"softmax_{part}_{D}{more}", kernel, shape, make, configs(QUERIES_KEYS, candidates))
 
 
 def decode_sweeps(bench: Bench) -> Iterator[Sweep]:
@@ -179,31 +201,37 @@ def norm_sweeps(bench: Bench) -> Iterator[Sweep]:
 
 
 def composed_sweeps(bench: Bench) -> Iterator[Sweep]:
-    """DCMHA's core, mixing by matrices of every query and every key."""
+    """DCMHA's core, mixing by matrices of every query and every key; by heads and part."""
     from attnzoo_kernels.composed_attention import composed_attention
 
-    b, t, m, d = 1, bench.size(2048, 33), bench.size(16, 4), bench.size(64, 16)
-
-    def run(x: Inputs) -> Tensor:
-        sides = dict(zip(("q_pre", "k_pre", "q_post", "k_post"), x[3:], strict=True))
-        return composed_attention(*x[:3], scale=d**-0.5, **sides)
-
-    def make(needed: Sequence[int]) -> Call:
-        mixing = [0.1 * x for x in bench.tensors(9, *[(b, t, 1, m, m)] * 4)]
-        return made(run, [*bench.tensors(0, *[(b, t, m, d)] * 3), *mixing], needed)
-
     of_queries, of_keys = (0, 3, 5), (1, 2, 4, 6)
-    tables: dict[str, tuple[Sequence[int], str]] = {
-        "fwd_stats": ((), "32x32/8/1 16x32/8/2 16x32/4/2 32x16/8/2 32x32/4/2 32x64/8/1"),
-        "fwd_out": ((), "32x16/8/1 16x16/8/2 16x16/4/2 16x32/8/1 16x32/8/2 32x32/8/1"),
-        "bwd_delta": (of_queries, "16x16/8/1 16x16/8/2 16x32/8/1 16x16/4/1"),
-        "bwd_dq": (of_queries, "16x16/8/1 16x16/4/2 16x16/4/1"),
-        "bwd_dkdv": (of_keys, "16x16/8/2 16x16/4/1 16x16/4/2"),
+    tables: dict[tuple[int, str], tuple[Sequence[int], str]] = {
+        (16, "fwd_stats"): ((), "32x32/8/1 16x32/8/2 16x32/4/2 32x16/8/2 32x32/4/2 32x64/8/1"),
+        (16, "fwd_out"): ((), "32x16/8/1 16x16/8/2 16x16/4/2 16x32/8/1 16x32/8/2 32x32/8/1"),
+        (16, "bwd_delta"): (of_queries, "16x16/8/1 16x16/8/2 16x32/8/1 16x16/4/1"),
+        (16, "bwd_dq"): (of_queries, "16x16/8/1 16x16/4/2 16x16/4/1"),
+        (16, "bwd_dkdv"): (of_keys, "16x16/8/2 16x16/4/1 16x16/4/2"),
+        (8, "fwd_stats"): ((), "16x32/4/2 16x32/8/2 32x32/8/2 16x64/4/2"),
+        (8, "fwd_out"): ((), "16x32/4/2 16x32/8/2 16x16/8/2 16x32/4/1"),
+        (8, "bwd_delta"): (of_queries, "16x16/4/2 16x16/8/2 16x32/8/2"),
+        (8, "bwd_dq"): (of_queries, "16x16/4/2 16x16/8/2 16x32/8/1 32x16/8/2"),
+        (8, "bwd_dkdv"): (of_keys, "16x16/4/2 16x32/8/2 16x16/8/1 32x16/8/1"),
     }
-    for part, (needed, candidates) in tables.items():
+    for (M, part), (needed, candidates) in tables.items():
+        b, t, m, d = bench.size(16 // M, 1), bench.size(2048, 33), bench.size(M, 4), bench.size(64, 16)
+
+        def run(x: Inputs, scale: float = d**-0.5) -> Tensor:
+            sides = dict(zip(("q_pre", "k_pre", "q_post", "k_post"), x[3:], strict=True))
+            return composed_attention(*x[:3], scale=scale, **sides)
+
+        def make(run: Any = run, sizes: tuple[int, ...] = (b, t, m, d), needed: Sequence[int] = needed) -> Call:
+            b, t, m, _ = sizes
+            mixing = [0.1 * x for x in bench.tensors(9, *[(b, t, 1, m, m)] * 4)]
+            return made(run, [*bench.tensors(0, *[sizes] * 3), *mixing], needed)
+
         shape = {"B": b, "T": t, "M": m, "D": d}
         kernel, tiles = f"composed_attention_{part}", configs(QUERIES_KEYS, candidates)
-        yield Sweep(f"composed_{part}", kernel, shape, partial(make, needed), tiles)
+        yield Sweep(f"composed_{part}" + ("" if M == 16 else f"_m{M}"), kernel, shape, make, tiles)
 
 
 def linear_sweeps(bench: Bench) -> Iterator[Sweep]:
@@ -237,49 +265,55 @@ def linear_sweeps(bench: Bench) -> Iterator[Sweep]:
 
 
 def routed_sweeps(bench: Bench) -> Iterator[Sweep]:
-    """Mixture of heads, half of all (token, head) pairs active."""
+    """Mixture of heads, half of all (token, head) pairs active; by width and part."""
     from attnzoo_kernels.head_routing import routed_attention
 
-    b, t, h, d = bench.size(2, 1), bench.size(4096, 33), bench.size(16, 4), bench.size(128, 16)
-
-    def make(needed: Sequence[int]) -> Call:
-        active = bench.tensors(7, (b, t, h))[0].argsort(-1).argsort(-1) < h // 2
-        return made(
-            lambda x: routed_attention(*x, active, scale=d**-0.5), bench.tensors(0, *[(b, t, h, d)] * 3), needed
-        )
-
-    tables: dict[str, tuple[Sequence[int], str]] = {
-        "fwd": ((), "128x128/8/1 128x64/8/2 128x64/8/3 64x64/4/2 64x64/4/3 64x128/4/2"),
-        "bwd_dkdv": ((1, 2), "32x128/8/3 32x128/8/1 64x128/8/1 64x128/8/2 64x64/4/2 64x64/8/2 32x64/4/2"),
-        "bwd_dq": ((0,), "128x64/8/3 128x64/8/1 128x32/8/2 64x64/4/2 64x64/8/2 64x32/4/2"),
+    tables: dict[tuple[int, str], tuple[Sequence[int], str]] = {
+        (128, "fwd"): ((), "128x128/8/1 128x64/8/2 128x64/8/3 64x64/4/2 64x64/4/3 64x128/4/2"),
+        (128, "bwd_dkdv"): ((1, 2), "32x128/8/3 32x128/8/1 64x128/8/1 64x128/8/2 64x64/4/2 64x64/8/2 32x64/4/2"),
+        (128, "bwd_dq"): ((0,), "128x64/8/3 128x64/8/1 128x32/8/2 64x64/4/2 64x64/8/2 64x32/4/2"),
+        (64, "fwd"): ((), "64x64/4/3 64x64/4/2 128x64/8/3"),
+        (64, "bwd_dkdv"): ((1, 2), "32x64/4/2 64x64/4/2 128x64/4/2 64x128/8/2"),
+        (64, "bwd_dq"): ((0,), "128x64/8/3 64x64/4/2 64x64/4/3"),
     }
-    for part, (needed, candidates) in tables.items():
+    for (D, part), (needed, candidates) in tables.items():
+        b, t, h, d = bench.size(2, 1), bench.size(4096, 33), bench.size(2048 // D, 4), bench.size(D, 16)
+
+        def make(sizes: tuple[int, ...] = (b, t, h, d), needed: Sequence[int] = needed) -> Call:
+            active = bench.tensors(7, sizes[:3])[0].argsort(-1).argsort(-1) < sizes[2] // 2
+            scale = sizes[3] ** -0.5
+            return made(lambda x: routed_attention(*x, active, scale=scale), bench.tensors(0, *[sizes] * 3), needed)
+
         shape = {"B": b, "T": t, "H": h, "D": d}
         kernel, tiles = f"head_routing_{part}", configs(QUERIES_KEYS, candidates)
-        yield Sweep(f"routed_{part}", kernel, shape, partial(make, needed), tiles)
+        yield Sweep(f"routed_{part}" + ("" if D == 128 else f"_{D}"), kernel, shape, make, tiles)
 
 
 def decay_sweeps(bench: Bench) -> Iterator[Sweep]:
-    """Causal attention with a decay, D = 128."""
+    """Causal attention with a decay, by width and part."""
     from attnzoo_kernels.softmax_attention import softmax_attention
 
-    b, t, h, d = bench.size(4, 1), bench.size(4096, 33), bench.size(16, 2), bench.size(128, 16)
-
-    def run(x: Inputs) -> Tensor:
-        return softmax_attention(*x[:3], scale=d**-0.5, decay=x[3])[0]
-
-    def make(needed: Sequence[int]) -> Call:
-        gates = bench.tensors(3, (b, h, t))[0].float()
-        return made(run, [*bench.tensors(0, *[(b, t, h, d)] * 3), F.logsigmoid(gates + 4).cumsum(-1)], needed)
-
-    tables: dict[str, tuple[str, Sequence[int], str]] = {
-        "fwd": ("fwd", (), "128x64/8/2 128x64/8/3 128x128/8/1 64x64/4/3 64x128/4/2 128x64/4/2"),
-        "dkdv": ("bwd_dkdv", (1, 2, 3), "32x128/8/2 64x64/4/2 64x64/8/2 64x128/8/1 32x128/4/2 128x64/8/2"),
+    tables: dict[tuple[int, str], tuple[Sequence[int], str]] = {
+        (128, "fwd"): ((), "128x64/8/2 128x64/8/3 128x128/8/1 64x64/4/3 64x128/4/2 128x64/4/2"),
+        (128, "bwd_dkdv"): ((1, 2, 3), "32x128/8/2 64x64/4/2 64x64/8/2 64x128/8/1 32x128/4/2 128x64/8/2"),
+        (128, "bwd_dq"): ((0,), "128x64/8/2 64x64/4/2"),
+        (64, "fwd"): ((), "128x64/4/2 128x64/4/3 128x128/8/2 64x64/4/2"),
+        (64, "bwd_dkdv"): ((1, 2, 3), "64x64/4/2 64x128/8/2 64x64/4/1"),
     }
-    for name, (part, needed, candidates) in tables.items():
+    for (D, part), (needed, candidates) in tables.items():
+        b, t, h, d = bench.size(4, 1), bench.size(4096, 33), bench.size(2048 // D, 2), bench.size(D, 16)
+
+        def run(x: Inputs, scale: float = d**-0.5) -> Tensor:
+            return softmax_attention(*x[:3], scale=scale, decay=x[3])[0]
+
+        def make(run: Any = run, sizes: tuple[int, ...] = (b, t, h, d), needed: Sequence[int] = needed) -> Call:
+            gates = bench.tensors(3, (sizes[0], sizes[2], sizes[1]))[0].float()
+            return made(run, [*bench.tensors(0, *[sizes] * 3), F.logsigmoid(gates + 4).cumsum(-1)], needed)
+
         shape = {"B": b, "T": t, "H": h, "D": d}
         kernel, tiles = f"softmax_attention_{part}", configs(QUERIES_KEYS, candidates)
-        yield Sweep(f"decay_{name}", kernel, shape, partial(make, needed), tiles)
+        name = f"decay_{part.removeprefix('bwd_')}" + ("" if D == 128 else f"_{D}")
+        yield Sweep(name, kernel, shape, make, tiles)
 
 
 SWEEPS: tuple[Callable[[Bench], Iterator[Sweep]], ...] = (
