@@ -191,6 +191,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 # Rooms of each package from the lowest up; files outside rooms carry their own names. A module imports its own room
 # and those before it.
+# Modules that only warn and lead on.
+OLD_NAMES = {"corpus": "Corpus", "load_model": "load_model", "tokenization": "BpeTokenizer"}
 FLOORS = {
     "attnzoo": [
         {"tracing", "rules"}, {"backends", "masks", "rotary", "cache"}, {"cache_state"}, {"ops", "distributed"},
@@ -208,7 +210,7 @@ FLOORS = {
         {"data", "feed_forward", "lm", "model_config", "options"},
         {"checkpointing", "initial_weights", "sampling", "sharding", "trainer"}, {"training"}, {"callbacks"},
         {"commandline", "consolidate", "diagnose", "generate", "export", "convert"},
-        {"compare", "pretrain"}, {"evidence"},
+        {"compare", "pretrain"}, {"evidence", *OLD_NAMES},
     ],
 }  # fmt: skip
 
@@ -236,6 +238,15 @@ def upward(graph: dict[str, set[str]], package: str) -> list[tuple[str, str]]:
 
 def import_graph() -> dict[str, set[str]]:
     return arrows({dotted(path): parsed(path) for path in sources(*PACKAGES)})
+
+
+@pytest.mark.parametrize("module", OLD_NAMES)
+def test_an_old_name_of_a_module_warns_and_leads_on(module):
+    sys.modules.pop(f"attnzoo_recipes.{module}", None)
+    with pytest.warns(DeprecationWarning, match=f"attnzoo_recipes.{module} is attnzoo_recipes.* since 0.2.0"):
+        old = importlib.import_module(f"attnzoo_recipes.{module}")
+    found = getattr(old, OLD_NAMES[module])
+    assert found is getattr(sys.modules[found.__module__], OLD_NAMES[module])
 
 
 def test_no_imports_in_a_circle():
