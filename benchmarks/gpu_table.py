@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- made by benchmarks/gpu_table.py -->", "<!-- end -->"
 Line = dict[str, Any]
@@ -25,24 +25,32 @@ def read(name: str) -> list[Line]:
 
 
 def calls() -> list[str]:
-    """A row for each call: the device's time in a CUDA graph, the host's on top, and the peers."""
-    rows = {(row["case"], row["phase"]): (row, "before") for row in read("h200_before_tuning.jsonl")}
-    rows |= {(row["case"], row["phase"]): (row, "now") for row in read("h200.jsonl")}
-    lines = ["| call | phase | tiles | us | called from Python, us | times as fast as |", "| --- " * 6 + "|"]
+    """A row for each call: the device's time in a CUDA graph, the host's on top, rates, memory and the peers."""
+    copied = json.loads((RESULTS / "gpu_tests_nvidia-h200.json").read_text())["versions"]["copy_gbytes"]
+    rows = {(row["case"], row["phase"]): (row, "before") for row in read("gpu_nvidia-h200_before_tuning.jsonl")}
+    rows |= {(row["case"], row["phase"]): (row, "now") for row in read("gpu_nvidia-h200.jsonl")}
+    heads = "call | phase | tiles | us | called from Python, us | rate | peak MiB | times as fast as"
+    lines = [f"| {heads} |", "| --- " * 8 + "|"]
     for (case, phase), (row, tiles) in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1])):
         if row["failure"]:
             continue
         peers = {name: ms / row["graph_ms"] for name, ms in row["peers_graph_ms"].items()}
         peers |= {name: ms / row["ms"] for name, ms in row["peers"].items() if name not in peers}
         text = ", ".join(f"{name} {ratio:.2f}" for name, ratio in peers.items())
-        lines.append(f"| {case} | {phase} | {tiles} | {row['graph_ms'] * 1e3:.1f} | {row['ms'] * 1e3:.1f} | {text} |")
+        faster = row["ms"] / row["graph_ms"]
+        copy, rate = row["gbytes"] * faster / copied, row["tflops"] * faster
+        rates = [f"{rate:.0f} TFLOP/s"] if rate >= 19 else []
+        # Bytes are counted for forward passes.
+        rates += [f"{100 * copy:.0f} % of a copy's"] if row["gbytes"] and phase != "forward+backward" else []
+        times = f"{row['graph_ms'] * 1e3:.1f} | {row['ms'] * 1e3:.1f}"
+        lines.append(f"| {case} | {phase} | {tiles} | {times} | {', '.join(rates)} | {row['peak_mib']:.0f} | {text} |")
     return lines
 
 
 def tiles() -> list[str]:
     """A row for each sweep: the tiles that the table had, and the fastest of the candidates."""
     sweeps: dict[str, list[Line]] = {}
-    for line in read("h200_tiles.jsonl"):
+    for line in read("gpu_tune_nvidia-h200.jsonl"):
         # The same call at a later commit is another sweep, around the tiles that won before.
         sweeps.setdefault(line["sweep"] + line["commit"], []).append(line)
     lines = ["| kernel | call | tiles before | us | fastest candidate | us | ratio |", "| --- " * 7 + "|"]
