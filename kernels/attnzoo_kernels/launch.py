@@ -203,7 +203,7 @@ class Operator:
             return result
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-        self._function = type(self._name.rpartition(":")[2], (torch.autograd.Function,), members)
+        self._function = type(self._name.replace("::", "_"), (torch.autograd.Function,), members)
 
     def __call__(self, *given: Any) -> Any:
         """The results for the arguments in the schema's order, tensors in lists among them."""
