@@ -59,6 +59,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported. OpenMP's threads do not come along into a forked process, which then waits for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import lightning as L
 import torch
 import torch.distributed as dist
