@@ -402,9 +402,10 @@ class Visibility:
 
 def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a tensor broadcasts to that shape."""
-    return tensor.ndim <= len(shape) and all(
-        size in (1, full) for size, full in zip(tensor.shape[::-1], shape[::-1], strict=False)
-    )
+    if tensor.ndim > len(shape):
+        return False
+    # torch.compile of 2.9 cannot trace zip() of other lengths.
+    return not [axis for axis in range(-tensor.ndim, 0) if tensor.shape[axis] not in (1, shape[axis])]
 
 
 def _integers(name: str, values: Tensor | Sequence[int], dtype: torch.dtype = torch.long) -> Tensor:
