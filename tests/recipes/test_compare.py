@@ -1,6 +1,7 @@
 """The comparison: what is held equal, statistics, tables, and a small one from end to end."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from scipy.stats import t, ttest_rel
 
 import attnzoo
 from attnzoo_recipes.compare.cli import checked, main, parse
+from attnzoo_recipes.compare.pictures import draw_losses, draw_quality, spread
 from attnzoo_recipes.compare.plan import (
     Data,
     Settings,
@@ -24,7 +26,7 @@ from attnzoo_recipes.compare.plan import (
     plan,
     run_key,
 )
-from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, smallest_difference, summarise
+from attnzoo_recipes.compare.table import markdown, smallest_difference, summarise
 from attnzoo_recipes.tables import as_csv
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -152,6 +154,25 @@ def test_pictures_are_written(tmp_path):
         for name in "ab":
             assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("heights", [[0.5], [0.1, 0.9], [0.5] * 5, [0.0, 0.01, 0.02, 0.9, 1.0], [0.5, 0.4, 0.41]])
+def test_names_beside_points_keep_apart_in_order_and_near(heights):
+    gap = 0.05
+    found = spread(heights, gap)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = [found[i] for i in order]
+    assert all(above - below > gap - 1e-9 for below, above in itertools.pairwise(placed))
+    assert min(placed) > gap / 2 - 1e-9
+    assert max(placed) < 1 - gap / 2 + 1e-9
+    if len(set(heights)) == 1:
+        assert sum(found) == pytest.approx(sum(heights))  # to both sides alike
+    if len(heights) == 2:
+        assert found == pytest.approx(heights)  # moved only where they must be
+
+
+def test_names_that_are_too_many_fill_the_height():
+    assert spread([0.3] * 40, 0.05) == pytest.approx([(i + 0.5) / 40 for i in range(40)])
 
 
 def test_the_table_says_how_it_was_made_and_what_its_terms_mean():

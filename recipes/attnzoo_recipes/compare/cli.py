@@ -28,6 +28,7 @@ from attnzoo_recipes.allowlist import check_arguments
 from attnzoo_recipes.callbacks import record
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
 from attnzoo_recipes.commandline import config_path, configurations, default_precision, find_configs
+from attnzoo_recipes.compare.pictures import draw_losses, draw_quality
 from attnzoo_recipes.compare.plan import (
     MATCHES,
     OWN,
@@ -43,7 +44,7 @@ from attnzoo_recipes.compare.plan import (
     plan,
     run_key,
 )
-from attnzoo_recipes.compare.table import draw_losses, draw_quality, markdown, summarise
+from attnzoo_recipes.compare.table import markdown, summarise
 from attnzoo_recipes.data.module import MAIN, TextDataModule
 from attnzoo_recipes.files import locked, write_atomically
 from attnzoo_recipes.lm import DecoderLM

@@ -1,16 +1,12 @@
-"""Results of a comparison as a table (Markdown, CSV) and two pictures."""
+"""Results of a comparison as a table, Markdown or CSV."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from attnzoo.diagnostics.plots import to_bytes
 from attnzoo_recipes.compare.plan import VARIED
-from attnzoo_recipes.files import write_atomically
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
@@ -220,104 +216,3 @@ def _decisions(rows: Sequence[Row]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
-    """Validation bits per byte over steps: one line per mechanism, the mean over its seeds, with their range.
-
-    Of several learning rates, the lines have the common one.
-    """
-    figure, axes = _figure()
-    finished, ends = _finished(runs, facts.get("rate")), []
-    for number, (name, own) in enumerate(finished.items()):
-        curves = [dict(run["curve"]) for run in own]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = [[curve[step] for curve in curves] for step in steps]
-        means, style = [statistics.fmean(v) for v in values], _style(number, len(finished))
-        axes.plot(steps, means, **style)
-        if len(curves) > 1:
-            axes.fill_between(
-                steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.2
-            )
-        if steps:
-            ends.append((steps[-1], means[-1], name, style["color"]))
-    note = "" if facts.get("bigram") is None else f"; bigram entropy {facts['bigram']:.3f}"
-    axes.set(xlabel="optimiser step", ylabel="validation (bits per byte)", title=f"Learning curves{note}")
-    _label(axes, ends)
-    _finish(figure, axes, path)
-
-
-def draw_quality(rows: Sequence[Row], path: Path) -> None:
-    """Validation bits per byte against cache bytes per token, with standard errors."""
-    figure, axes = _figure()
-    shown, points = [(i, row) for i, row in enumerate(rows) if row["val_bits_per_byte"] is not None], []
-    for number, row in shown:
-        style = _style(number, len(rows))
-        x, y = row["cache_bytes_per_token"], row["val_bits_per_byte"]
-        error = row["standard_error"]
-        axes.errorbar(
-            [x], [y], yerr=None if error is None else [error], color=style["color"], marker=style["marker"],
-            markersize=8, linestyle="", capsize=3,
-        )  # fmt: skip
-        points.append((x, y, row["mechanism"], style["color"]))
-    if shown and all(row["cache_bytes_per_token"] > 0 for _, row in shown):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set(
-        xlabel="cache (bytes per token, bfloat16, all layers)", ylabel="validation (bits per byte)",
-        title="Quality against cache",
-    )  # fmt: skip
-    _label(axes, points)
-    _finish(figure, axes, path)
-
-
-def _finished(runs: Sequence[Mapping[str, Any]], rate: float | None) -> dict[str, list[Mapping[str, Any]]]:
-    finished: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        if run["status"] == "finished" and run.get("rate") == rate:
-            finished.setdefault(run["mechanism"], []).append(run)
-    return finished
-
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line style and marker vary as well.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
-_LINES = ("-", "--", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
-
-
-def _style(number: int, count: int) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    # More mechanisms than Okabe and Ito have colours take theirs along a map, neighbours far from each other.
-    place = (number * 5 % count if count % 5 else number * 7 % count) / count
-    mapped = colormaps["turbo"](0.04 + 0.92 * place)[:3]
-    return {
-        "color": _COLOURS[number] if count <= len(_COLOURS) else tuple(0.85 * part for part in mapped),
-        "linestyle": _LINES[number % len(_LINES)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "markersize": 5,
-        "linewidth": 1.5,
-    }
-
-
-def _label(axes: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Write each point's name to its right; names at one place along x keep apart."""
-    axes.margins(x=0.18)
-    low, high = axes.get_ylim()
-    gap, below = 0.036 * (high - low), dict[float, float]()
-    for x, y, name, colour in sorted(points, key=lambda point: point[1]):
-        below[x] = max(y, below.get(x, -math.inf) + gap)
-        axes.text(x, below[x], f"   {name}", va="center", fontsize=8, color=colour)
-    axes.set_ylim(low, max(high, gap + max(below.values(), default=high)))
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.grid(alpha=0.3)
-    write_atomically(path, to_bytes(figure, path.suffix[1:], dpi=150))

@@ -16,8 +16,8 @@ from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.commandline import CONFIG_FOLDERS, config_path
 from attnzoo_recipes.compare.cli import Trained, train, versions
+from attnzoo_recipes.compare.pictures import draw_losses
 from attnzoo_recipes.compare.plan import Settings
-from attnzoo_recipes.compare.table import draw_losses
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.evidence.claim import Claim, Preset
 from attnzoo_recipes.evidence.figures import FIGURES, TrainedRun
