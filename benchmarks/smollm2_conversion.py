@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M after conversion to other mechanisms, and how fast training recovers it.
 
-    python benchmarks/smollm2_conversion.py                        all cases that the result file lacks; hours
+    python benchmarks/smollm2_conversion.py                        all cases that the result file lacks
     python benchmarks/smollm2_conversion.py --only perplexity      the tables alone
     python benchmarks/smollm2_conversion.py --table                prints the tables from the result file
 
@@ -284,8 +284,9 @@ def draw(out: Path, path: Path) -> None:
 def label_of(r: dict[str, Any]) -> str:
     options = r["options"]
     if r["to"] == LATENT:
-        return f"latent attention, R {options['kv_rank']}, weighting {options['weighting']}"
-    return "source" if r["to"] == "source" else f"{r['to']}, one key/value head, {options['mode']}"
+        weight = f", key_weight {options['key_weight']:g}" if "key_weight" in options else ""
+        return f'latent attention, R {options["kv_rank"]}, weighting "{options["weighting"]}"{weight}'
+    return "source" if r["to"] == "source" else f'{r["to"]}, one key/value head, mode "{options["mode"]}"'
 
 
 def main() -> int:
