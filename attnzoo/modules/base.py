@@ -94,12 +94,7 @@ class Mechanism(Recorded, HintedCall, nn.Module):
     k_norm: nn.RMSNorm | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         v_head_dim: int | None = None,
         kdim: int | None = None,
         rope: Rotary | None = None,
@@ -111,7 +106,7 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         init_std: float = 0.02,
         backend: str = "auto",
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         check_options(
             dropout=dropout, sliding_window=sliding_window, sink_tokens=sink_tokens, scale=scale, causal=causal,

@@ -55,12 +55,7 @@ class ComplexAttention(GroupedQueryAttention):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         rope_theta: float | None = None,
         softmax_scale: float = 1.0,
@@ -68,7 +63,7 @@ class ComplexAttention(GroupedQueryAttention):
         phase_init: str = "identity",
         bias: bool = False,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name in ("scale", "qk_norm", "alibi"):
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} is not an option of ComplexAttention, got {given!r}")

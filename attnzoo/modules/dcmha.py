@@ -79,12 +79,7 @@ class DynamicallyComposableAttention(Mechanism):
     post_base: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         kdim: int | None = None,
         bias: bool = False,
         rank: int = 2,
@@ -101,14 +96,9 @@ class DynamicallyComposableAttention(Mechanism):
         qk_norm_eps: float | None = 1e-6,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         sliding_window: int | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        chunk_size: int | None = 128,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, chunk_size: int | None = 128, init_std: float = 0.02,
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, pre_compose=pre_compose,

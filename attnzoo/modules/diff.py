@@ -72,12 +72,7 @@ class DifferentialAttention(Mechanism):
     shown = ("version", "depth", "rope", "logit_softcap", "sliding_window", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         version: int = 1,
         depth: int = 0,
         lambda_init: float | None = None,
@@ -92,11 +87,9 @@ class DifferentialAttention(Mechanism):
         causal: bool = True,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        init_std: float = 0.02, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check("version", version, (*INTEGER, (lambda value: value in (1, 2), "be 1 or 2")))
         if version == 1 and head_dim is None:
             check_sizes(embed_dim=embed_dim, num_heads=num_heads)

@@ -72,11 +72,7 @@ class EnhancedMultiheadAttention(Mechanism):
     csi_w2: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        head_dim: int | None = None,
+        self, embed_dim: int, num_heads: int, *, head_dim: int | None = None,
         kdim: int | None = None,
         bias: bool = False,
         isi_hidden: int | None = None,
@@ -86,14 +82,9 @@ class EnhancedMultiheadAttention(Mechanism):
         init: str = "default",
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         sliding_window: int | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        chunk_size: int | None = 128,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, chunk_size: int | None = 128, init_std: float = 0.02,
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, head_dim=head_dim, kdim=kdim, rope=rope, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, efficient=efficient, bias=bias,

@@ -84,12 +84,7 @@ class ForgettingAttention(Mechanism):
     forget_bias: nn.Parameter
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         v_head_dim: int | None = None,
         forget_gate: str | None = "data",
         decay_times: tuple[float, float] | None = None,
@@ -105,13 +100,9 @@ class ForgettingAttention(Mechanism):
         scale: float | None = None,
         sliding_window: int | None = None,
         prune_tolerance: float | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, rope=rope, scale=scale, causal=causal,
             sliding_window=sliding_window, dropout=dropout, init_std=init_std, backend=backend, k_shift=k_shift,

@@ -54,19 +54,14 @@ class GatedAttention(GroupedQueryAttention):
     sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         gate: str = "output",
         gate_type: str = "elementwise",
         gate_bias: bool | None = None,
         bias: bool = False,
         qk_norm: bool | str = False,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, bias=bias, qk_norm=qk_norm, **options)
         check("gate", gate, one_of(*GATES))
         check_options(gate_type=gate_type, gate_bias=gate_bias)

@@ -68,12 +68,7 @@ class GroupedQueryAttention(Mechanism):
     sinks: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         v_head_dim: int | None = None,
         kdim: int | None = None,
         vdim: int | None = None,
@@ -91,11 +86,9 @@ class GroupedQueryAttention(Mechanism):
         causal: bool = True,
         dropout: float = 0.0,
         init: str = "normal",
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        init_std: float = 0.02, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check("qk_norm", qk_norm, SWITCH_OR_JOINT)
         if causal and (kdim is not None or vdim is not None):
             raise ValueError(f"kdim and vdim need causal=False, got kdim={kdim} and vdim={vdim}")

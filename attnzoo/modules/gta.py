@@ -67,12 +67,7 @@ class GroupedTiedAttention(Mechanism):
     sinks: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         rope_head_dim: int | None = None,
         bias: bool = False,
         o_bias: bool | None = None,
@@ -86,13 +81,9 @@ class GroupedTiedAttention(Mechanism):
         sliding_window: int | None = None,
         sink_tokens: int = 0,
         sink: str | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, kdim=kdim, scale=scale, logit_softcap=logit_softcap,
             sliding_window=sliding_window, sink_tokens=sink_tokens, sink=sink, causal=causal, dropout=dropout,

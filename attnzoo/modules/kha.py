@@ -99,19 +99,14 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
     sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         variant: str | None = "auto",
         knock_q: str | None = None,
         knock_k: str | None = None,
         knock_v: str | None = None,
         knock_init: str = "identity",
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check("knock_init", knock_init, one_of("identity", "normal"))
         kinds = knock_kinds(variant, (knock_q, knock_k, knock_v), "mlp")
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, **options)

@@ -40,17 +40,12 @@ class KnockingHeadsTiedAttention(KnockingHeads, GroupedTiedAttention):
     k_knock = None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         variant: str | None = "auto",
         knock_v: str | None = None,
         knock_scope: str = "tied",
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         kinds = knock_kinds(variant, (None, None, knock_v), "mlp")
         if kinds[0] is not None or kinds[1] is not None:
             raise ValueError(

@@ -40,9 +40,7 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
     v_knock: HeadMap | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
+        self, embed_dim: int, num_heads: int,
         kv_lora_rank: int | None = None,
         q_lora_rank: int | None = None,
         *,
@@ -51,7 +49,7 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
         knock_k: str | None = None,
         knock_v: str | None = None,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         kinds = knock_kinds(variant, (knock_q, knock_k, knock_v), "linear")
         if "mlp" in kinds:
             raise ValueError(

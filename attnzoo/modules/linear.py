@@ -69,12 +69,7 @@ class LinearAttention(FeatureAttention):
     norm: nn.RMSNorm | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         v_head_dim: int | None = None,
         kdim: int | None = None,
         bias: bool = False,
@@ -92,13 +87,9 @@ class LinearAttention(FeatureAttention):
         norm_eps: float = 1e-5,
         gate: bool = False,
         rope: Rotary | None = None,
-        chunk_size: int = 64,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        chunk_size: int = 64, dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, bias=bias,
             out_bias=out_bias, causal=causal, feature_map=feature_map, feature_eps=feature_eps, scale=scale,

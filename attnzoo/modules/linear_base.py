@@ -53,12 +53,7 @@ class FeatureAttention(Mechanism):
     norm_name = "norm"
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, *,
         bias: bool,
         out_bias: bool | None,
         feature_map: str,
@@ -72,7 +67,7 @@ class FeatureAttention(Mechanism):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, bias=bias, out_bias=out_bias, feature_eps=feature_eps,
             qk_norm=qk_norm, qk_norm_eps=qk_norm_eps, output_norm=output_norm, norm_eps=norm_eps, gate=gate,

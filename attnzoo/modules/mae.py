@@ -66,19 +66,14 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
     expert_index: int | None = None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         num_active: int | None = None,
         gate_input: str | None = None,
         gate_hidden: int = 256,
         training_scheme: str = "joint",
         causal: bool = True,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal=causal, **options)
         (gate_hidden,) = check_sizes(gate_hidden=gate_hidden)
         num_heads = self.num_heads

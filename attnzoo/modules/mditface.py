@@ -61,12 +61,7 @@ class StaticContextAttention(GroupedQueryAttention):
     shown = ("separate_static", "rope", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         separate_static: bool = True,
         causal: bool = False,
         bias: bool = False,
@@ -74,12 +69,9 @@ class StaticContextAttention(GroupedQueryAttention):
         qk_norm_eps: float = 1e-6,
         rope: Rotary | None = None,
         scale: float | None = None,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, bias=bias, qk_norm=qk_norm, qk_norm_eps=qk_norm_eps,
             rope=rope, scale=scale, causal=causal, dropout=dropout, init_std=init_std, backend=backend, device=device,

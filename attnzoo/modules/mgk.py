@@ -84,12 +84,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
     pi: Tensor | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         num_mixtures: int = 2,
         shared_key: bool = False,
         assignment: str = "learned",
@@ -103,7 +98,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         scale_w: Sequence[float] | None = None,
         rope: Rotary | None = None,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         (num_mixtures,) = check_sizes(num_mixtures=num_mixtures)
         if max_positions is not None:
             (max_positions,) = check_sizes(max_positions=max_positions)

@@ -23,12 +23,8 @@ class MultiHeadAttention(GroupedQueryAttention):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, head_dim: int | None = None, *,
         bias: bool = True,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **options)

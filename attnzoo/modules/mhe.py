@@ -60,16 +60,12 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
     v_head_embed: nn.Parameter
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, head_dim: int | None = None, *,
         mode: str = "mul",
         rope: Rotary | None = None,
         embed_init_std: float = 0.02,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check("mode", mode, one_of("mul", "add", words="be 'mul' or 'add'"))
         check_options(embed_init_std=embed_init_std)
         for name in ("qk_norm",) if mode == "mul" else ("qk_norm", "logit_softcap", "sink"):

@@ -90,12 +90,7 @@ class MultiHeadLinearAttention(FeatureAttention):
     lepe: nn.Conv2d | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         v_head_dim: int | None = None,
         bias: bool = False,
         out_bias: bool | None = None,
@@ -123,12 +118,9 @@ class MultiHeadLinearAttention(FeatureAttention):
         mixing_trainable: bool = True,
         extrapolation: str = "error",
         lepe_kernel: int = 0,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_options(
             normalizer=normalizer, mixing_norm=mixing_norm, extrapolation=extrapolation, grid=grid,
             block_grid=block_grid, lepe_kernel=lepe_kernel, mixing_sigma=mixing_sigma, mixing_clip=mixing_clip,

@@ -84,9 +84,7 @@ class MultiHeadLatentAttention(Mechanism):
     shown = ("rope_mode", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
+        self, embed_dim: int, num_heads: int,
         kv_lora_rank: int | None = None,
         q_lora_rank: int | None = None,
         *,
@@ -109,10 +107,8 @@ class MultiHeadLatentAttention(Mechanism):
         dropout: float = 0.0,
         init_std: float = 0.02,
         absorb: bool | str = "auto",
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         sizes = LatentSizes.derive(
             derive_head_dim(embed_dim, num_heads, qk_nope_head_dim), rope_mode, rope, kv_lora_rank, qk_rope_head_dim,
             v_head_dim,

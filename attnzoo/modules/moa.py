@@ -103,12 +103,7 @@ class MixtureOfAttentionHeads(Mechanism):
     o_bias: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int | None = None,
-        num_kv_heads: int = 1,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int | None = None, num_kv_heads: int = 1, head_dim: int | None = None, *,
         num_experts: int | None = None,
         num_experts_per_tok: int | None = None,
         heads_per_expert: int | None = None,
@@ -125,13 +120,9 @@ class MixtureOfAttentionHeads(Mechanism):
         mi_coef: float = 0.01,
         cv_coef: float = 0.01,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
-        causal: bool = True,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         M = num_kv_heads if heads_per_expert is None else heads_per_expert
         check_sizes(embed_dim=embed_dim, num_kv_heads=num_kv_heads, heads_per_expert=M)
         if M % num_kv_heads:

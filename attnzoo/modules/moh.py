@@ -91,12 +91,7 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
     type_router: nn.Linear | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         num_shared_heads: int | None = None,
         num_routed_active: int | None = None,
         router: str = "two_stage",
@@ -109,13 +104,9 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         vdim: int | None = None,
         bias: bool = False,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
-        causal: bool = True,
-        dropout: float = 0.0,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, kdim=kdim, vdim=vdim, bias=bias,
             rope=rope, causal=causal, dropout=dropout, init_std=init_std, backend=backend, device=device, dtype=dtype,

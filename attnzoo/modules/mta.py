@@ -79,12 +79,7 @@ class MultiTokenAttention(Mechanism):
     shown = ("pre_kernel_size", "post_kernel_size", "gate_type", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         pre_kernel: tuple[int, int] | None = (6, 11),
         post_kernel: tuple[int, int] | None = None,
         pre_head_group: int | None = None,
@@ -99,13 +94,9 @@ class MultiTokenAttention(Mechanism):
         scale: float | None = None,
         sliding_window: int | None = None,
         bias: bool = False,
-        dropout: float = 0.0,
-        causal: bool = True,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        dropout: float = 0.0, causal: bool = True, init_std: float = 0.02, backend: str = "auto",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, rope=rope, scale=scale, sliding_window=sliding_window,
             causal=causal, dropout=dropout, init_std=init_std, backend=backend, bias=bias, head_norm=head_norm,

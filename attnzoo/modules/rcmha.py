@@ -49,7 +49,7 @@ class RelativeConvAttention(Mechanism):
         chunk_size: queries done at once; longer inputs go chunk by chunk, and their scores are recomputed in the
             backward pass. None: all at once.
         init_std: standard deviation of the projections' normal initialisation.
-        backend: "auto" (chunked for more than chunk_size queries) or "eager" (all scores at once). There is no kernel.
+        backend: "auto" or "eager": the scores of chunk_size queries are held at a time, or all. There is no kernel.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
@@ -61,23 +61,16 @@ class RelativeConvAttention(Mechanism):
     shown = ("kernel_size", "max_distance", "conv_query_memory", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
+        self, embed_dim: int, num_heads: int,
         kernel_size: int = 3,
         max_distance: int = 4096,
         *,
         head_dim: int | None = None,
         bias: bool = True,
         conv_query_memory: bool = False,
-        causal: bool = True,
-        dropout: float = 0.1,
-        chunk_size: int | None = 128,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.1, chunk_size: int | None = 128, init_std: float = 0.02,
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, head_dim=head_dim, bias=bias, conv_query_memory=conv_query_memory, causal=causal,
             dropout=dropout, init_std=init_std, backend=backend, chunk_size=chunk_size, device=device, dtype=dtype,

@@ -54,18 +54,13 @@ class SelectiveAttention(GroupedQueryAttention):
     shown = ("selection_head", "prune_threshold", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         selection_head: int = 0,
         protect_first: bool = True,
         prune_threshold: float | None = None,
         chunk_size: int | None = 128,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name in ("sink", "sink_tokens", "alibi", "logit_softcap", "kdim", "vdim"):
             if options.get(name):
                 raise ValueError(f"{name} is not defined for selective attention, got {options[name]!r}")

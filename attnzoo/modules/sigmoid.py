@@ -53,18 +53,13 @@ class SigmoidAttention(GroupedQueryAttention):
     output_norm: nn.RMSNorm | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,
         logit_bias: float | str = "visible",
         context_length: int | None = None,
         output_norm: bool = False,
         chunk_size: int | None = 128,
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name in ("sink", "sink_tokens"):
             if options.get(name):
                 raise ValueError(

@@ -71,11 +71,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
     o_head_bias: nn.Parameter | None
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, head_dim: int | None = None, *,
         num_active: int | None = None,
         gate_mode: str = "normalized",
         rope_positions: str = "original",
@@ -84,7 +80,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         bias: bool = True,
         packed: bool | str = "auto",
         **options: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name in LACKS:
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} is no option of selective multi-head attention, got {given!r}")

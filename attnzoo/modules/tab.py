@@ -47,19 +47,16 @@ class TABAttention(GroupedQueryAttention):
     takes_bias = False
 
     def __init__(
-        self,
-        embed_dim: int,
+        self, embed_dim: int,
         kdim: int | None = None,
         vdim: int | None = None,
         *,
         gate_rows: Sequence[int] = (0,),
         bottleneck_index: int = 0,
         bias: bool = True,
-        dropout: float = 0.0,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        dropout: float = 0.0, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, 1, kdim=kdim, vdim=vdim, bias=bias, rope=None, causal=False, dropout=dropout, init="xavier",
             backend=backend, device=device, dtype=dtype,

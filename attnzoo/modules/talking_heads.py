@@ -68,11 +68,7 @@ class TalkingHeadsAttention(Mechanism):
     shown = ("num_qk_heads", "num_v_heads", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_qk_heads: int | None = None,
+        self, embed_dim: int, num_heads: int, *, num_qk_heads: int | None = None,
         num_v_heads: int | None = None,
         head_dim: int | None = None,
         v_head_dim: int | None = None,
@@ -81,14 +77,9 @@ class TalkingHeadsAttention(Mechanism):
         mix_init: str | None = None,
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         sliding_window: int | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        chunk_size: int | None = 128,
-        init_std: float = 0.02,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        causal: bool = True, dropout: float = 0.0, chunk_size: int | None = 128, init_std: float = 0.02,
+        backend: str = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         num_qk_heads = num_heads if num_qk_heads is None else num_qk_heads
         num_v_heads = num_heads if num_v_heads is None else num_v_heads

@@ -66,11 +66,7 @@ class TensorProductAttention(Mechanism):
     shown = ("q_rank", "k_rank", "v_rank", "head_norm", "rope", "sliding_window", "pruned_heads")
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int | None = None,
-        *,
+        self, embed_dim: int, num_heads: int, head_dim: int | None = None, *,
         q_rank: int | None = 6,
         k_rank: int = 2,
         v_rank: int = 2,
@@ -81,12 +77,9 @@ class TensorProductAttention(Mechanism):
         rope: Rotary | None = Rotary(),  # noqa: B008  (frozen)
         scale: float | None = None,
         sliding_window: int | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
+        causal: bool = True, dropout: float = 0.0, backend: str = "auto", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             embed_dim, num_heads, head_dim=head_dim, v_head_dim=v_head_dim, kdim=kdim, rope=rope, scale=scale,
             sliding_window=sliding_window, causal=causal, dropout=dropout, backend=backend, head_norm=head_norm,
