@@ -13,7 +13,7 @@ def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dty
     With P ranks, T tokens, n numbers of a token that travel (what a cache keeps of it), b bytes a number and w those of
     a gradient or a state, at least 4:
 
-        gather   (P-1)/P T n b                                                  the same
+        gather   (P-1)/P T n b, of forget gates w in place of b                 the same
         ring     (P-1)/P T n b                                                  the same + T n w
                  in two sweeps (P-1)/P T (n1 + n) b, n1 what scores need         2 (P-1)/P T n b + T n w
         heads    (P-1)/P^2 T (H D + H Dv + max(G, P) (D + Dv)) b                the same
@@ -40,7 +40,8 @@ def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dty
     n = sum(heads * width for heads, width in module.cache_widths())
     once = (P - 1) * T * b // P
     if form == "gather":
-        return once * n, once * n
+        sent = once * n + (P - 1) * T * (wide - b) // P * module.wide_numbers()
+        return sent, sent - (P - 1) * T * wide // P * module.constant_numbers()
     (G, D), *rest = module.cache_widths()
     if form == "ring" and module.mixes_heads:
         return once * (module.score_numbers() + n), 2 * once * n + T * n * wide

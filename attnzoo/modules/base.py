@@ -220,6 +220,14 @@ class Mechanism(Recorded, HintedCall, nn.Module):
         heads, width = self.cache_widths()[0]
         return heads * width
 
+    def wide_numbers(self) -> int:
+        """Numbers of a token, among those of its cache, that travel in float32 where others have 16 bits."""
+        return 0
+
+    def constant_numbers(self) -> int:
+        """Numbers of a token, among those of its cache, that have no gradient."""
+        return 0
+
     def factor_numbers(self) -> int:
         """Numbers of a token beside queries, keys, values and outputs that go to the ranks of other heads."""
         return 0

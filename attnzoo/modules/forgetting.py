@@ -80,6 +80,8 @@ class ForgettingAttention(Mechanism):
 
     takes_bias = True
     cache_type = ForgettingCache
+    sequence_forms: tuple[str, ...] = ("gather",)
+    sequence_cache = False
     shown = ("forget_gate", "decay_times", "output_gate", "rope", "sliding_window", "pruned_heads")
     forget_bias: nn.Parameter
 
@@ -196,12 +198,15 @@ class ForgettingAttention(Mechanism):
         k, v = self.shifted(*new, x, call) if self.has_shift else new
         q = qk_norm_rope(q, call.q_table, norm=self.q_norm, backend=self.backend)
         k = qk_norm_rope(k, call.k_table, norm=self.k_norm, backend=self.backend)
-        states = (k, v) if self.forget_gate is None else (k, v, self.cumulated_gates(x, call))
-        with call.remember(*states) as (k, v, *c):
+        c = None if self.forget_gate is None else self.cumulated_gates(x, call)
+        # On a shard the sums are those of all tokens already.
+        states = (k, v) if c is None or call.view.shards is not None else (k, v, c)
+        with call.remember(*states) as (k, v, *held):
             if cache is not None and self.has_shift:
                 cache.follow(*new)
             k, v = self.heads.spread(k, v)
-            decay = c[0][..., 0].transpose(1, 2) if c else None
+            c = held[0] if held else c
+            decay = None if c is None else c[..., 0].transpose(1, 2)
             options: dict[str, Any] = {"scale": self.scale, "decay": decay, "backend": self.backend}
             options |= {"bias": call.bias, "dropout": self.weight_dropout}
             if self.prune_tolerance is None:
@@ -230,7 +235,10 @@ class ForgettingAttention(Mechanism):
         return tuple(mixed)
 
     def cumulated_gates(self, x: Tensor, call: Call) -> Tensor:
-        """c (B, T, H, 1), in float32 or float64; in packed documents from the start of each."""
+        """c (B, T, H, 1), in float32 or float64; in packed documents from the start of each.
+
+        On a shard of a sequence it is that of all tokens.
+        """
         (B, T, _), dtype = x.shape, torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
             if self.forget_proj is not None:
@@ -244,8 +252,10 @@ class ForgettingAttention(Mechanism):
             real, mask = call.real_tokens(x), call.view.mask
             if real is not None:
                 gates = gates.where(real[..., None], 0)
+            if call.view.shards is not None:
+                (gates,) = call.view.shards.gathered(gates)
             c = gates.cumsum(1)
-            bounds = None if mask is None else mask.document_bounds(B, T)
+            bounds = None if mask is None else mask.document_bounds(*c.shape[:2])
             if bounds is not None:
                 c = c - (c - gates).gather(1, bounds[0].long()[..., None].expand_as(c))
             if call.cache is not None:
@@ -257,6 +267,20 @@ class ForgettingAttention(Mechanism):
         layers = {"forget_gate": self.forget_proj, "gate": self.g_proj if self.output_gate == "sigmoid" else None}
         every = tuple(range(self.num_heads))
         return {name: (layer, every) for name, layer in layers.items() if layer is not None}
+
+    def sequence_obstacle(self) -> str | None:
+        """Shifts take the token before, which another rank may have; `prune_tolerance` asks for all scores' bounds."""
+        if self.has_shift:
+            return "k_shift and v_shift must be False, got shifts, as pro has them"
+        return None if self.prune_tolerance is None else f"prune_tolerance must be None, got {self.prune_tolerance}"
+
+    def wide_numbers(self) -> int:
+        """Gates."""
+        return 0 if self.forget_gate is None else self.num_heads
+
+    def constant_numbers(self) -> int:
+        """Gates that are fixed."""
+        return self.num_heads if self.forget_gate == "fixed" else 0
 
     # Caches
 

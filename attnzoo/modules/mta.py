@@ -73,6 +73,7 @@ class MultiTokenAttention(Mechanism):
     pre_heads: nn.Parameter | None
     post_heads: nn.Parameter | None
     cache_type = RecentQueriesCache
+    sequence_reason = "its convolutions reach over the border of a shard"
     caches_all_tokens = True  # Earlier queries read keys that have left the window of the last.
     takes_pair_masks = False  # Convolutions read the scores of earlier queries too.
     takes_left_padding = False

@@ -52,6 +52,7 @@ class SelectiveAttention(GroupedQueryAttention):
     takes_bias = False
     takes_left_padding = False  # The first token of a row is protected.
     shown = ("selection_head", "prune_threshold", "rope", "sliding_window", "pruned_heads")
+    sequence_reason = "what tokens drop for later ones is summed over the border of a shard"
 
     def __init__(
         self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None, *,

@@ -49,6 +49,7 @@ class SigmoidAttention(GroupedQueryAttention):
     """
 
     shown = ("logit_bias", "rope", "logit_softcap", "sliding_window", "pruned_heads")
+    sequence_forms: tuple[str, ...] = ("gather",)
     logit_bias: nn.Parameter | float | str
     output_norm: nn.RMSNorm | None
 

@@ -63,6 +63,7 @@ class TensorProductAttention(Mechanism):
 
     cache_type = FactorCache
     input_layer = "k_a_proj"
+    sequence_forms: tuple[str, ...] = ("gather",)
     shown = ("q_rank", "k_rank", "v_rank", "head_norm", "rope", "sliding_window", "pruned_heads")
 
     def __init__(

@@ -56,6 +56,7 @@ def factored_attention(
     ranks, widths = (k_b.shape[2], v_b.shape[2]), (k_b.shape[3], v_b.shape[3])
     # Without a cache the number of queries is not asked for: an exported program would be tied to it.
     unformed = view.query_start and backend in ("auto", "eager", "triton") and current_observer() is None
+    unformed = unformed and view.shards is None
     if unformed and decodes(q, k_b, view, q, k_a, k_b, v_a, v_b) and factors_are_cheaper(q.shape[1], ranks, widths):
 
         def triton() -> str | None:

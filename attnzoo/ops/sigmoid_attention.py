@@ -60,6 +60,9 @@ def sigmoid_attention(
     """
     scale = float(int(q.shape[-1])) ** -0.5 if scale is None else scale
     rules = ScoreRules(scale, softcap, alibi_slopes, bias=bias, dropout=dropout, sigmoid_bias=logit_bias)
+    if view.shards is not None:
+        out: Tensor = view.shards.ops.sharded_sigmoid(q, k, v, view, rules, chunk_size, backend)
+        return out
     observer = current_observer()
     if observer is not None:
         observer(Observation("sigmoid_attention", q, k, v, view, rules))

@@ -24,6 +24,7 @@ FORMS: dict[str, set[str]] = {
     **dict.fromkeys(("gated", "gated-value", "gated-key", "gated-dense", "complexformer", "dcmha-folded"), ALL),
     **dict.fromkeys(("dcmha", "talking-heads"), MIXED),
     **dict.fromkeys(("eit", "eit-efficient", "mgk", "mgk-hard", "smha", "diff", "diff-v2"), GATHER),
+    **dict.fromkeys(("tpa", "tpa-kv", "sigmoid", "sigmoid-learned", "forgetting", "forgetting-fixed"), GATHER),
     **dict.fromkeys(("linear", "linear-lm", "mhla", "mhla-heads"), STATE),
 }
 LAYOUTS = ("zigzag", "contiguous", "striped")

@@ -73,7 +73,9 @@ def test_sizes_and_pruned_heads(name, two):
     assert [line for line in ran if ":" not in line]
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "gta", "mla", "moh", "moa", "dcmha", "talking-heads", "linear", "eit"])
+@pytest.mark.parametrize(
+    "name", ["mha", "gqa", "gta", "mla", "moh", "moa", "dcmha", "talking-heads", "linear", "eit", "tpa", "sigmoid"]
+)
 def test_bidirectional(name, two):
     ran = two.run(check_forms, name, ("gather", "heads", "ring", "state"), ("zigzag", "contiguous"), {"causal": False})[
         0

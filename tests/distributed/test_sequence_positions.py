@@ -111,6 +111,8 @@ def check_causality(name: str, form: str, layout: str) -> None:
         ("dcmha", "ring"),
         ("linear", "state"),
         ("mhla-heads", "state"),
+        ("forgetting", "gather"),
+        ("sigmoid", "gather"),
     ],
 )
 def test_later_tokens_change_nothing(name, form, layout, two):

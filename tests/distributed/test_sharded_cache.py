@@ -58,7 +58,9 @@ def check_decoding(name: str, form: str, layout: str, options: dict[str, Any]) -
         ("dcmha", "gather", {}),
         ("dcmha", "ring", {}), ("talking-heads", "ring", {}), ("eit", "gather", {}), ("moh", "gather", {}),
         ("gated", "heads", {}), ("diff", "gather", {}), ("linear", "state", {}), ("mhla-heads", "state", {}),
-        ("moa", "gather", {}),
+        ("moa", "gather", {}), ("tpa", "gather", {}), ("tpa-kv", "gather", {"sliding_window": 5}),
+        ("sigmoid", "gather", {}), ("sigmoid", "gather", {"alibi": True, "rope": None}),
+        ("sigmoid-learned", "gather", {"sliding_window": 5}),
     ],
 )  # fmt: skip
 def test_decoding_from_a_sharded_cache(name, form, options, layout, two):

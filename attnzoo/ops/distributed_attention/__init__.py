@@ -9,6 +9,7 @@ from attnzoo.ops.distributed_attention.gather import gather_attention, query_run
 from attnzoo.ops.distributed_attention.heads import heads_attention
 from attnzoo.ops.distributed_attention.merging import merge_partials
 from attnzoo.ops.distributed_attention.ring import ring_attention
+from attnzoo.ops.distributed_attention.sigmoid import sharded_sigmoid
 from attnzoo.ops.distributed_attention.softmax import expanded_attention, sharded_attention
 from attnzoo.ops.distributed_attention.states import pass_block_states, pass_state
 
@@ -23,4 +24,5 @@ __all__ = [
     "ring_attention",
     "sharded_attention",
     "sharded_composition",
+    "sharded_sigmoid",
 ]

@@ -57,11 +57,12 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: S
         q_rope = None if rules.q_rope is None else rules.q_rope[:, rows]
         k_rope = None if rules.k_rope is None else rules.k_rope[:, :stop]
         bias = None if rules.bias is None else rows_of(rules.bias, rows)[..., :stop]
+        decay = None if rules.decay is None else rules.decay[..., :stop]
         outs.append(
             softmax_attention(
                 q[:, rows], k[:, :stop], v[:, :stop], own, scale=rules.scale, softcap=rules.softcap,
                 alibi_slopes=rules.alibi_slopes, sinks=rules.sinks, q_rope=q_rope, k_rope=k_rope, bias=bias,
-                dropout=rules.dropout, backend=backend,
+                decay=decay, dropout=rules.dropout, backend=backend,
             )
         )  # fmt: skip
     return torch.cat(outs, 1)

@@ -29,9 +29,10 @@ def sharded_attention(
     k and v are those of all tokens in form "gather", of this rank's part of the cache in form "cache", else its own.
     """
     shards: Shards = view.shards
-    if rules.decay is not None or (rules.bias is not None and shards.form != "gather"):
+    if shards.form != "gather" and (rules.decay is not None or rules.bias is not None):
         raise ValueError(
-            "this operation has no form for a sequence that is spread over processes: its scores have a bias"
+            "this operation has no form for a sequence that is spread over processes but 'gather': its scores have a "
+            "bias or a decay"
         )
     if shards.form == "cache":
         return cached_attention(q, k, v, view, rules)
