@@ -122,6 +122,26 @@ def test_the_resources_of_composed_attention_are_those_of_the_committed_table():
     assert len(measured) == 5
 
 
+COMPARED = ROOT / "benchmarks" / "results" / "compare-cpu"
+
+
+def test_the_comparison_is_that_of_the_results():
+    table, *_ = (COMPARED / "table.md").read_text().split("\n\n")
+    assert table in (ROOT / "docs" / "comparison.md").read_text()
+    assert len(table.splitlines()) == 2 + len(list((ROOT / "configs" / "attention").glob("*.yaml")))
+
+
+def test_training_speeds_are_those_of_the_comparison():
+    rows = json.loads((COMPARED / "results.json").read_text())["rows"]
+    speeds = {row["mechanism"]: f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.2f}" for row in rows}
+    shown = {}
+    for line in (ROOT / "docs" / "backends.md").read_text().splitlines():
+        cells = [cell.split(", ") for cell in line.strip("| ").split(" | ")]
+        if len(cells) == 7 and set(cells[0]) <= set(speeds):
+            shown |= dict(zip(cells[0], cells[-1], strict=True))
+    assert shown == speeds
+
+
 def test_the_conversion_tables_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pytest.importorskip("transformers", reason="needs transformers")

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOFTMAX = (
     "mha", "mqa", "gqa", "gta", "kha", "kha-linear", "kha-gta", "kha-mla", "mla", "mla-pre", "moh", "moa",
     "dcmha-folded", "mhe", "mhe-add", "mgk", "smha", "mae", "gated", "gated-value", "diff",
-    "diff-v2", "forgetting", "forgetting-pro",
+    "diff-v2", "forgetting", "forgetting-pro", "tpa", "complexformer", "static-context",
 )  # fmt: skip
 B, T = 1, 19
 

@@ -127,7 +127,7 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
 
 
 def _columns(across: Sequence[float]) -> list[list[int]]:
-    """Indices of points whose names would stand beside each other, in columns from left to right."""
+    """Indices of points whose names would be side by side, in columns from left to right."""
     columns: list[list[int]] = []
     for i in sorted(range(len(across)), key=lambda i: across[i]):
         if columns and across[i] - across[columns[-1][0]] < NAME:
@@ -138,7 +138,7 @@ def _columns(across: Sequence[float]) -> list[list[int]]:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights within (0, 1) that are `gap` apart, in the same order and, in squares, nearest to the given ones."""
+    """Heights within (0, 1) with distances of `gap` or more, in their order and, in squares, nearest to those given."""
     from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # has no stubs
 
     count = len(heights)
