@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -286,7 +287,9 @@ def carry_out(command, trained, variables):
 @pytest.mark.parametrize(("page", "everything"), CASES)
 def test_the_commands_of_a_page_run(page, everything, trained, folder, monkeypatch):
     if page.stem in NEEDS:
-        pytest.importorskip(NEEDS[page.stem], reason=f"needs the package {NEEDS[page.stem]}")
+        # Found, not imported: a package of weights may itself import what a page has no use for.
+        if importlib.util.find_spec(NEEDS[page.stem]) is None:
+            pytest.skip(f"needs the package {NEEDS[page.stem]}")
         (folder / "tests").symlink_to(ROOT / "tests")
     from attnzoo_recipes.compare import cli
 
