@@ -36,6 +36,7 @@ class Figure:
         idle: heads that a token does not use.
         idle_keys: whether their keys and values are not made either.
         state: whether keys and values go into a state in place of score maps; its label.
+        single: whether there is one head alone, of an encoder.
     """
 
     heads: tuple[int, int, int] = (4, 4, 4)
@@ -52,6 +53,7 @@ class Figure:
     idle: tuple[int, ...] = ()
     idle_keys: bool = False
     state: str = ""
+    single: bool = False
 
 
 MECHANISMS = {
@@ -72,7 +74,7 @@ MECHANISMS = {
     "linear": Figure(on_q="feature\nmap", on_k="feature\nmap", state="sum of\nk v^T", cached=("state",)),
     "mhla": Figure(on_q="feature\nmap", on_k="feature\nmap", state="sums per block,\nmixed", cached=("state",)),
     "mditface": Figure(source="static\ncontext", cached=("k", "v")),
-    "tab": Figure(heads=(1, 1, 1), on_o="x gate, to\nbe edited", cached=()),
+    "tab": Figure(heads=(1, 1, 1), on_o="x gate, to\nbe edited", cached=(), single=True),
     "mhe": Figure(
         heads=(1, 1, 1),
         on_q="+ vector\nof the head",
@@ -122,9 +124,12 @@ def _row(axes: Axes, x: float, y: float, count: int, cached: bool, idle: tuple[i
              IDLE if unused else HEADS[head * span], cached=cached)  # fmt: skip
 
 
-def _maps(axes: Axes, x: float, y: float, idle: tuple[int, ...], label: str, changed: bool) -> None:
-    """Four causal score maps."""
-    for head in range(4):
+def _maps(axes: Axes, x: float, y: float, idle: tuple[int, ...], label: str, changed: bool, single: bool) -> None:
+    """Four causal score maps, or a single one of all pairs."""
+    if single:
+        square = [(x, y), (x, y + 0.94), (x + 0.94, y + 0.94), (x + 0.94, y)]
+        axes.add_patch(Polygon(square, facecolor=HEADS[0], edgecolor=INK, linewidth=0.6, zorder=3))
+    for head in () if single else range(4):
         left, bottom, size = x + (head % 2) * 0.52, y + (1 - head // 2) * 0.52, 0.42
         colour = IDLE if head in idle else HEADS[head]
         corners = [(left, bottom), (left, bottom + size), (left + size, bottom + size), (left + size, bottom)]
@@ -181,20 +186,21 @@ def draw(figure: Figure) -> Canvas:
         _box(axes, 7.3, 2.1, 3.4, 1.3, CHANGED, figure.state, "state" in figure.cached)
         _arrow(axes, (9.1, 2.0), (10.2, 2.0))
     else:
-        _maps(axes, 5.6, 1.98, figure.idle, figure.scores, figure.scores != "scores")
+        _maps(axes, 5.6, 1.98, figure.idle, figure.scores, figure.scores != "scores", figure.single)
         left = 6.75
         for colour, label in _stages(figure):
             _box(axes, left + 0.5, 2.45, 1.02, 0.85, colour, label)
             left += 1.14
         _arrow(axes, (left - 0.05, 2.3), (10.2, 2.05))
-    _row(axes, 10.4, 2.0, 4, False, figure.idle)
+    _row(axes, 10.4, 2.0, 1 if figure.single else 4, False, figure.idle)
     axes.text(10.92, 2.33, "o", ha="center", fontsize=8.5, color=INK)
     if figure.on_o:
         _arrow(axes, (11.7, 2.0), (11.95, 2.0))
         _box(axes, 12.55, 2.0, 1.15, 0.85, CHANGED, figure.on_o)
     _arrow(axes, (13.2 if figure.on_o else 11.7, 2.0), (13.5, 2.0))
     axes.text(13.7, 2.0, "y", ha="center", va="center", fontsize=10, color=INK)
-    handles = [("changed", CHANGED, INK, 0.7), ("read from the cache", "white", CACHED, 2.2)]
+    handles = [("changed", CHANGED, INK, 0.7)]
+    handles += [("read from the cache", "white", CACHED, 2.2)] if figure.cached else []
     handles += [("not used by this token", IDLE, INK, 0.7)] if figure.idle else []
     for number, (text, face, edge, line) in enumerate(handles):
         left = 6 + 2.1 * number
