@@ -142,6 +142,15 @@ def test_training_speeds_are_those_of_the_comparison():
     assert shown == speeds
 
 
+def test_the_learning_rates_of_dcmha_are_those_of_the_results():
+    lines = (ROOT / "benchmarks" / "results" / "dcmha_rate.jsonl").read_text().splitlines()
+    held_out = {row["case"]: f"{row['curve'][-1][2]:.3f}" for row in map(json.loads, lines)}
+    page = (ROOT / "docs" / "dcmha.md").read_text()
+    for rate in ("3e-3", "1e-3", "3e-4"):
+        cells = [held_out[f"{arm} {rate} {ratio}"] for arm, ratio in (("mha", 1), ("dcmha", 1), ("dcmha", 0.1))]
+        assert f"| {rate} | {' | '.join(cells)} |" in page
+
+
 def test_the_conversion_tables_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pytest.importorskip("transformers", reason="needs transformers")
