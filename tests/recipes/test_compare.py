@@ -340,6 +340,19 @@ def test_another_setting_is_another_cell():
     assert key() == keys[0]
 
 
+def test_a_width_is_the_same_however_it_came_about():
+    (unmatched,) = plans("none", ["mha"])
+    (matched,) = plans("params", ["mha"])
+    given = settings_of({**MODEL, "attention": attention_of(CONFIGS / "attention" / "mha.yaml"), "mlp_dim": 512})
+    (chosen,) = plan([(Variant("mha", "mha"), given)], [TEXT], "none")
+    (narrower,) = plan(
+        [(Variant("mha", "mha"), {**given, "model": {**given["model"], "mlp_dim": 504}})], [TEXT], "none"
+    )
+    widths = [each.expected["mlp_dim"] for each in (unmatched, matched, chosen, narrower)]
+    assert widths == [512, 512, 512, 504]
+    assert run_key(unmatched, 0) == run_key(matched, 0) == run_key(chosen, 0) != run_key(narrower, 0)
+
+
 def test_where_a_run_is_does_not_make_it_another():
     (one,) = plans("none", ["mha"])
     moved = settings_of({**MODEL, "attention": attention_of(CONFIGS / "attention" / "mha.yaml")})

@@ -432,15 +432,15 @@ def held_equal(plans: Sequence[Plan], match: str, vary: str) -> str:
 
 
 def run_key(plan: Plan, seed: int) -> str:
-    """A hash of everything that the result of a run depends on."""
+    """A hash of everything that the result of a run depends on; of the MLP's width, what the model has in the end."""
     settings = {
         name: value for name, value in plan.settings.items() if name not in ("seed_everything", "progress", "format")
     }
-    for path in OWN:
+    for path in (*OWN, "model.mlp_dim"):
         section, _, name = path.rpartition(".")
         if section:
             settings[section] = {key: value for key, value in settings[section].items() if key != name}
-    content: dict[str, Any] = {"settings": settings, "mlp_dim": plan.mlp_dim, "seed": seed, "expected": plan.expected}
+    content: dict[str, Any] = {"settings": settings, "seed": seed, "expected": plan.expected}
     sources = {path: source for path in sorted(_class_paths(settings)) if (source := own_source(path)) is not None}
     if sources:
         content["sources"] = sources
