@@ -1,10 +1,12 @@
 """What a norm on the outputs of heads does to a short training, and what the learning rate has to do with it.
 
-    python benchmarks/head_norm_rate.py                     all cases that the result file lacks; 35 minutes on 1 core
+    python benchmarks/head_norm_rate.py                     all cases that the result file lacks; 40 minutes on 1 core
     python benchmarks/head_norm_rate.py --only "diff 0.1"   one: mechanism, ratio of the learning rate of `o_proj`
 
 "mha_norm" is multi-head attention with the norm of differential and multi-token attention and nothing else of theirs,
-"mta_plain" multi-token attention without it. Trained as `small_training` says at a rate of 3e-3, 8 heads, one seed.
+"mta_plain" multi-token attention without it. Sigmoid attention has no such norm: "sigmoid" normalises queries and keys,
+as in configs/attention, "sigmoid_plain" does not. Trained as `small_training` says at a rate of 3e-3, 8 heads, one
+seed.
 
 In each row `start` has the root mean square of each layer's attention output over that of the embedding, before
 training; `error` is None, `ms` the mean time of a step, `ratio` the held-out bits per byte over those of "mha 1" where
@@ -35,8 +37,11 @@ MECHANISMS: dict[str, Callable[[int], nn.Module]] = {
     "diff": partial(attnzoo.DifferentialAttention, num_heads=H // 2),
     "mta": partial(MultiToken, gate="headwise"),
     "mta_plain": partial(MultiToken, gate="headwise", head_norm=False),
+    "sigmoid": partial(attnzoo.SigmoidAttention, num_heads=H, qk_norm=True),
+    "sigmoid_plain": partial(attnzoo.SigmoidAttention, num_heads=H),
 }
-CASES = [f"{mechanism} {ratio}" for ratio in ("1", "0.1") for mechanism in MECHANISMS]
+CASES = [f"{mechanism} {ratio}" for ratio in ("1", "0.1") for mechanism in MECHANISMS
+         if ratio == "1" or "sigmoid" not in mechanism]  # fmt: skip
 
 
 def sizes(model: Any, tokens: Tensor) -> list[float]:
