@@ -126,7 +126,7 @@ def try_claim(
         trained = train(settings, [])
         facts = {"equal": trained.equal, "training": trained.training, "date": time.strftime("%Y-%m-%d"),
                  "versions": versions()}  # fmt: skip
-        runs = _measured(claim, trained, rates[0], out / "figures" / f"{name}.json", allowed)
+        runs = _measured(claim, trained, out / "figures" / f"{name}.json", allowed)
         results = {"claim": claim.to_dict(), "preset": preset.name, "rates": list(rates), "runs": runs, "facts": facts}
         write_atomically(out / f"{name}.json", json.dumps(results, indent=1) + "\n")
         shown = {"rate": rates[0], "bigram": trained.entropies.get("bigram_bits_per_byte")}
@@ -169,10 +169,8 @@ def _settings(claim: Claim, preset: Preset, out: Path, rates: Sequence[float], a
     )
 
 
-def _measured(
-    claim: Claim, trained: Trained, common: float, cache: Path, allowed: Iterable[str]
-) -> list[dict[str, Any]]:
-    """The runs with the figures that the checks need; those besides the loss at the common rate alone."""
+def _measured(claim: Claim, trained: Trained, cache: Path, allowed: Iterable[str]) -> list[dict[str, Any]]:
+    """The runs with the figures that the checks need."""
     known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
     data = TextDataModule(**trained.plans[0].settings["data"])
     runs = []
@@ -182,7 +180,7 @@ def _measured(
             run["figures"]["val_bits_per_byte"] = run["val_bits_per_byte"]
             path = Path(run.pop("checkpoint"))
             wanted = {check.figure for check in claim.checks if run["mechanism"] in (check.arm, check.against)}
-            for figure in sorted(wanted - {"val_bits_per_byte"}) if run["rate"] == common else ():
+            for figure in sorted(wanted - {"val_bits_per_byte"}):
                 key = f"{path} {figure}"
                 if key not in known:
                     measure = FIGURES[figure].measure

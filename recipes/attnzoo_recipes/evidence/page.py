@@ -41,6 +41,11 @@ def common_rates(results: Results) -> dict[str, float | None]:
     return dict.fromkeys(results["claim"]["arms"], results["rates"][0])
 
 
+def best_rates(results: Results) -> dict[str, float | None]:
+    """The learning rate of every arm with the lowest mean validation loss; None without a finished run."""
+    return {row["mechanism"]: row["best_rate"] for row in summarise(results["runs"], {}, results["rates"][0])}
+
+
 def verdict(results: Results) -> str:
     """The verdict on a claim, at the common learning rate."""
     return overall(decision.verdict for decision in decisions(results, common_rates(results)))
@@ -51,7 +56,7 @@ def page(results: Results, picture: str) -> str:
     claim, facts = Claim.from_dict(results["claim"]), results["facts"]
     rates = common_rates(results)
     rows = summarise(results["runs"], {}, results["rates"][0])
-    best = {row["mechanism"]: row["best_rate"] for row in rows}
+    best = best_rates(results)
     tried = [f"{rate:g}" for rate in results["rates"]]
     lines = [
         f"# {claim.title}", "", f"**Verdict: {verdict(results)}** ({_size(results)}).", "",
@@ -121,15 +126,25 @@ def _size(results: Results) -> str:
 
 def summary(folder: Path, pages: str) -> str:
     """A table of all results in a folder; `pages` is the path of their pages from where the table is."""
-    lines = ["| claim | checks: mean, half of the 95 % interval | verdict |", "| --- | --- | --- |"]
+    lines = [
+        "| claim | checks: mean, half of the 95 % interval | each arm at its best rate | verdict |",
+        "| --- | --- | --- | --- |",
+    ]
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        decided = decisions(results, common_rates(results))
-        cells = [
-            f"{check['arm']}{' - ' + check['against'] if check['against'] else ''}: "
-            + ("none" if one.mean is None else f"{one.mean:+.4f}" + ("" if one.half is None else f" ± {one.half:.4f}"))
-            for check, one in zip(results["claim"]["checks"], decided, strict=True)
-        ]
+        best = best_rates(results)
+        common = _means(results, common_rates(results), arms=True)
+        chosen = "" if len(results["rates"]) == 1 or None in best.values() else _means(results, best, arms=False)
         title = f"[{results['claim']['title']}]({pages}/{path.stem}.md)"
-        lines.append(f"| {title} | {'; '.join(cells)} | {verdict(results)} |")
+        lines.append(f"| {title} | {common} | {chosen} | {verdict(results)} |")
     return "\n".join(lines)
+
+
+def _means(results: Results, rates: Mapping[str, float | None], arms: bool) -> str:
+    """The means of all checks, with the names of their arms or without."""
+    means = []
+    for check, one in zip(results["claim"]["checks"], decisions(results, rates), strict=True):
+        mean = "none" if one.mean is None else f"{one.mean:+.4f}" + ("" if one.half is None else f" ± {one.half:.4f}")
+        against = f" - {check['against']}" if check["against"] else ""
+        means.append(f"{check['arm']}{against}: {mean}" if arms else mean)
+    return "; ".join(means)
