@@ -40,8 +40,8 @@ MECHANISMS: dict[str, Callable[[int], nn.Module]] = {
     "sigmoid": partial(attnzoo.SigmoidAttention, num_heads=H, qk_norm=True),
     "sigmoid_plain": partial(attnzoo.SigmoidAttention, num_heads=H),
 }
-CASES = [f"{mechanism} {ratio}" for ratio in ("1", "0.1") for mechanism in MECHANISMS
-         if ratio == "1" or "sigmoid" not in mechanism]  # fmt: skip
+SLOWER = ("mha", "mha_norm", "diff", "mta")
+CASES = [*(f"{name} 1" for name in MECHANISMS), *(f"{name} 0.1" for name in SLOWER)]
 
 
 def sizes(model: Any, tokens: Tensor) -> list[float]:

@@ -151,6 +151,19 @@ def test_the_learning_rates_of_dcmha_are_those_of_the_results():
         assert f"| {rate} | {' | '.join(cells)} |" in page
 
 
+def test_what_the_norm_of_heads_does_is_what_the_results_say():
+    lines = (ROOT / "benchmarks" / "results" / "head_norm_rate.jsonl").read_text().splitlines()
+    rows = {row["case"]: row for row in map(json.loads, lines)}
+    held_out = {case: f"{row['curve'][-1][2]:.3f}" for case, row in rows.items()}
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    mechanisms = list(dict.fromkeys(case.split()[0] for case in rows))
+    assert len(mechanisms) == 7
+    for mechanism in mechanisms:
+        start = rows[f"{mechanism} 1"]["start"]
+        cells = [f"{sum(start) / len(start):.1f}", held_out[f"{mechanism} 1"], held_out.get(f"{mechanism} 0.1", "")]
+        assert f"| `{mechanism}` | {' | '.join(cells)} |" in page
+
+
 def test_the_conversion_tables_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pytest.importorskip("transformers", reason="needs transformers")
