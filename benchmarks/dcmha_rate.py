@@ -11,12 +11,10 @@ same rate where they are known, and `curve` has (step, training, held-out) bits 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from typing import Any
 
-import torch
-from small_training import STEPS, B, E, L, T, decoder, groups, train
-from timing import ROOT, append_lines, environment, read_lines
+from small_training import decoder, groups, run_cases, train
+from timing import ROOT
 
 import attnzoo
 
@@ -26,8 +24,9 @@ CASES = [f"{mechanism} {rate} {ratio}" for rate in ("3e-3", "1e-3", "3e-4") for 
          (("mha", "1"), ("dcmha", "1"), ("dcmha", "0.1"))]  # fmt: skip
 
 
-def run(mechanism: str, rate: float, ratio: float) -> tuple[list[tuple[int, float, float]], float]:
-    """The curve, and milliseconds a step."""
+def run(case: str) -> dict[str, Any]:
+    """Train one case."""
+    mechanism, rate, ratio = case.split()[0], *map(float, case.split()[1:])
     classes = {"mha": attnzoo.GroupedQueryAttention, "dcmha": attnzoo.DynamicallyComposableAttention}
     model = decoder(lambda width: classes[mechanism](width, H))
     dynamic = {id(p) for name, p in model.named_parameters() if "_dyn." in name}
@@ -35,32 +34,9 @@ def run(mechanism: str, rate: float, ratio: float) -> tuple[list[tuple[int, floa
     if dynamic:
         own = [p for p in model.parameters() if id(p) in dynamic]
         parameter_groups.append({"params": own, "weight_decay": 0.1, "lr": ratio * rate})
-    return train(model, parameter_groups)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for case in arguments.only:
-        rows = read_lines(arguments.out) if arguments.out.exists() else []
-        if any(row["case"] == case for row in rows):
-            continue
-        mechanism, rate, ratio = case.split()
-        curve, ms = run(mechanism, float(rate), float(ratio))
-        plain = next((row["curve"][-1][2] for row in rows if row["case"] == f"mha {rate} 1"), None)
-        row = {
-            "suite": "dcmha_rate", "case": case, "phase": "train",
-            "shape": {"L": L, "E": E, "H": H, "T": T, "B": B, "steps": STEPS}, "ms": round(ms, 1), "noise": 1.0,
-            "ratio": 1.0 if plain is None else round(curve[-1][2] / plain, 4), "error": None, "curve": curve,
-            **environment(["attnzoo"]),
-        }  # fmt: skip
-        append_lines(arguments.out, [row])
-        print(f"{case:<16} {curve[-1][1]:.4f} in training, {curve[-1][2]:.4f} held out", flush=True)
-    return 0
+    curve, ms = train(model, parameter_groups)
+    return {"curve": curve, "ms": ms}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_cases(__doc__, OUT, H, CASES, run, lambda case: f"mha {case.split()[1]} 1"))

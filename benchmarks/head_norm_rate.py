@@ -15,15 +15,13 @@ they are known, and `curve` has (step, training, held-out) bits per byte.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from small_training import STEPS, B, E, L, T, batch, decoder, groups, texts, train
-from timing import ROOT, append_lines, environment, read_lines
+from small_training import batch, decoder, groups, run_cases, texts, train
+from timing import ROOT
 from torch import Tensor, nn
 
 import attnzoo
@@ -61,43 +59,19 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def run(mechanism: str, ratio: float) -> dict[str, Any]:
+def run(case: str) -> dict[str, Any]:
     """Train one case."""
+    mechanism, ratio = case.split()
     model = decoder(MECHANISMS[mechanism])
     start = sizes(model, batch(texts()[0], torch.Generator().manual_seed(1))[0])
     last = {id(p) for name, p in model.named_parameters() if "o_proj" in name}
     parameter_groups = [
         *groups([p for p in model.parameters() if id(p) not in last], RATE),
-        *groups([p for p in model.parameters() if id(p) in last], ratio * RATE),
+        *groups([p for p in model.parameters() if id(p) in last], float(ratio) * RATE),
     ]
     curve, ms = train(model, [group for group in parameter_groups if group["params"]])
-    return {"start": start, "curve": curve, "ms": round(ms, 1)}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for case in arguments.only:
-        rows = read_lines(arguments.out) if arguments.out.exists() else []
-        if any(row["case"] == case for row in rows):
-            continue
-        mechanism, ratio = case.split()
-        found = run(mechanism, float(ratio))
-        plain = next((row["curve"][-1][2] for row in rows if row["case"] == "mha 1"), None)
-        held_out = found["curve"][-1][2]
-        row = {
-            "suite": "head_norm_rate", "case": case, "phase": "train",
-            "shape": {"L": L, "E": E, "H": H, "T": T, "B": B, "steps": STEPS}, "noise": 1.0,
-            "ratio": 1.0 if plain is None else round(held_out / plain, 4), "error": None, **found,
-            **environment(["attnzoo"]),
-        }  # fmt: skip
-        append_lines(arguments.out, [row])
-        print(f"{case:<14} {sum(found['start']) / L:6.2f} at the start, {held_out:.4f} held out", flush=True)
-    return 0
+    return {"start": start, "curve": curve, "ms": ms}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_cases(__doc__, OUT, H, CASES, run, lambda _: "mha 1"))

@@ -6,6 +6,7 @@ held out: 8 x 256 bytes a step, warm-up of 40 steps, cosine to a tenth, gradient
 
 from __future__ import annotations
 
+import argparse
 import math
 import sysconfig
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import append_lines, environment, read_lines
 from torch import Tensor, nn
 
 from attnzoo_recipes.lm import DecoderLM
@@ -81,4 +83,44 @@ def train(
             nats = total / 100, sum(losses) / len(losses)
             curve.append((step, *(round(value / math.log(2), 4) for value in nats)))
             total = 0.0
-    return curve, seconds * 1e3 / STEPS
+    return curve, round(seconds * 1e3 / STEPS, 1)
+
+
+def run_cases(
+    description: str | None,
+    out: Path,
+    heads: int,
+    cases: list[str],
+    run: Callable[[str], dict[str, Any]],
+    reference: Callable[[str], str],
+) -> int:
+    """The command line of an experiment: append a row for every case that the result file lacks.
+
+    Args:
+        description: of the command, in which it is named.
+        out: the result file, whose name is that of the suite, unless --out names another.
+        heads: of attention.
+        cases: all of them, in order.
+        run: trains a case; returns "curve", "ms" and what else a row has.
+        reference: the case whose held-out loss a case is divided by.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--only", nargs="+", choices=cases, default=cases)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for case in arguments.only:
+        rows = read_lines(arguments.out) if arguments.out.exists() else []
+        if any(row["case"] == case for row in rows):
+            continue
+        found = run(case)
+        _, in_training, held_out = found["curve"][-1]
+        plain = next((row["curve"][-1][2] for row in rows if row["case"] == reference(case)), held_out)
+        row = {
+            "suite": out.stem, "case": case, "phase": "train",
+            "shape": {"L": L, "E": E, "H": heads, "T": T, "B": B, "steps": STEPS}, "noise": 1.0,
+            "ratio": round(held_out / plain, 4), "error": None, **found, **environment(["attnzoo"]),
+        }  # fmt: skip
+        append_lines(arguments.out, [row])
+        print(f"{case:<16} {in_training:.4f} in training, {held_out:.4f} held out", flush=True)
+    return 0
