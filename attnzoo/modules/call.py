@@ -78,9 +78,14 @@ class Call:
             return real
         if mask is None or mask.real_queries is not None:
             return None if mask is None else mask.real_queries
-        if mask.lengths is None or self.sources[0] is not x:
+        return self.keys_within_lengths() if self.sources[0] is x else None
+
+    def keys_within_lengths(self) -> Tensor | None:
+        """Which of the new keys (B, S) a padding mask leaves; None if it leaves all."""
+        mask, source = self.view.mask, self.source
+        if mask is None or mask.lengths is None:
             return None
-        return torch.arange(self.past, self.past + x.shape[1], device=x.device) < mask.lengths[:, None]
+        return torch.arange(self.past, self.past + source.shape[1], device=source.device) < mask.lengths[:, None]
 
 
 class Remembered:

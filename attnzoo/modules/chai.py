@@ -21,7 +21,7 @@ from attnzoo.modules.hints import HintedCall
 from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.modules.recorded import Recorded
-from attnzoo.ops.clustered_attention import HeadClusters, attention_weights, clustered_attention
+from attnzoo.ops.clustered_attention import HeadClusters, attention_weights, clustered_attention, first_real
 from attnzoo.ops.head_clustering import cluster_heads
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.score_rules import ScoreRules
@@ -313,7 +313,7 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
         n, past, table = self.probe_tokens, call.past, call.q_table
         if past + x.shape[1] < n:
             raise ValueError(f"x must have at least the probe_tokens {n}, got {past + x.shape[1]}")
-        at = _first_real(call.view.mask, x, past + x.shape[1], n)
+        at = first_real(call.view.mask, x, past + x.shape[1], n)
         new = max([n, *(at[:, -1] + 1).tolist()]) - past
         if table is not None:
             table = RotaryTable(table.cos[..., :new, :], table.sin[..., :new, :], table.style)
@@ -339,16 +339,3 @@ def _one_for_all_heads(mask: Tensor | AttentionMask | None) -> AttentionMask | N
     if dense is not None and dense.ndim >= 3 and dense.shape[-3] != 1:
         raise ValueError(f"mask must be the same for all heads, got shape {tuple(dense.shape)}")
     return mask
-
-
-def _first_real(mask: AttentionMask | None, x: Tensor, keys: int, n: int) -> Tensor:
-    """Which n keys (B, n), in order, the probe of each row is: those that some query of x may attend to."""
-    B, T, _ = x.shape
-    allowed = None if mask is None else mask.visible(B, 1, T, keys, x.device)
-    if allowed is None:
-        return torch.arange(n, device=x.device).expand(B, n)
-    seen = allowed.expand(B, 1, T, keys).any(2)[:, 0]
-    fewest = min([n, *seen.sum(1).tolist()])
-    if fewest < n:
-        raise ValueError(f"mask must leave every row at least the probe_tokens {n}, got a row with {fewest}")
-    return seen.int().argsort(dim=1, descending=True, stable=True)[:, :n]

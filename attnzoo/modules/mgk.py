@@ -16,9 +16,8 @@ from attnzoo.modules.base import per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
-from attnzoo.ops.feature_maps import elu_plus_one
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.mixture_attention import mean_responsibilities, mixture_attention
+from attnzoo.ops.mixture_attention import mean_responsibilities, mixture_attention, mixture_features
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import constant
 from attnzoo.ops.submodules import place_of
@@ -162,11 +161,9 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
 
     def sequence_obstacle(self) -> str | None:
         """The linear form has sums of its own."""
-        return (
-            "attention must be 'softmax', got 'linear', whose keys are summed before they are gathered"
-            if self.attention == "linear"
-            else None
-        )
+        if self.attention == "linear":
+            return "attention must be 'softmax', got 'linear', whose keys are summed before they are gathered"
+        return None
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
@@ -231,16 +228,12 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         """Set the buffer to the mean responsibilities of this batch, if it is one of training."""
         if self.assignment != "soft" or not self.training or call.cache is not None or pi is None or self.pi is None:
             return
-        mask, S = call.view.mask, k.shape[1]
-        keys = (
-            None if mask is None or mask.lengths is None else torch.arange(S, device=q.device) < mask.lengths[:, None]
-        )
         with torch.no_grad():
             self.pi.copy_(
                 mean_responsibilities(
                     q, k, pi, self.pi, constant(self.precision, q.device), reads=self.heads.reads,
-                    places=self.places(call, 0, S, q) if self.prior == "position" else None,
-                    real=(call.real_tokens(call.source), keys), group=self.aux_loss_group,
+                    places=self.places(call, 0, k.shape[1], q) if self.prior == "position" else None,
+                    real=(call.real_tokens(call.source), call.keys_within_lengths()), group=self.aux_loss_group,
                 )
             )  # fmt: skip
 
@@ -249,20 +242,12 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         mask, (B, S), cache = call.view.mask, k.shape[:2], call.cache
         if mask is not None and mask.dense_mask is not None:
             raise ValueError("mask must be AttentionMask.padding or .packed: sums over keys know no single pairs")
-        compute_dtype = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(q):
-            q, k = elu_plus_one(q.to(compute_dtype)), elu_plus_one(k.to(compute_dtype))
-            if self.feature_norm:
-                q, k = q / q.sum(-1, keepdim=True), k / k.sum(-1, keepdim=True)
             pi = self.weights(call, call.past, call.past + S, v)
             assert pi is not None
-            k = (k * (pi * constant(self.scale_w, v.device).to(compute_dtype))[..., None]).sum(3)
-            if mask is not None and mask.lengths is not None:
-                mask.check(B, 1, q.shape[1], call.past + S, v.device)
-                k = (
-                    k
-                    * (torch.arange(call.past, call.past + S, device=v.device) < mask.lengths[:, None])[..., None, None]
-                )
+            q, k = mixture_features(q, k, pi * constant(self.scale_w, v.device), normalise=self.feature_norm)
+            if (real := call.keys_within_lengths()) is not None:
+                k = k * real[..., None, None]
             k, v = self.heads.spread(k, v)
             state = None
             if cache is not None:

@@ -14,7 +14,7 @@ from attnzoo.cache_state import BlockStateCache, StateCache
 from attnzoo.modules.call import Call, Mask
 from attnzoo.modules.heads import head_rows, keep_entries
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
-from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.linear_attention import linear_attention, slot_sums
 from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing, leading
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
@@ -155,9 +155,7 @@ class MultiHeadLinearAttention(FeatureAttention):
                 f"block_size and num_blocks must be {size} and {math.prod(blocks)} with grid {grid} and block_grid "
                 f"{block_grid}, got {block_size} and {num_blocks}"
             )
-        self.normalizer = normalizer
-        self.normalizer_eps = normalizer_eps
-        self.extrapolation = extrapolation
+        self.normalizer, self.normalizer_eps, self.extrapolation = normalizer, normalizer_eps, extrapolation
         self.mixing_start = (mixing_init, blocks, mixing_norm, mixing_sigma)
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (num_heads,) * mixing_per_head + (self.num_blocks, self.num_blocks)
@@ -237,7 +235,8 @@ class MultiHeadLinearAttention(FeatureAttention):
                 bottom, _ = linear_attention(plain_q, plain_k, v.new_ones(*v.shape[:3], 1), state=sums, **options)
                 out = out / (bottom + self.normalizer_eps)
             elif self.normalizer == "compat":
-                out = out / self.compat_denominator(plain_q, plain_k, order)
+                below = slot_sums(plain_q, plain_k, options["mixing"], size=self.block_size, order=order)
+                out = out / (below + self.normalizer_eps)
             if self.lepe is not None and self.num_heads:
                 out = out + self.local_values(v.to(out.dtype))
         gate = None if self.g_proj is None else self.g_proj(x)
@@ -280,18 +279,6 @@ class MultiHeadLinearAttention(FeatureAttention):
             )
         if self.normalizer == "compat" and tokens != most:
             raise ValueError(f"normalizer 'compat' needs exactly num_blocks * block_size = {most} tokens, got {tokens}")
-
-    def compat_denominator(self, q: Tensor, k: Tensor, order: Tensor | None) -> Tensor:
-        """sum_j m_ij (q~ of the same slot in block j) . z_j + e_n, as the released image code divides."""
-        if order is not None:
-            q, k = q.index_select(1, order), k.index_select(1, order)
-        B, T, H, D = q.shape
-        C, M, G = self.block_size, self.num_blocks, k.shape[2]
-        sums = k.view(B, M, C, G, D).sum(2).repeat_interleave(H // max(G, 1), 2)
-        own = torch.einsum("bjchd,bjhd->bjch", q.view(B, M, C, H, D), sums)
-        matrix = self.mixing(M, q.dtype)
-        mixed = torch.einsum("hij,bjch->bich", matrix.expand(H, M, M), own).reshape(B, T, H, 1) + self.normalizer_eps
-        return mixed if order is None else mixed.index_select(1, order.argsort())
 
     def local_values(self, v: Tensor) -> Tensor:
         """Depthwise convolution of the values (B, T, H, Dv) over the image."""

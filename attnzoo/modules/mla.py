@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from attnzoo.cache import CacheLayout, LatentCache
 from attnzoo.masks import AttentionMask
-from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Call, Mask, Positions, begin, token_positions
 from attnzoo.modules.checks import derive_head_dim
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
+from attnzoo.modules.latent_circuits import LatentCircuits
 from attnzoo.modules.latent_sizes import LatentSizes, check_latent_options, yarn_factor
 from attnzoo.ops.latent_attention import latent_attention
 from attnzoo.ops.softmax_attention import constant, softmax_attention
-from attnzoo.ops.submodules import is_plain, matrix_of, normed
+from attnzoo.ops.submodules import is_plain, normed
 from attnzoo.rotary import Frequencies, Rotary, RotaryTable, layout, put_in_state_dict
 
 
-class MultiHeadLatentAttention(Mechanism):
+class MultiHeadLatentAttention(LatentCircuits):
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434 and 2412.19437).
 
     Keys and values of all heads are expanded from one latent c of width R per token; position enters through one
@@ -77,7 +77,6 @@ class MultiHeadLatentAttention(Mechanism):
     """
 
     cache_type = LatentCache
-    factored_circuits = True
     sequence_forms: tuple[str, ...] = ("heads", "ring", "gather")
     expands_states = True
     one_source_reason = "key and value come from one latent, so they have one input"
@@ -211,7 +210,7 @@ class MultiHeadLatentAttention(Mechanism):
         q_rope, k_rope = call.rotate(q_rope, k_rope.unflatten(-1, (self.rope_kv_heads, self.qk_rope_head_dim)))
         if self.rope_kv_heads > 1:
             # Each head's rotary query goes to the slot of its key, zeros elsewhere.
-            slots = tuple(tuple(float(n == slot) for n in range(self.rope_kv_heads)) for slot in self._rope_slots())
+            slots = tuple(tuple(float(n == slot) for n in range(self.rope_kv_heads)) for slot in self.rope_slots())
             own = constant(slots, q.device, q.dtype)
             q_rope = (own[:, :, None] * q_rope[..., None, :]).flatten(-2)
         return q, q_rope, torch.cat([c, k_rope.flatten(2)], dim=-1).unsqueeze(2)
@@ -254,16 +253,12 @@ class MultiHeadLatentAttention(Mechanism):
         if self.rope_inv_freq is None or self.rope is None:
             return super().rotation_tables(x, source, positions, mask, **options)
         del options["limit"]
-        tables, slots = [], constant(tuple(self._rope_slots()), x.device, torch.long)
+        tables, slots = [], constant(tuple(self.rope_slots()), x.device, torch.long)
         for at, heads in zip(token_positions(x, source, positions, mask, **options), (True, False), strict=True):
             angles = at[..., None, None].double() * constant(self.rope_inv_freq, x.device)
             cos, sin = layout(angles.index_select(-2, slots) if heads else angles, 1.0, self.rope.style, x.dtype)
             tables.append(RotaryTable(cos, sin, self.rope.style, True))
         return tables[0], tables[1]
-
-    def _rope_slots(self) -> list[int]:
-        """Which rotary key each query head reads."""
-        return [head // self.heads.group_size if self.rope_kv_heads > 1 else 0 for head in self.heads.kept]
 
     def _seen_bias(self, bias: Tensor, out: Tensor, latent: Tensor, call: Call) -> Tensor:
         """The values' bias (G, Dv) where a query sees anything: weights add up to 1, except in fully masked rows."""
@@ -319,52 +314,6 @@ class MultiHeadLatentAttention(Mechanism):
         else:
             expansion, attention = 2 * S * R * G * width, 2 * H * (self.qk_nope_head_dim + shared + Dv) * pairs
         return {"projections": projections, "expansion": expansion, "attention": attention}
-
-    def qk_circuit(self, part: str = "full") -> Factors:
-        """Per query head the factors (WQ_h, WK_h), each (d, E), of the logits' bilinear form at offset 0.
-
-        Norm gains are folded in; RMS statistics and biases are left out. part: "full", the expanded features
-        "nope" or the shared key's features "rope".
-        """
-        nope = self.qk_nope_head_dim
-        parts = {"full": slice(None), "nope": slice(nope), "rope": slice(nope, None)}
-        if part not in parts:
-            raise ValueError(f"part must be 'full', 'nope' or 'rope', got {part!r}")
-        if part != "full" and not self.qk_rope_head_dim:
-            raise ValueError(f"part must be 'full' for a module without a rotary key of its own, got {part!r}")
-        wq, (key, _), (down, rope) = self.query_weights(), self.expansion_weights(), self.compression_weights()
-        keys = [
-            torch.cat([key[g] @ down, rope[slot]]) for g, slot in zip(self.heads.reads, self._rope_slots(), strict=True)
-        ]
-        return [(q[parts[part]], k[parts[part]]) for q, k in zip(wq, keys, strict=True)]
-
-    def value_weights(self) -> Tensor:
-        """Value weights (G, Dv, kdim) per head through the latent, its norm's gain included; detached."""
-        return self.expansion_weights()[1] @ self.compression_weights()[0]
-
-    def query_weights(self) -> Tensor:
-        """Query weights per head, (H, dn + dr, E), through the queries' bottleneck if there is one; detached."""
-        if self.q_lora_rank is None:
-            weight = matrix_of(self.q_proj)
-        else:
-            weight = (matrix_of(self.q_b_proj) * self.q_a_layernorm.weight.detach()) @ matrix_of(self.q_a_proj)
-        return weight.view(self.num_heads, self.head_dim, self.embed_dim)
-
-    def expansion_weights(self) -> tuple[Tensor, Tensor]:
-        """Wuk (G, dn, R) and Wuv (G, Dv, R) with the latent norm's gain, detached."""
-        weight = matrix_of(self.kv_b_proj)
-        weight = weight if self.kv_a_layernorm is None else weight * self.kv_a_layernorm.weight.detach()
-        key, value = weight.unflatten(0, (self.num_kv_heads, -1)).split([self.qk_nope_head_dim, self.v_head_dim], 1)
-        return key, value
-
-    def compression_weights(self) -> tuple[Tensor, Tensor]:
-        """Matrices (R, kdim) of the latent and (Gr, dr, kdim) of the rotary keys, detached."""
-        if self.rope_mode == "pre":
-            kv = [matrix_of(linear).unflatten(0, (self.heads.total, -1)) for linear in (self.k_proj, self.v_proj)]
-            down = matrix_of(self.kv_a_proj) @ torch.cat(kv, dim=1).flatten(0, 1)
-            return down, down.new_zeros(self.rope_kv_heads, 0, self.kdim)
-        weight = matrix_of(self.kv_a_proj_with_mqa)
-        return weight[: self.kv_lora_rank], weight[self.kv_lora_rank :].view(self.rope_kv_heads, -1, self.kdim)
 
     def tensor_splits(self) -> dict[str, Any]:
         """Queries and the expansion by head; latents are whole."""

@@ -17,7 +17,7 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
-from attnzoo.ops.precision import has_autocast
+from attnzoo.ops.precision import autocasted
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain, local, own_shapes, precise_linear
@@ -194,7 +194,7 @@ class MixtureOfAttentionHeads(Mechanism):
         gates = gates if real is None else gates * real[..., None].to(gates.dtype)
         routes = Routes.of(chosen.flatten(), self.num_experts)
         # Slots of a key/value head side by side, so that head h reads h // (k M / G).
-        rows = self.read_by_all(_cast(x)).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
+        rows = self.read_by_all(autocasted(x)).reshape(B * T, 1, 1, E).expand(-1, -1, slots, -1)
         project = _product_with(self.q_experts, rows.dtype)
         q = project(rows, routes=routes, out_groups=G, backend=self.backend)
         q = qk_norm_rope(q.reshape(B, T, slots * M, self.head_dim), call.q_table, backend=self.backend)
@@ -345,11 +345,3 @@ def _product_with(experts: nn.Module, dtype: torch.dtype) -> Callable[..., Tenso
     if not isinstance(experts, Experts) or not is_plain(experts, Experts):
         return experts
     return partial(expert_linear_pieces, weight=local(experts.weight).to(dtype))
-
-
-def _cast(x: Tensor) -> Tensor:
-    """In autocast's dtype where it is on, as a linear layer would be."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not has_autocast(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

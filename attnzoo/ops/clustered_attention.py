@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.masks import Visibility
+from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.head_clustering import cluster_representatives
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
@@ -235,3 +235,16 @@ def _attend_many(q: Tensor, k: Tensor, v: Tensor, clusters: HeadClusters, scores
             outputs = (p.to(v.dtype) @ values[keys]).view(len(p), len(groups), -1)
             out[b, rows].index_copy_(1, into, outputs.index_select(1, read))
     return out
+
+
+def first_real(mask: AttentionMask | None, x: Tensor, keys: int, n: int) -> Tensor:
+    """Which n keys (B, n), in order, the probe of each row is: those that some query of x may attend to."""
+    B, T, _ = x.shape
+    allowed = None if mask is None else mask.visible(B, 1, T, keys, x.device)
+    if allowed is None:
+        return torch.arange(n, device=x.device).expand(B, n)
+    seen = allowed.expand(B, 1, T, keys).any(2)[:, 0]
+    fewest = min([n, *seen.sum(1).tolist()])
+    if fewest < n:
+        raise ValueError(f"mask must leave every row at least the probe_tokens {n}, got a row with {fewest}")
+    return seen.int().argsort(dim=1, descending=True, stable=True)[:, :n]

@@ -248,3 +248,25 @@ def read_states(q: Tensor, weights: Tensor, states: Tensor) -> Tensor:
     by_head = weights.expand(B, -1, -1, -1).unflatten(1, (G, group))
     before = torch.einsum("bgrij,bjgdv->bigrdv", by_head, states)
     return torch.einsum("bncgrd,bngrdv->bncgrv", q, before)
+
+
+def slot_sums(q: Tensor, k: Tensor, mixing: Tensor, *, size: int, order: Tensor | None = None) -> Tensor:
+    """sum_j m_ij q_jc . z_j with z_j = sum_c k_jc, for slot c of block i: (B, T, H, 1).
+
+    By this, whose queries are those of the same slot in every other block, the image code that was released with
+    multi-head linear attention divides.
+
+    Args:
+        q: features of the queries (B, T, H, D), T = M size.
+        k: features of the keys (B, T, G, D).
+        mixing: (M, M) or (H, M, M).
+        size: tokens C of a block.
+        order: (T,) the tokens of one block after another, where a block is not a run of tokens.
+    """
+    if order is not None:
+        q, k = q.index_select(1, order), k.index_select(1, order)
+    (B, T, H, D), M, G = q.shape, mixing.shape[-1], k.shape[2]
+    sums = k.view(B, M, size, G, D).sum(2).repeat_interleave(H // max(G, 1), 2)
+    own = torch.einsum("bjchd,bjhd->bjch", q.view(B, M, size, H, D), sums)
+    mixed = torch.einsum("hij,bjch->bich", mixing.expand(H, M, M), own).reshape(B, T, H, 1)
+    return mixed if order is None else mixed.index_select(1, order.argsort())

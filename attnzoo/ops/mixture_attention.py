@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, Visibility
+from attnzoo.ops.feature_maps import elu_plus_one
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules
@@ -117,6 +118,22 @@ def mixture_scores(q: Tensor, k: Tensor, precision: Tensor, log_prior: Tensor | 
     own = q.square().sum(-1).transpose(1, 2)[..., None, None]
     scores: Tensor = (precision * (products - own / 2) + level.transpose(1, 2)[:, :, None]) * D**-0.5
     return scores
+
+
+def mixture_features(q: Tensor, k: Tensor, weights: Tensor, *, normalise: bool) -> tuple[Tensor, Tensor]:
+    """phi(q) (B, T, H, D) and sum_r w_jr phi(k_jr) (B, S, G, D), phi = elu + 1, for the linear form.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, S, G, R, D).
+        weights: w, broadcastable to (B, S, G, R).
+        normalise: whether phi is divided by its sum over D.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = elu_plus_one(q.to(dtype)), elu_plus_one(k.to(dtype))
+    if normalise:
+        q, k = q / q.sum(-1, keepdim=True), k / k.sum(-1, keepdim=True)
+    return q, (k * weights.to(dtype)[..., None]).sum(3)
 
 
 def repeated(view: Visibility, batch: int, queries: int, keys: int, times: int, device: torch.device) -> Visibility:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo
 from attnzoo import AttentionMask, LinearAttention, MultiHeadLinearAttention, Rotary
 from attnzoo.modules.call import begin
+from attnzoo.ops.linear_attention import slot_sums
 from attnzoo.ops.mixing_matrix import clipped, extended, initial_mixing
 from tests.zoo import gradients
 
@@ -277,17 +278,28 @@ def test_an_image_is_its_blocks_in_a_row(backend, options):
     torch.testing.assert_close(attn(x)[:, order], flat(x[:, order]), atol=1e-10, rtol=0)
 
 
-def test_compat_adds_its_epsilon_after_the_mixing():
-    attn = make(normalizer="compat", causal=False, feature_map="elu", normalizer_eps=0.3, mixing_clip=None)
+def test_compat_divides_by_the_sums_of_slots_and_adds_its_epsilon_to_them():
+    options = {"causal": False, "feature_map": "elu", "mixing_clip": None, "rope": None, "output_norm": "none"}
+    attn = make(normalizer="compat", normalizer_eps=0.3, gate=False, **options)
+    plain = make(normalizer="none", gate=False, **options)
+    plain.load_state_dict(attn.state_dict())
+    attn.scale = plain.scale
     q, k = torch.rand(2, M * C, H, 6).double(), torch.rand(2, M * C, G, 6).double()
     with torch.no_grad():
-        found = attn.compat_denominator(q, k, None)
+        found = slot_sums(q, k, attn.mixing(M, q.dtype), size=C)
         for b, t, h in ((0, 0, 0), (1, 9, 3), (0, 23, 2), (1, 6, 1)):
-            total = 0.3
+            total = 0.0
             for j in range(M):
                 z = k[b, j * C : (j + 1) * C, h // (H // G)].sum(0)
                 total += attn.mixing_matrix[t // C, j] * (q[b, j * C + t % C, h] @ z)
             torch.testing.assert_close(found[b, t, h, 0], total, atol=1e-12, rtol=0)
+        x, heads = sample(tokens=M * C), []
+        for module in (attn, plain):
+            module.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0].unflatten(-1, (H, -1))))
+            module(x)
+        features = attn.features(x, begin(attn, x))
+        below = slot_sums(*features[:2], attn.mixing(M, q.dtype), size=C) + 0.3
+        torch.testing.assert_close(heads[0], heads[1] / below, atol=1e-12, rtol=0)
 
 
 def test_a_grid_says_what_its_blocks_are():

@@ -347,7 +347,7 @@ def _query_and_key(attn, x):
     if not attn.qk_rope_head_dim:
         return q[0, 0], k
     rope = latent[0, 0, 0, attn.kv_lora_rank :].view(attn.rope_kv_heads, -1)
-    slots = attn._rope_slots()
+    slots = attn.rope_slots()
     q_rope = q_rope[0, 0].unflatten(-1, (attn.rope_kv_heads, -1))[range(H), slots]
     return torch.cat([q[0, 0], q_rope], -1), torch.cat([k, rope[slots]], -1)
 
