@@ -66,9 +66,17 @@ def test_kernels_take_what_was_promised(short):
         row = of(rows, case)["softmax_attention_fwd_kernel"]
         assert row["spills"] == 0
         assert pairs_cost(row) <= most
-    plain = of(rows, "softmax causal 128")["softmax_attention_fwd_kernel"]
-    for case in ("softmax decay 128", "softmax gated 128"):
-        assert pairs_cost(of(rows, case)["softmax_attention_fwd_kernel"]) <= 1.12 * pairs_cost(plain)
+    for tile in ("", ", few instructions"):
+        plain = of(rows, f"softmax causal 128{tile}")["softmax_attention_fwd_kernel"]
+        for case in ("softmax decay 128", "softmax gated 128"):
+            row = of(rows, case + tile)["softmax_attention_fwd_kernel"]
+            assert pairs_cost(row) <= 1.12 * pairs_cost(plain)
+            # The tile that an H200 runs a decay fastest at spills.
+            assert row["spills"] == 0 or (case, tile) == ("softmax decay 128", "")
+    for case, most in (("softmax causal 128", 8.2), ("softmax causal 64", 7.4)):
+        row = of(rows, f"{case}, few instructions")["softmax_attention_fwd_kernel"]
+        assert row["spills"] == 0
+        assert pairs_cost(row) <= most
     for case in ("latent decode 512+64, 16 heads", "latent decode 512+64, 128 heads"):
         assert max(row["shared"] for row in of(rows, case).values()) <= 227 * 1024
 
