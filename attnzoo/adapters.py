@@ -179,6 +179,9 @@ class TorchMultiheadAttention(nn.Module):
         if is_causal and attn_mask is None and not causal:
             raise ValueError("is_causal needs attn_mask or a module with causal=True, got neither")
         visible = real = None
+        for name, given in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {describe(given)}")
         if attn_mask is not None and not (is_causal and causal):
             per_head = (batch * heads if batched else heads, queries, keys)
             if attn_mask.shape not in ((queries, keys), per_head):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from attnzoo.distributed.costs import bytes_sent
-from attnzoo.distributed.sequence import forms_of
+from attnzoo.distributed.sequence import FORMS, forms_of
+from attnzoo.rules import INTEGER, RULES, check, check_sizes, one_of
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,18 @@ def cost(
         ValueError: for sizes below their least, an unknown device, a dtype that its entry lacks, or a mesh that the
             mechanism cannot be spread over.
     """
-    for name, size, least in (("batch", batch, 1), ("seq", seq, 1), ("past", past, 0)):
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+    if not hasattr(module, "flops_by_part"):
+        raise ValueError(f"module must be an attention mechanism, got {type(module).__name__}")
+    batch, seq = check_sizes(batch=batch, seq=seq)
+    check("past", past, (*INTEGER, (lambda size: size >= 0, "be at least 0")))
+    check("dtype", dtype, RULES["dtype"])
+    check("form", form, one_of("auto", *FORMS))
     parameters = sum(p.numel() for p in module.parameters())
     ranks, sent = 1, (0, 0)
     if mesh is not None:
         if unknown := set(mesh) - {"sequence", "tensor"}:
             raise ValueError(f"mesh must name 'sequence' and 'tensor' ranks, got {', '.join(sorted(unknown))}")
-        ranks, tensor = mesh.get("sequence", 1), mesh.get("tensor", 1)
+        ranks, tensor = check_sizes(**{f"mesh[{name!r}]": mesh.get(name, 1) for name in ("sequence", "tensor")})
         if ranks > 1 and (past or seq % ranks):
             raise ValueError(f"seq must be a multiple of the sequence ranks {ranks} and past 0, got {seq} and {past}")
         module, parameters = of_a_rank(module, tensor)

@@ -86,6 +86,8 @@ def build(
     Raises:
         ValueError: for another class, an option that the class does not have, or a value that is not of its type.
     """
+    if not isinstance(description, Mapping):
+        raise ValueError(f"description must be a mapping, got {description!r:.200}")
     unknown = set(description) - {"class", "arguments", "pruned_heads", "set"}
     arguments, later = (description.get(key, {}) for key in ("arguments", "set"))
     pruned = description.get("pruned_heads", [])

@@ -96,6 +96,7 @@ class AttentionMask:
             other = AttentionMask.dense(other)
         if not isinstance(other, AttentionMask):
             return NotImplemented
+        _check_alike(self, other)
         return AttentionMask(
             lengths=_both(self.lengths, other.lengths, torch.minimum),
             cu_seqlens=_both(self.cu_seqlens, other.cu_seqlens, _union_of_boundaries),
@@ -194,7 +195,8 @@ class AttentionMask:
             dense = dense[..., rows, :] if dense.ndim > 1 and dense.shape[-2] > 1 else dense
             if dense.ndim and dense.shape[-1] > 1:
                 dense = dense[..., keys] if key_positions is None else dense.index_select(-1, key_positions[keys])
-            yield dense
+            # torch's own attention asks for rows and columns.
+            yield torch.atleast_2d(dense)
 
     def _documents(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Token numbers over the whole batch (B, T) and the document that each belongs to (B, T)."""
@@ -358,6 +360,7 @@ class Visibility:
             self.mask.check(B, H, T, self._total(T, S), device, self.query_start)
             documents = self.mask.document_bounds(B, self._packed_tokens(T, S))
             lengths, dense = self.mask.lengths, self.mask.dense_mask
+            dense = None if dense is None else torch.atleast_2d(dense)
             if documents is not None and self._packed_tokens(T, S) != T:
                 rows = slice(self.start(T, S), self.start(T, S) + T)
                 documents = documents[0][:, rows].contiguous(), documents[1][:, rows].contiguous()
@@ -415,7 +418,25 @@ def _integers(name: str, values: Tensor | Sequence[int], dtype: torch.dtype = to
     numbers = list(values) if isinstance(values, Iterable) else [None]
     if not all(map(is_integer, numbers)):
         raise ValueError(f"{name} must hold integers, got {values!r}")
+    most = torch.iinfo(dtype).max
+    if any(abs(number) > most for number in numbers):
+        raise ValueError(f"{name} must hold integers of at most {most}, got {values!r}")
     return torch.tensor(numbers, dtype=dtype)
+
+
+def _check_alike(a: AttentionMask, b: AttentionMask) -> None:
+    """Refuse to combine masks of other batches, shapes or devices."""
+    for name in ("lengths", "real_queries"):
+        one, other = getattr(a, name), getattr(b, name)
+        if one is not None and other is not None and one.shape != other.shape:
+            raise ValueError(f"{name} of masks must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
+    if (one := a.dense_mask) is not None and (other := b.dense_mask) is not None:
+        axes = zip(one.shape[::-1], other.shape[::-1], strict=False)
+        if any(n != m and 1 not in (n, m) for n, m in axes):
+            raise ValueError(f"masks must broadcast to one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
+    packed = [mask.cu_seqlens for mask in (a, b) if mask.cu_seqlens is not None and is_readable(mask.cu_seqlens)]
+    if len(packed) == 2 and (ends := [int(one[-1]) for one in packed])[0] != ends[1]:
+        raise ValueError(f"cu_seqlens of masks must have one end, got {ends[0]} and {ends[1]}")
 
 
 def _both(a: Tensor | None, b: Tensor | None, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

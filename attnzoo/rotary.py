@@ -91,8 +91,10 @@ class Rotary:
                 raise ValueError(f"scaling must be None or a mapping, got {self.scaling!r}")
             scaling = dict(self.scaling)
             scaling["rope_type"] = scaling.get("rope_type", scaling.pop("type", None))
-            object.__setattr__(self, "scaling", scaling)
             _check_scaling(scaling)
+            if scaling.get("rope_theta") not in (None, self.theta):
+                raise ValueError(f"scaling['rope_theta'] must be theta, got {scaling['rope_theta']} and {self.theta}")
+            object.__setattr__(self, "scaling", {name: _number(value) for name, value in scaling.items()})
 
     def __hash__(self) -> int:
         # Nothing is kept in __dict__ but the fields: jsonargparse takes the options of a default from there.
@@ -135,7 +137,7 @@ class Rotary:
             width: rotary width r.
             length: current sequence length, which "dynamic" and "longrope" ask for; None counts as short.
         """
-        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
         plain = self.theta**-exponents
         if self.scaling is None or self.kind == "default":
             return plain, 1.0
@@ -159,7 +161,7 @@ class Rotary:
             given = s.get("attention_factor")
             if given is None:
                 given = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            return plain / torch.tensor(extend, dtype=torch.float64), float(given)
+            return plain / torch.tensor(extend, dtype=torch.float64, device="cpu"), float(given)
         raise AssertionError(f"no frequencies for {self.kind}")
 
 
@@ -352,6 +354,15 @@ def _check_width(name: str, width: int) -> None:
     check(name, width, ((lambda size: is_integer(size) and size >= 2 and size % 2 == 0, _WIDTH),))
 
 
+def _number(value: Any) -> Any:
+    """A number, or a list of them, as Python's own."""
+    if isinstance(value, list | tuple):
+        return [_number(one) for one in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    return int(value) if is_integer(value) else float(value)
+
+
 def _check_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling["rope_type"]
     check("scaling['rope_type']", kind, one_of(*_REQUIRED, words=f"be one of {', '.join(_REQUIRED)}"))
@@ -396,7 +407,7 @@ def _yarn(plain: Tensor, theta: float, width: int, factor: float, original: int,
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
         high += 0.001
-    index = torch.arange(plain.shape[0], dtype=torch.float64)
+    index = torch.arange(plain.shape[0], dtype=torch.float64, device="cpu")
     interpolated = ((index - low) / (high - low)).clamp(0, 1)
     return plain / factor * interpolated + plain * (1 - interpolated)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 Rule = tuple[tuple[Callable[[Any], bool], str], ...]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that modules and caches may have."""
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Dtypes of lengths, positions and indices."""
 
 
 def is_integer(value: object) -> bool:
@@ -34,10 +36,8 @@ def is_number(value: object) -> bool:
 
 
 def is_integer_tensor(value: object) -> bool:
-    """Whether a value is a tensor of integers, not of booleans."""
-    return isinstance(value, Tensor) and not (
-        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
-    )
+    """Whether a value is a tensor of integers, of a dtype that can be compared and added: not uint16 to uint64."""
+    return isinstance(value, Tensor) and value.dtype in INTEGERS
 
 
 def one_of(*choices: str, words: str = "") -> Rule:

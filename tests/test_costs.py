@@ -93,6 +93,13 @@ def test_own_peak_numbers():
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"seq": 0}, "seq must be at least 1, got 0"),
         ({"past": -1}, "past must be at least 0, got -1"),
+        ({"batch": 1.5}, "batch must be an integer, got 1.5"),
+        ({"batch": True}, "batch must be an integer, got True"),
+        ({"seq": "2"}, "seq must be an integer, got '2'"),
+        ({"dtype": "bfloat16"}, "dtype must be one of .*, got 'bfloat16'"),
+        ({"form": "nonsense"}, "form must be one of 'auto', .*got 'nonsense'"),
+        ({"mesh": {"tensor": 0}}, r"mesh\['tensor'\] must be at least 1, got 0"),
+        ({"mesh": {"sequence": -2}}, r"mesh\['sequence'\] must be at least 1, got -2"),
         ({"device": "TPU"}, "device must be one of A100, H100, H200 or a Device, got 'TPU'"),
         ({"device": "H100", "dtype": torch.float64}, "dtype must be one that the device's peaks name, got .*float64"),
     ],
@@ -100,6 +107,11 @@ def test_own_peak_numbers():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         attnzoo.cost(attnzoo.MultiHeadAttention(64, 4), **({"batch": 1, "seq": 1} | call))
+
+
+def test_a_layer_that_is_no_mechanism_is_refused():
+    with pytest.raises(ValueError, match="module must be an attention mechanism, got Linear"):
+        attnzoo.cost(torch.nn.Linear(3, 3), 1, 1)
 
 
 def test_a_mesh_gives_the_cost_of_one_of_its_ranks():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.masks import Visibility, as_mask
 
@@ -106,6 +107,36 @@ def test_joining_takes_the_narrower_of_both():
     assert (AttentionMask.dense(a) & b).dense_mask.tolist() == [True, False, False]
     with pytest.raises(TypeError, match="unsupported operand"):
         AttentionMask.padding([1]) & [True]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (AttentionMask.padding([1, 2]), AttentionMask.padding([1, 2, 3]), r"lengths .* got \(2,\) and \(3,\)"),
+        (AttentionMask.padding([3]), AttentionMask.padding([1, 2]), r"lengths .* got \(1,\) and \(2,\)"),
+        (
+            AttentionMask.dense(torch.ones(6, 6).bool()), torch.ones(1, 5, 5).bool(),
+            r"broadcast to one shape, got \(6, 6\) and \(1, 5, 5\)",
+        ),
+        (AttentionMask.packed([0, 3, 11]), AttentionMask.packed([0, 5, 12]), "cu_seqlens .* one end, got 11 and 12"),
+    ],
+)  # fmt: skip
+def test_masks_of_other_shapes_are_not_joined(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        a & b
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_integers_that_torch_cannot_compare_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"lengths must be a 1-D integer tensor, got {dtype}"):
+        AttentionMask.padding(torch.tensor([3, 4]).to(dtype))
+    attn = attnzoo.MultiHeadAttention(8, 2)
+    with pytest.raises(ValueError, match="positions must be an integer tensor"):
+        attn(torch.randn(1, 3, 8), positions=torch.arange(3).to(dtype))
+    with pytest.raises(ValueError, match="index must hold 2 integers"):
+        attn.init_cache(2, 4).reorder(torch.tensor([1, 0]).to(dtype))
+    with pytest.raises(ValueError, match="cu_seqlens must hold integers of at most 2147483647"):
+        AttentionMask.packed([0, 2**40])
 
 
 def test_what_is_remembered_belongs_to_the_sizes_and_rules():

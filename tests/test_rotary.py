@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -136,6 +137,34 @@ def test_casting_a_module_does_not_round_its_angles():
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         Rotary(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    short, length = [np.float32(1.0)] * 4, np.int64(64)
+    for scaling in (
+        {"rope_type": "linear", "factor": np.float32(2)},
+        {"rope_type": "dynamic", "factor": np.int64(2), "max_position_embeddings": length},
+        {"rope_type": "longrope", "short_factor": short, "long_factor": short, "factor": np.float64(2),
+         "original_max_position_embeddings": length},
+    ):  # fmt: skip
+        rope = Rotary(scaling=scaling)
+        assert hash(rope) == hash(Rotary(scaling=dict(rope.scaling)))
+        attn = attnzoo.MultiHeadAttention(16, 2, rope=rope)
+        assert attn(torch.randn(1, 3, 16)).shape == (1, 3, 16)
+
+
+def test_a_theta_beside_theta_is_refused():
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    with pytest.raises(ValueError, match=r"scaling\['rope_theta'\] must be theta, got 500000.0 and 10000.0"):
+        Rotary(scaling=scaling)
+    assert torch.equal(Rotary(5e5, scaling=scaling).frequencies(8)[0], Rotary(5e5).frequencies(8)[0] / 2)
+
+
+@pytest.mark.parametrize("kind", CONFIG["types"])
+def test_the_default_device_means_nothing_to_frequencies(kind):
+    rotary, length = stored(kind)
+    with torch.device("meta"):
+        assert rotary.frequencies(16, length)[0].device.type == "cpu"
 
 
 def test_widths_that_do_not_fit_are_refused():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.cache.tokens import KeyValueCache, TokenCache, check_held
+from attnzoo.cache.tokens import KeyValueCache, TokenCache, check_held, checked_rows
 
 
 class StatefulCache(KeyValueCache):
@@ -37,6 +37,7 @@ class StatefulCache(KeyValueCache):
 
     def reorder(self, index: Tensor) -> None:
         """As `TokenCache.reorder`."""
+        index = checked_rows(index, self.batch_size)
         super().reorder(index)
         self.state = tuple(part.index_select(0, index) for part in self.state)
 

@@ -104,6 +104,14 @@ class TokenCache:
         # As appended and returned; made once, since a view costs as much as a check in every decoding step.
         self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views, which pickle would make tensors of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
+
     @staticmethod
     def stored(*states: Tensor) -> tuple[Tensor, ...]:
         """Those of the states given to `append` that have to be kept."""

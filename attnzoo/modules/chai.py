@@ -255,7 +255,7 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
     def prune_heads(self, indices: Iterable[int]) -> None:
         """Refused: without a head the others would cluster differently."""
         raise ValueError(
-            f"indices must be pruned from the wrapped module before it is wrapped, got {list(indices)}: without these "
+            f"indices must be pruned from the wrapped module before it is wrapped, got {indices!r}: without these "
             "heads the others would cluster differently"
         )
 

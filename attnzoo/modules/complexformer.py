@@ -64,8 +64,8 @@ class ComplexAttention(GroupedQueryAttention):
         bias: bool = False,
         **options: Any,
     ) -> None:  # fmt: skip
-        for name in ("scale", "qk_norm", "alibi"):
-            if (given := options.get(name)) is not None and given is not False:
+        for name, only in (("scale", None), ("qk_norm", False), ("alibi", False)):
+            if (given := options.pop(name, only)) is not only:
                 raise ValueError(f"{name} is not an option of ComplexAttention, got {given!r}")
         check_options(eps=eps)
         check("softmax_scale", softmax_scale, (*NUMBER, (lambda value: value != 0, "not be 0")))

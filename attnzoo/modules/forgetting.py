@@ -20,7 +20,7 @@ from attnzoo.ops.pruned_attention import pruned_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import precise_linear
-from attnzoo.ops.token_shift import token_shift
+from attnzoo.ops.token_shift import token_shift, without_padding
 from attnzoo.rotary import Rotary
 from attnzoo.rules import SWITCH, Rule, check, describe, is_real, one_of
 
@@ -203,7 +203,7 @@ class ForgettingAttention(Mechanism):
         states = (k, v) if c is None or call.view.shards is not None else (k, v, c)
         with call.remember(*states) as (k, v, *held):
             if cache is not None and self.has_shift:
-                cache.follow(*new)
+                cache.follow(*(without_padding(z, call.real_tokens(x)) for z in new))
             k, v = self.heads.spread(k, v)
             c = held[0] if held else c
             decay = None if c is None else c[..., 0].transpose(1, 2)
@@ -229,8 +229,7 @@ class ForgettingAttention(Mechanism):
         mixed = []
         for z, proj, last in zip((k, v), (self.k_shift_proj, self.v_shift_proj), before, strict=True):
             if proj is not None:
-                z = z if real is None else z.where(real[..., None, None], 0)
-                z = token_shift(z, torch.sigmoid(proj(x)), last, places)
+                z = token_shift(without_padding(z, real), torch.sigmoid(proj(x)), last, places)
             mixed.append(z)
         return tuple(mixed)
 

@@ -117,7 +117,8 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
         """Rows (H (dn + dr), ...) of a query projection with the first dn of each head after the map."""
         if self.q_knock is None:
             return rows
-        heads, width = rows.view(self.num_heads, self.head_dim, -1), self.qk_nope_head_dim
+        heads = rows.view(self.num_heads, self.head_dim, rows.shape[1] if rows.ndim > 1 else 1)
+        width = self.qk_nope_head_dim
         return torch.cat([self.q_knock.weight @ heads[:, :width], heads[:, width:]], 1).view(rows.shape)
 
     def query_weights(self) -> Tensor:

@@ -10,7 +10,7 @@ from attnzoo.ops.submodules import matrix_of
 
 
 class LatentCircuits(Mechanism):
-    """The part of `MultiHeadLatentAttention` that diagnostics ask; see there for the attributes."""
+    """The part of `MultiHeadLatentAttention` that diagnostics ask, which describes the attributes."""
 
     factored_circuits = True
     kv_lora_rank: int
@@ -65,7 +65,8 @@ class LatentCircuits(Mechanism):
         """Wuk (G, dn, R) and Wuv (G, Dv, R) with the latent norm's gain, detached."""
         weight = matrix_of(self.kv_b_proj)
         weight = weight if self.kv_a_layernorm is None else weight * self.kv_a_layernorm.weight.detach()
-        key, value = weight.unflatten(0, (self.num_kv_heads, -1)).split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        key, value = weight.view(self.num_kv_heads, sum(widths), self.kv_lora_rank).split(widths, 1)
         return key, value
 
     def compression_weights(self) -> tuple[Tensor, Tensor]:

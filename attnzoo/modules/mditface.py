@@ -66,7 +66,7 @@ class StaticContextAttention(GroupedQueryAttention):
         causal: bool = False,
         bias: bool = False,
         qk_norm: bool | str = False,
-        qk_norm_eps: float = 1e-6,
+        qk_norm_eps: float | None = 1e-6,
         rope: Rotary | None = None,
         scale: float | None = None,
         dropout: float = 0.0, init_std: float = 0.02, backend: str = "auto", device: torch.device | str | None = None,
@@ -104,7 +104,7 @@ class StaticContextAttention(GroupedQueryAttention):
         made = cls(
             module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, separate_static=separate_static,
             causal=module.causal, bias=biases == {False}, qk_norm=module.qk_norm,
-            qk_norm_eps=getattr(norm, "eps", None) or 1e-6, rope=module.rope, scale=module.scale,
+            qk_norm_eps=1e-6 if norm is None else norm.eps, rope=module.rope, scale=module.scale,
             dropout=module.dropout, init_std=module.init_std, backend=module.backend, device=like.device,
             dtype=like.dtype,
         )  # fmt: skip

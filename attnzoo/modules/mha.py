@@ -27,4 +27,6 @@ class MultiHeadAttention(GroupedQueryAttention):
         bias: bool = True,
         **options: Any,
     ) -> None:  # fmt: skip
+        if (groups := options.pop("num_kv_heads", num_heads)) not in (None, num_heads) or isinstance(groups, bool):
+            raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups!r}: see GroupedQueryAttention")
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **options)

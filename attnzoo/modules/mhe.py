@@ -71,7 +71,7 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         for name in ("qk_norm",) if mode == "mul" else ("qk_norm", "logit_softcap", "sink"):
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} cannot be had with mode {mode!r}, got {given!r}")
-        if (groups := options.pop("num_kv_heads", None)) not in (None, 1):
+        if (groups := options.pop("num_kv_heads", None)) not in (None, 1) or isinstance(groups, bool):
             raise ValueError(f"num_kv_heads must be 1, got {groups!r}")
         super().__init__(embed_dim, num_heads, 1, head_dim, rope=rope, **options)
         self.mode = mode

@@ -22,7 +22,7 @@ from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import is_plain, local, own_shapes, precise_linear
 from attnzoo.rotary import Rotary
-from attnzoo.rules import check, check_sizes, one_of
+from attnzoo.rules import SWITCH, check, check_sizes, one_of
 from attnzoo.tracing import is_exported
 
 GATE_MODES = ("topk_softmax", "softmax_topk", "softmax_topk_norm")
@@ -146,6 +146,7 @@ class MixtureOfAttentionHeads(Mechanism):
             raise ValueError(f"num_experts_per_tok must be at most num_experts, got {k} and {N}")
         if not 0 <= sample_topk <= k:
             raise ValueError(f"sample_topk must lie between 0 and num_experts_per_tok {k}, got {sample_topk}")
+        check("out_bias", out_bias, SWITCH)
         check("gate_mode", gate_mode, one_of(*GATE_MODES))
         check("aux_loss", aux_loss, one_of(*AUX_LOSSES))
         self.coefficients = {"switch": switch_coef, "z": z_coef, "mi": mi_coef, "cv": cv_coef}

@@ -20,4 +20,6 @@ class MultiQueryAttention(GroupedQueryAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int | None = None, **options: Any) -> None:
+        if (groups := options.pop("num_kv_heads", 1)) not in (None, 1) or isinstance(groups, bool):
+            raise ValueError(f"num_kv_heads must be 1, got {groups!r}: see GroupedQueryAttention")
         super().__init__(embed_dim, num_heads, 1, head_dim, **options)

@@ -84,7 +84,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         for name in LACKS:
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} is no option of selective multi-head attention, got {given!r}")
-        if (groups := options.pop("num_kv_heads", None)) not in (None, num_heads):
+        if (groups := options.pop("num_kv_heads", None)) not in (None, num_heads) or isinstance(groups, bool):
             raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups!r}")
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **{"o_bias": False} | options)
         k = max(self.num_heads // 2, 1) if num_active is None else num_active
@@ -197,7 +197,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
             start = torch.arange(T, device=q.device) - index
             rank = rank - rank.gather(1, start[..., None].expand_as(rank))
         if cache is not None:
-            rank = rank + cache.buffers[2][:, 0, : call.past].sum(1, keepdim=True).long()
+            rank = rank + cache.buffers[2][:, 0, : call.past].sum(1, keepdim=True, dtype=torch.float64).long()
         length = call.past + T if cache is None else cache.max_length
         cos, sin = rotary_table(self.rope, self.rope_dim, rank, length=length, dtype=q.dtype, device=q.device)
         return tuple(rotate(z, cos, sin, self.rope.style, per_head=True) for z in (q, k))  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import masked_softmax
 from attnzoo.ops.softmax_attention import constant, softmax_attention
-from attnzoo.rules import is_integer
+from attnzoo.rules import describe, is_integer
 
 
 class TABAttention(GroupedQueryAttention):
@@ -61,10 +61,11 @@ class TABAttention(GroupedQueryAttention):
             embed_dim, 1, kdim=kdim, vdim=vdim, bias=bias, rope=None, causal=False, dropout=dropout, init="xavier",
             backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
-        for name, indices in (("gate_rows", tuple(gate_rows)), ("bottleneck_index", (bottleneck_index,))):
+        rows = tuple(gate_rows) if isinstance(gate_rows, Sequence) else (gate_rows,)
+        for name, indices in (("gate_rows", rows), ("bottleneck_index", (bottleneck_index,))):
             if not all(is_integer(index) and index >= 0 for index in indices) or len(set(indices)) < len(indices):
                 raise ValueError(f"{name} must hold token numbers from 0 on, each once, got {indices}")
-        self.gate_rows = tuple(gate_rows)
+        self.gate_rows = rows
         self.bottleneck_index = bottleneck_index
 
     sequence_reason = "its gated rows belong to single tokens of an image"
@@ -127,12 +128,14 @@ class TABAttention(GroupedQueryAttention):
 
     def _override(self, weights: Tensor, batch: int, keys: int) -> Tensor:
         """Weights (B, S) of the gated rows."""
+        if not isinstance(weights, Tensor):
+            raise ValueError(f"attn_override must be a tensor, got {describe(weights)}")
         if tuple(weights.shape) not in ((batch, keys), (batch, keys - 1)) or not weights.is_floating_point():
             raise ValueError(
                 f"attn_override must be floating of shape ({batch}, {keys}) or ({batch}, {keys - 1}), got "
                 f"{weights.dtype} of shape {tuple(weights.shape)}"
             )
-        if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        if weights.device.type == "cpu" and weights.numel() and not torch.compiler.is_compiling():
             low, most = float(weights.detach().min()), float(weights.detach().sum(-1).max())
             if not (low >= 0 and most <= 1 + 1e-6):
                 raise ValueError(f"attn_override must not be negative and add up to 1 at most, got {low} and {most}")

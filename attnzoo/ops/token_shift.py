@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def without_padding(z: Tensor, real: Tensor | None) -> Tensor:
+    """States z (B, T, G, D) with zeros where real (B, T) says that there is no token."""
+    return z if real is None else z.where(real[..., None, None], 0)
+
+
 def token_shift(z: Tensor, share: Tensor, before: Tensor | None = None, places: Tensor | None = None) -> Tensor:
     """share_t z_(t-1) + (1 - share_t) z_t, (B, T, G, D).
 

@@ -251,6 +251,20 @@ def test_a_structured_mask_equals_its_dense_form(name: str, option: str, causal:
     assert apart(combined, module(x, mask=keep)) > 1e-3
 
 
+@pytest.mark.parametrize(("name", "option", "causal"), directed(cases("dense mask")))
+def test_a_mask_of_fewer_dimensions_holds_for_all_of_the_others(name: str, option: str, causal: bool) -> None:
+    module, x, keep = make(name, option, causal=causal), sample(), torch.rand(T) < 0.7
+    assert torch.equal(module(x, mask=keep), module(x, mask=keep.expand(T, T)))
+    assert torch.equal(module(x, mask=torch.tensor(True)), module(x, mask=torch.ones(T, T, dtype=torch.bool)))
+    if causal:
+        caches = [module.init_cache(B, T) for _ in range(2)]
+        for start, stop in ((0, 5), (5, 6), (6, 6), (6, T)):
+            seen, new = keep[:stop], x[:, start:stop]
+            # A mask for all queries alike, which every mechanism takes with a cache.
+            other = module(new, mask=seen[None], cache=caches[1])
+            assert torch.equal(module(new, mask=seen, cache=caches[0]), other)
+
+
 @pytest.mark.parametrize(("name", "option"), cases("dense mask"))
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_rows_that_see_nothing_give_the_output_bias_and_no_gradient(name: str, option: str, backend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.cache import StatefulCache
 from attnzoo.modules.chai import ClusteredHeadAttention
+from attnzoo.rules import INTEGERS
 from tests.zoo import OPTIONS, E, G, H, build, cases, names
 
 B, ROOM = 2, 30
@@ -138,6 +140,7 @@ REFUSED: dict[str, Callable[[nn.Module, Tensor, object], object]] = {
     "another dtype": lambda module, x, cache: module(x.float(), cache=cache),
     "another width": lambda module, x, cache: module(x[..., 1:], cache=cache),
     "another batch": lambda module, x, cache: module(x[:1], cache=cache),
+    "a larger batch": lambda module, x, cache: module(torch.cat([x, x[:1]]), cache=cache),
     "context": lambda module, x, cache: module(x, x, cache=cache),
     "full cache": lambda module, x, cache: module(sample(ROOM), cache=cache),
     "backend flash": with_backend("flash"),
@@ -162,10 +165,31 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, option: str, fault
     untouched = copy.deepcopy(cache)
     before = contents(name, cache)
     for tokens in (1, 4):
-        with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        with torch.no_grad(), pytest.raises((ValueError, attnzoo.BackendUnavailable)):
             REFUSED[fault](module, sample(tokens), cache)
         assert_same(contents(name, cache), before, f"{tokens} tokens")
     assert_go_on_alike(name, module, cache, untouched)
+
+
+# Copies and orders of rows
+
+
+@every_case
+def test_a_pickled_cache_goes_on_as_the_cache_does(name: str, option: str) -> None:
+    module = make(name, option)
+    cache = filled(module)
+    assert_go_on_alike(name, module, pickle.loads(pickle.dumps(cache)), cache)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@every_case
+def test_rows_are_reordered_by_integers_of_any_dtype(name: str, option: str, dtype: torch.dtype) -> None:
+    module = make(name, option)
+    cache = filled(module)
+    other = copy.deepcopy(cache)
+    cache.reorder(torch.tensor([1, 0]))
+    other.reorder(torch.tensor([1, 0], dtype=dtype))
+    assert_go_on_alike(name, module, other, cache)
 
 
 # Calls that fail on the way

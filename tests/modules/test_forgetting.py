@@ -147,6 +147,21 @@ def test_left_padding_is_the_shorter_batch(pro):
     torch.testing.assert_close(found[1, 4:], module(x[1:, 4:])[0], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [[4, T - 4], [1] * T, [3, 2, T - 5]], ids=["at its end", "one by one", "beyond"])
+@pytest.mark.parametrize("pro", [False, True])
+def test_left_padding_in_pieces_is_left_padding(pro, sizes):
+    module, x = make(pro=pro), sample()
+    real = torch.arange(T)[None] >= torch.tensor([0, 4])[:, None]
+    mask = AttentionMask(dense_mask=real[:, None, None], real_queries=real)
+    cache, found = module.init_cache(2, T), []
+    with torch.no_grad():
+        for part, own in zip(x.split(sizes, 1), real.split(sizes, 1), strict=True):
+            seen = real[:, None, None, : cache.length + part.shape[1]]
+            found.append(module(part, mask=AttentionMask(dense_mask=seen, real_queries=own), cache=cache))
+    difference = (torch.cat(found, 1) - module(x, mask=mask)).where(real[..., None], 0)
+    assert difference.abs().max() <= 1e-12
+
+
 def test_pro_is_the_sum_of_its_options():
     assert make(pro=True).state_dict().keys() == make(**PRO).state_dict().keys()
     x = sample()

@@ -137,6 +137,13 @@ def test_the_order_of_static_tokens_goes_by_their_positions():
     assert_close(attn(x, static[:, order], positions=(torch.arange(T), order)), attn(x, static))
 
 
+@pytest.mark.parametrize("eps", [None, 0.0, 1e-3])
+def test_the_epsilon_of_the_norms_is_the_modules(eps):
+    gqa = attnzoo.GroupedQueryAttention(E, H, G, qk_norm=True, qk_norm_eps=eps, causal=False, rope=None)
+    x = 0.01 * joint(sample(T), sample(S)).float()
+    assert torch.equal(StaticContextAttention.from_joint(gqa)(x), gqa(x))
+
+
 def test_from_a_module_that_saw_both_kinds():
     gqa = attnzoo.GroupedQueryAttention(E, H, G, qk_norm=True, causal=False, scale=0.3, dtype=torch.float64)
     x = joint(sample(T), sample(S))

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
 import attnzoo
-from tests.zoo import E, H, build, names
+from tests.zoo import MECHANISMS, E, H, build, names
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_pruning.safetensors"
 
@@ -75,6 +76,34 @@ def test_heads_that_are_not_there_are_refused(name, head):
     with pytest.raises(ValueError, match=rf"must .*got.*{head}"):
         module.prune_heads([0, head])
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
+NO_NUMBERS = ([1.0], [1.7], [True], ["1"], "1", 1, None, [None], torch.tensor([0.6]), torch.tensor([True]), [[1]])
+
+
+@pytest.mark.parametrize("indices", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", [*MECHANISMS, "chai"])
+def test_heads_are_named_by_integers(name, indices):
+    module = attnzoo.ClusteredHeadAttention(build("mha"), 2) if name == "chai" else build(name)
+    before = [parameter.shape for parameter in module.parameters()]
+    with pytest.raises(ValueError, match=r"^(indices must be|.* cannot be pruned)"):
+        module.prune_heads(indices)
+    assert [parameter.shape for parameter in module.parameters()] == before
+
+
+def test_integers_of_numpy_and_of_tensors_are_heads():
+    for indices in (np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), torch.tensor(2)], (1, 2), range(1, 3)):
+        module = build("gqa")
+        module.prune_heads(indices)
+        assert module.pruned_heads == (1, 2)
+
+
+@pytest.mark.parametrize("name", names("pruning as a mask", "circuits"))
+def test_without_heads_there_are_no_circuits(name):
+    module = build(name)
+    module.prune_heads(range(H))
+    assert module.ov_circuit() == []
+    assert len(module.qk_circuit()) in (0, H)  # The composed scores of all heads stay.
 
 
 def rms_norm(x, weight, eps):

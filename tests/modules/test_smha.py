@@ -102,6 +102,18 @@ def test_decoding_by_lists(rope_positions, chunks):
     assert attn.cache_bytes_per_token(torch.float64) == 8 * (2 * E + H)
 
 
+def test_ranks_are_counted_exactly_in_half_precision():
+    # Every head takes every token, so that ranks go beyond the integers that bfloat16 has.
+    attn = attnzoo.SelectiveMultiHeadAttention(E, H, num_active=H, rope_positions="rank", dtype=torch.bfloat16).eval()
+    x, cache = torch.randn(1, 600, E).bfloat16(), attn.init_cache(1, 600)
+    with torch.no_grad():
+        for parameter in attn.parameters():
+            parameter.mul_(20)
+        attn(x[:, :599], cache=cache)
+        last, expected = attn(x[:, 599:], cache=cache)[0, 0].double(), attn(x)[0, 599].double()
+    assert (last - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_ranks_restart_in_documents_and_skip_padding():
     attn, x = make(rope_positions="rank"), torch.randn(1, 14, E).double()
     y = attn(x, mask=AttentionMask.packed([0, 5, 14]))

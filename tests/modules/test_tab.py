@@ -156,3 +156,10 @@ def test_rows_that_are_not_there():
         make(bottleneck_index=9)(sample(), sample(S))
     with pytest.raises(ValueError, match="one head"):
         make().prune_heads([0])
+
+
+def test_weights_that_are_no_tensor_and_an_empty_batch():
+    attn, x = attnzoo.TABAttention(8), torch.randn(2, 6, 8)
+    with pytest.raises(ValueError, match="attn_override must be a tensor, got"):
+        attn(x, attn_override=[[1.0]])
+    assert attn(x[:0], attn_override=torch.zeros(0, 6)).shape == (0, 6, 8)
