@@ -190,6 +190,11 @@ class TokenCache:
             return self._append_linear(states, tokens), None
         return self._append_ring(tuple(state.transpose(1, 2) for state in states), tokens)
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse another number of sequences."""
+        if batch != self.batch_size:
+            raise ValueError(f"cache was made for states of {self.batch_size} sequences, got {batch}")
+
     def check_length(self, tokens: int) -> None:
         """Refuse more tokens than the cache may ever see."""
         if self.length + tokens > self.max_length:

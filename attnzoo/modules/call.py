@@ -151,7 +151,7 @@ def begin(
     if mask is not None:
         mask = as_mask(mask)
     if cache is not None:
-        check_cache(module, cache, x, context, mask)
+        check_cache(module, cache, context, mask)
         past, limit = cache.length, cache.max_length
         start = past
     shards = None

@@ -105,7 +105,7 @@ def key_value_sources(module: Any, x: Tensor, context: Any, layer: nn.Module | N
     return split_context(context, x, (module.kdim, module.kdim if vdim is None else vdim), layer)
 
 
-def check_cache(module: Any, cache: Any, x: Tensor, context: object, mask: AttentionMask | None) -> None:
+def check_cache(module: Any, cache: Any, context: object, mask: AttentionMask | None) -> None:
     """Refuse a cache of another mechanism or of other sizes, and one where a cache has no meaning."""
     held, wanted = getattr(cache, "inner", cache), module.cache_type
     # Where a mechanism keeps no state, its stateful cache looks like one of keys and values.
@@ -117,8 +117,6 @@ def check_cache(module: Any, cache: Any, x: Tensor, context: object, mask: Atten
         raise ValueError("mask must not be packed when cache is given: a cache continues one document a row")
     if context is not None:
         raise ValueError("cache holds keys of x and cannot be combined with context")
-    if (batch := getattr(held, "batch_size", x.shape[0])) != x.shape[0]:
-        raise ValueError(f"cache must have the batch of x, got {batch} and {x.shape[0]}")
     layout = module.cache_layout()
     if cache.layout != layout:
         raise ValueError(

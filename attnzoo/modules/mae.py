@@ -149,6 +149,7 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         before = torch.cat([x.new_zeros(B, 1, x.shape[2]), (x * one).cumsum(1)], 1)
         count = torch.cat([x.new_zeros(B, 1, 1), one.cumsum(1)], 1)
         if isinstance(call.cache, MeanCache):
+            call.cache.check_batch(B)
             before, count = before + call.cache.sums[:, None], count + call.cache.counts[:, None]
         causal = self.gate_input == "causal_mean"
         end, number = (before[:, 1:], count[:, 1:]) if causal else (before[:, -1:], count[:, -1:])

@@ -57,7 +57,7 @@ class MixtureOfAttentionHeads(Mechanism):
         y = sum_s gate_s Wo[e_s] o_s + o_bias
 
     with gates softmax(l over the selected) ("topk_softmax"), p[e_s] ("softmax_topk"), or p[e_s] over its detached
-    sum ("softmax_topk_norm"). Router arithmetic is float32. The attention is grouped-query attention with k M heads.
+    sum + 1e-6 ("softmax_topk_norm"). Router arithmetic is float32. The attention is that of k M grouped heads.
 
     There is no o_proj: per-head outputs pass through `head_outputs`, an identity, as (B, T, k M Dv), slot-major and
     multiplied by their gates; a hook there sees what o_proj's input is elsewhere.

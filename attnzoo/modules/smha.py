@@ -197,6 +197,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
             start = torch.arange(T, device=q.device) - index
             rank = rank - rank.gather(1, start[..., None].expand_as(rank))
         if cache is not None:
+            cache.check_batch(B)
             rank = rank + cache.buffers[2][:, 0, : call.past].sum(1, keepdim=True, dtype=torch.float64).long()
         length = call.past + T if cache is None else cache.max_length
         cos, sin = rotary_table(self.rope, self.rope_dim, rank, length=length, dtype=q.dtype, device=q.device)
