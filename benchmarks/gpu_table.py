@@ -25,7 +25,7 @@ def read(name: str) -> list[Line]:
 
 
 def calls() -> list[str]:
-    """A row for each call: the device's time in a CUDA graph, the host's on top, rates, memory and the peers."""
+    """A row for each call and its sizes: the device's time, the host's on top, rates, memory and the peers."""
     copied = json.loads((RESULTS / "gpu_tests_nvidia-h200.json").read_text())["versions"]["copy_gbytes"]
     rows = {(row["case"], row["phase"]): (row, "before") for row in read("gpu_nvidia-h200_before_tuning.jsonl")}
     rows |= {(row["case"], row["phase"]): (row, "now") for row in read("gpu_nvidia-h200.jsonl")}
@@ -43,31 +43,35 @@ def calls() -> list[str]:
         # Bytes are counted for forward passes.
         rates += [f"{100 * copy:.0f} % of a copy's"] if row["gbytes"] and phase != "forward+backward" else []
         times = f"{row['graph_ms'] * 1e3:.1f} | {row['ms'] * 1e3:.1f}"
-        lines.append(f"| {case} | {phase} | {tiles} | {times} | {', '.join(rates)} | {row['peak_mib']:.0f} | {text} |")
+        sizes = (f"{name}={size}" for name, size in row["shape"].items())
+        call = " ".join([case, *(size for size in sizes if size not in case.split())])
+        lines.append(f"| {call} | {phase} | {tiles} | {times} | {', '.join(rates)} | {row['peak_mib']:.0f} | {text} |")
     return lines
 
 
 def tiles() -> list[str]:
-    """A row for each sweep: the tiles that the table had, and the fastest of the candidates."""
+    """A row for each sweep: the tiles that the table had, the fastest of the candidates, and the call's times."""
     sweeps: dict[str, list[Line]] = {}
     for line in read("gpu_tune_nvidia-h200.jsonl"):
         # The same call at a later commit is another sweep, around the tiles that won before.
         sweeps.setdefault(line["sweep"] + line["commit"], []).append(line)
-    lines = ["| kernel | call | tiles before | us | fastest candidate | us | ratio |", "| --- " * 7 + "|"]
+    lines = ["| sweep | kernel | call | tiles before | us | fastest candidate | us | ratio |", "| --- " * 8 + "|"]
     for found in sweeps.values():
         table = next(line for line in found if line["role"] == "table")
         best = max((x for x in found if x["role"] == "candidate" and x["ratio"]), key=lambda x: x["ratio"])
         shape = ", ".join(f"{name} {size}" for name, size in table["shape"].items() if size)
         lines.append(
-            f"| {table['kernel']} | {shape} | {_tiles(table)} | {table['ms'] * 1e3:.1f} | {_tiles(best)} | "
-            f"{best['ms'] * 1e3:.1f} | {best['ratio']:.2f} |"
+            f"| {table['sweep']} | {table['kernel']} | {shape} | {_tiles(table)} | {table['ms'] * 1e3:.1f} | "
+            f"{_tiles(best)} | {best['ms'] * 1e3:.1f} | {best['ratio']:.2f} |"
         )
     return lines
 
 
 def _tiles(line: Line) -> str:
-    sizes: Iterable[int] = (size for name, size in line["tiles"].items() if name != "splits" or size)
-    return "/".join(("x".join(map(str, sizes)), str(line["num_warps"]), str(line["num_stages"])))
+    sizes: Iterable[int] = (size for name, size in line["tiles"].items() if name != "splits")
+    splits = line["tiles"].get("splits")
+    written = "/".join(("x".join(map(str, sizes)), str(line["num_warps"]), str(line["num_stages"])))
+    return f"{written}, {splits} splits" if splits else written
 
 
 def page(text: str) -> str:

@@ -34,7 +34,8 @@ def tables(path: Path = RESULTS) -> str:
     machine, versions = rows[-1]["machine"], rows[-1]["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "attnzoo")
     lines = [
-        f"Measured on a {machine} in float32 ({named}): times over the floor of the same run, which is one fused "
+        f"Measured on {rows[-1]['date'][:10]} with attnzoo {versions['attnzoo']}, on a {machine} in float32 ({named}): "
+        "times over the floor of the same run, which is one fused "
         "qkv projection, `scaled_dot_product_attention` and the output projection. Causal, E = 512, H = 8, "
         "B = 4, T = 512; rows after \"floor, G=2\" have 2 key/value heads.",
         "",

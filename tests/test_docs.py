@@ -1,5 +1,6 @@
 """The examples in docs/ and the README run, what the pages link to is there, tables are those of the results."""
 
+import ast
 import json
 import re
 import runpy
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import attnzoo
+from tests import zoo
 from tests.test_docs_commands import uses_runs
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +75,53 @@ def test_every_mechanism_has_its_page_row_and_tests(name):
     assert f"[{name}](docs/{page}.md)" in (ROOT / "README.md").read_text()
     compared = (ROOT / "configs" / "compare.yaml").read_text()
     assert re.search(rf"\b{name}\b", compared)
+
+
+# Names of pages and configurations, in tests/zoo.py under another one.
+IN_THE_ZOO = {"mditface": "static-context"}
+
+
+def test_the_table_of_caches_names_what_mechanisms_make():
+    page = (ROOT / "docs" / "masks_and_caches.md").read_text().partition("| mechanism | holds |")[2]
+    shown = {}
+    for row in re.findall(r"^\| ([a-z0-9_, ]+) \| (.*?) \|", page, re.MULTILINE):
+        shown |= dict.fromkeys(row[0].split(", "), row[1])
+    named = {path.stem for path in (ROOT / "configs" / "attention").glob("*.yaml")} | {"chai"}
+    assert set(shown) == named
+    for name in sorted(named - {"chai"}):
+        module = zoo.MECHANISMS[IN_THE_ZOO.get(name, name.replace("_", "-"))]()
+        assert f"`{type(module.init_cache(1, 8)).__name__}`" in shown[name]
+
+
+def test_contributing_lists_the_contract_in_its_order():
+    tree = ast.parse((ROOT / "attnzoo" / "modules" / "protocol.py").read_text())
+    protocol = next(node for node in tree.body if isinstance(node, ast.ClassDef))
+    members = [
+        node.target.id if isinstance(node, ast.AnnAssign) else getattr(node, "name", "") for node in protocol.body
+    ]
+    listed = re.search(r"^What the contract holds.*", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[0]
+    listed = listed.replace(" (a `HeadLayout`)", "").replace("the call", "`__call__`")
+    assert re.findall(r"`(\w+)`", listed) == [name for name in members if name]
+
+
+def test_the_tpa_page_says_how_many_heads_have_as_many_parameters():
+    page = (ROOT / "docs" / "tpa.md").read_text()
+    sizes = re.search(r"Attention\((\d+), (\d+), (\d+)\)  # as many parameters as (\d+) heads", page)
+    width, heads, head_dim, others = map(int, sizes.groups())
+    ours, theirs = (
+        sum(p.numel() for p in attn.parameters())
+        for attn in (attnzoo.TensorProductAttention(width, heads, head_dim), attnzoo.MultiHeadAttention(width, others))
+    )
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_what_static_tokens_save_is_what_the_results_say():
+    lines = (ROOT / "benchmarks" / "results" / "static_context.jsonl").read_text().splitlines()
+    assert "1 - T / (6 E + T + S) of its FLOPs for many steps" in (ROOT / "docs" / "mditface.md").read_text()
+    for row in map(json.loads, lines):
+        E, T, S = (row["shape"][name] for name in "ETS")
+        # Nine of ten steps reuse what the first has made.
+        assert row["flops_saved"] == pytest.approx(0.9 * (1 - T / (6 * E + T + S)))
 
 
 def test_the_speed_tables_are_those_of_the_committed_results():

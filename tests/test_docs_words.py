@@ -63,6 +63,15 @@ def test_a_word_of_the_list_does_not_come_back(word):
     assert not found, "\n".join(found)
 
 
+def test_rates_are_per():
+    """Of pages: "numbers per token", not "numbers a token"."""
+    rate = re.compile(
+        r"\b(numbers|bytes|FLOPs|nats|tokens|heads|latent) a (cached |static )?(token|sequence|rank|layer)\b"
+    )
+    found = [f"{path.name}: {hit[0]}" for path, text in ALL if path.suffix == ".md" for hit in rate.finditer(text)]
+    assert not found, "\n".join(found)
+
+
 def test_the_patterns_find_what_they_are_for():
     assert set(FINE) <= set(words())
     wrong = "It is no list, stands there, lies here, comes apart, begins anew and goes on once a run."

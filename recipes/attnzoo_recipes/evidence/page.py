@@ -127,24 +127,26 @@ def _size(results: Results) -> str:
 def summary(folder: Path, pages: str) -> str:
     """A table of all results in a folder; `pages` is the path of their pages from where the table is."""
     lines = [
-        "| claim | checks: mean, half of the 95 % interval | each arm at its best rate | verdict |",
+        "| claim | checks: prediction, mean, half of the 95 % interval | each arm at its best rate | verdict |",
         "| --- | --- | --- | --- |",
     ]
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         best = best_rates(results)
-        common = _means(results, common_rates(results), arms=True)
-        chosen = "" if len(results["rates"]) == 1 or None in best.values() else _means(results, best, arms=False)
+        common = _means(results, common_rates(results), named=True)
+        chosen = "" if len(results["rates"]) == 1 or None in best.values() else _means(results, best, named=False)
         title = f"[{results['claim']['title']}]({pages}/{path.stem}.md)"
         lines.append(f"| {title} | {common} | {chosen} | {verdict(results)} |")
     return "\n".join(lines)
 
 
-def _means(results: Results, rates: Mapping[str, float | None], arms: bool) -> str:
-    """The means of all checks, with the names of their arms or without."""
+def _means(results: Results, rates: Mapping[str, float | None], named: bool) -> str:
+    """The means of all checks, with what they predict or without."""
     means = []
     for check, one in zip(results["claim"]["checks"], decisions(results, rates), strict=True):
         mean = "none" if one.mean is None else f"{one.mean:+.4f}" + ("" if one.half is None else f" ± {one.half:.4f}")
         against = f" - {check['against']}" if check["against"] else ""
-        means.append(f"{check['arm']}{against}: {mean}" if arms else mean)
+        side = "below" if check["below"] is not None else "above"
+        what = f"`{check['figure']}` of {check['arm']}{against} {side} {check[side]:g}"
+        means.append(f"{what}: {mean}" if named else mean)
     return "; ".join(means)
