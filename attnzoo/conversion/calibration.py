@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.rules import describe
 
 
 class InputStatistics:
@@ -95,6 +96,8 @@ def statistics_of(calib: Calibration, module: GroupedQueryAttention) -> InputSta
         if calib.embed_dim != E:
             raise ValueError(f"calib must have width {E}, got {calib.embed_dim}")
         return calib
+    if not isinstance(calib, Tensor):
+        raise ValueError(f"calib must be a tensor (N, T, {E}) or InputStatistics, got {describe(calib)}")
     if calib.ndim != 3 or calib.shape[-1] != E:
         raise ValueError(f"calib must have shape (N, T, {E}), got {tuple(calib.shape)}")
     return InputStatistics.of(calib.to(module.o_proj.weight.device), None if module.head_dim % 2 else module)

@@ -19,7 +19,7 @@ from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.moh import MixtureOfHeadAttention
 from attnzoo.modules.mqa import MultiQueryAttention
-from attnzoo.rules import check, one_of
+from attnzoo.rules import INTEGER, check, one_of
 
 CALIBRATED = ("activations", "two-sided")
 """Modes of `to_gqa` that choose coordinates by the layer's inputs."""
@@ -98,6 +98,7 @@ def to_gqa(
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
     check("mode", mode, one_of("mean", "first", *CALIBRATED))
+    check("num_kv_heads", num_kv_heads, INTEGER)
     if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide the module's {module.num_kv_heads}, got {num_kv_heads}")
     if module.qk_norm == "joint":

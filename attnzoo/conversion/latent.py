@@ -16,7 +16,7 @@ from attnzoo.modules.mha import MultiHeadAttention
 from attnzoo.modules.mla import MultiHeadLatentAttention
 from attnzoo.modules.mqa import MultiQueryAttention
 from attnzoo.rotary import Rotary
-from attnzoo.rules import POSITIVE, check, one_of
+from attnzoo.rules import COUNT, INTEGER, POSITIVE, RULES, SIZES, SWITCH, check, one_of
 
 SELECTIONS = ("2-norm", "high", "low", "uniform")
 WEIGHTINGS = ("weights", "activations", "two-sided")
@@ -235,6 +235,11 @@ class _Plan:
     ) -> _Plan:
         _check_source(module)
         D, half = module.head_dim, module.head_dim // 2
+        for name, value, rule in (
+            ("rope_dim", rope_dim, INTEGER), ("uniform_start", uniform_start, COUNT),
+            ("expand_gqa", expand_gqa, SWITCH), ("factor_dtype", factor_dtype, RULES["dtype"]),
+        ):  # fmt: skip
+            check(name, value, rule)
         if rope_dim % 2 or not 0 <= rope_dim <= D:
             raise ValueError(f"rope_dim must be even and between 0 and head_dim {D}, got {rope_dim}")
         if weighting is None:
@@ -395,6 +400,8 @@ def _factors(
         identity = torch.eye(len(down), dtype=down.dtype, device=down.device)
         return down, identity[: len(keys)], identity[len(keys) :], 1.0
     most = min(both.matrix.shape)
+    if rank is not None:
+        check("kv_rank", rank, INTEGER)
     if rank is None or not 1 <= rank <= most:
         raise ValueError(f"kv_rank must lie between 1 and min(E, G (dn + Dv)) = {most}, got {rank}")
     if svd == "joint":
@@ -402,6 +409,8 @@ def _factors(
             raise ValueError(f"kv_rank_split needs svd 'split', got {split} with 'joint'")
         down, up, kept, total = both.truncated(rank, balance)
         return down, up[: len(keys)], up[len(keys) :], kept / total if total else 1.0
+    if split is not None:
+        check("kv_rank_split", split, SIZES)
     rk, rv = (rank // 2, rank - rank // 2) if split is None else split
     limits = min(keys.shape), min(values.shape)
     if rk + rv != rank or not 1 <= rk <= limits[0] or not 1 <= rv <= limits[1]:

@@ -30,7 +30,7 @@ def from_qwen3_next(layer: nn.Module, **options: Any) -> GatedAttention:
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim,
         **{
             "bias": config.attention_bias, "qk_norm": True, "qk_norm_eps": config.rms_norm_eps,
-            "rope": rotary_of(config, head_dim), "dropout": config.attention_dropout,
+            "rope": rotary_of(config, dim=rotated_width(config, head_dim)), "dropout": config.attention_dropout,
             "device": weight.device, "dtype": weight.dtype, **options,
         },
     )  # fmt: skip
@@ -76,12 +76,30 @@ def gated_weights(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int
     return converted
 
 
-def rotary_of(config: Any, head_dim: int) -> Rotary:
-    """The rotary embedding that a configuration of transformers describes in rope_parameters."""
-    parameters = dict(config.rope_parameters)
-    dim = int(head_dim * parameters.pop("partial_rotary_factor", 1.0))
-    scaling = None if parameters["rope_type"] == "default" else parameters
-    return Rotary(theta=parameters["rope_theta"], dim=dim, scaling=scaling)
+def rotary_of(config: Any, layer_type: str | None = None, *, style: str = "half", dim: int | None = None) -> Rotary:
+    """The rotation that a configuration of transformers describes.
+
+    Args:
+        config: with `rope_parameters`, for all layers or by their types.
+        layer_type: key of the latter.
+        style: layout of the rotated pairs.
+        dim: rotary width. Default: the whole head.
+    """
+    parameters = config.rope_parameters
+    parameters = parameters.get(layer_type, parameters)
+    kind = parameters.get("rope_type", "default")
+    scaling = None
+    if kind != "default":
+        own = ("rope_theta", "partial_rotary_factor")
+        scaling = {key: value for key, value in parameters.items() if key not in own and value is not None}
+        scaling |= {"max_position_embeddings": config.max_position_embeddings}
+    return Rotary(float(parameters["rope_theta"]), dim, style, scaling)
+
+
+def rotated_width(config: Any, head_dim: int) -> int | None:
+    """Features of a head that rotate, None for all of them."""
+    width = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return None if width == head_dim else width
 
 
 def from_diff_llama(layer: nn.Module, **options: Any) -> DifferentialAttention:
@@ -101,7 +119,7 @@ def from_diff_llama(layer: nn.Module, **options: Any) -> DifferentialAttention:
         config.hidden_size, config.num_attention_heads // 2, config.num_key_value_heads // 2, head_dim,
         **{
             "depth": layer.layer_idx, "bias": config.attention_bias, "norm_eps": config.rms_norm_eps,
-            "rope": rotary_of(config, head_dim), "device": weight.device, "dtype": weight.dtype, **options,
+            "rope": rotary_of(config), "device": weight.device, "dtype": weight.dtype, **options,
         },
     )  # fmt: skip
     state = {key: value for key, value in layer.state_dict().items() if not key.startswith("rotary")}

@@ -58,6 +58,8 @@ class View:
     """One module's cache whose tokens are in transformers' cache; it is made for one call."""
 
     max_length = None
+    held: int
+    """Keys that the module gets, of which a cache of fixed size has more than there are tokens."""
     is_exact: bool
     """Whether `length` is the number of tokens held, not only a place where they may end."""
 
@@ -65,6 +67,7 @@ class View:
         self.layout = attn.cache_layout()
         self._past, self._index = past, index
         held, offset = past.get_mask_sizes(tokens, index)
+        self.held = held
         if attn.sink_tokens and _is_sliding(past, index):
             raise ValueError(
                 f"sink_tokens must be 0 with a cache that slides and drops the first tokens, got {attn.sink_tokens}"

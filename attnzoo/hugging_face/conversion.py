@@ -25,6 +25,7 @@ from attnzoo.conversion import (
 )
 from attnzoo.conversion.heads import CALIBRATED
 from attnzoo.hugging_face.calibration import Batch, calibrate, mean_loss
+from attnzoo.hugging_face.configs import own_configs
 from attnzoo.hugging_face.layer import AttentionLayer
 from attnzoo.hugging_face.replacement import attention_names, install, read_layers
 from attnzoo.hugging_face.report import LayerReport, ModelReport
@@ -32,7 +33,7 @@ from attnzoo.hugging_face.saving import adopt, described
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.protocol import is_mechanism
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
-from attnzoo.rules import POSITIVE, check, is_integer, one_of
+from attnzoo.rules import POSITIVE, check, describe, is_integer, one_of
 
 Built = dict[str, tuple[nn.Module, LatentReport | None]]
 LayerConversion = Callable[[Any, int, InputStatistics | None], Any]
@@ -96,6 +97,8 @@ def convert(
         ValueError: for an unknown mechanism or option, or a layer that it cannot be made of, naming the layer.
     """
     _check_options(mechanism, options, calib is not None)
+    if calib is not None and (not isinstance(calib, Iterable) or isinstance(calib, str | Mapping)):
+        raise ValueError(f"calib must be an iterable of batches, or None, got {describe(calib)}")
     every, names = attention_names(model), attention_names(model, layers)
     plan = _Layers(model, read_layers(model, names, verify=verify), [every.index(name) for name in names])
     if calib is not None:
@@ -123,6 +126,7 @@ def convert(
     ]
     for name, (attn, _) in built.items():
         described(name, attn)
+    own_configs(model)
     for name, (attn, _) in built.items():
         install(model, name, attn)
     adopt(model)

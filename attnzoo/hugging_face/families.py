@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attnzoo.conversion.layers import rotary_of, rotated_width
 from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.heads import HeadLayout
 from attnzoo.modules.mla import MultiHeadLatentAttention
-from attnzoo.rotary import Rotary
 
 State = dict[str, Tensor]
 Read = Callable[[Any, Any], tuple[nn.Module, State]]
@@ -67,30 +68,17 @@ def family_of(module: nn.Module) -> Family | None:
     return FAMILIES.get(type(module).__name__)
 
 
-def rotary_of(config: Any, layer_type: str | None = None, *, style: str = "half", dim: int | None = None) -> Rotary:
-    """The rotation that a configuration of transformers describes.
-
-    Args:
-        config: with `rope_parameters`, for all layers or by their types.
-        layer_type: key of the latter.
-        style: layout of the rotated pairs.
-        dim: rotary width. Default: the whole head.
-    """
-    parameters = config.rope_parameters
-    parameters = parameters.get(layer_type, parameters)
-    kind = parameters.get("rope_type", "default")
-    scaling = None
-    if kind != "default":
-        own = ("rope_theta", "partial_rotary_factor")
-        scaling = {key: value for key, value in parameters.items() if key not in own and value is not None}
-        scaling |= {"max_position_embeddings": config.max_position_embeddings}
-    return Rotary(float(parameters["rope_theta"]), dim, style, scaling)
+def heads_left(module: Any, layer: Any) -> HeadLayout | None:
+    """The heads that `attnzoo.diagnostics.prune_heads` left of an attention module, or None where it has all."""
+    layout: HeadLayout | None = getattr(module, "attnzoo_heads", None) or getattr(layer, "attnzoo_heads", None)
+    return layout
 
 
-def rotated_width(config: Any, head_dim: int) -> int | None:
-    """Features of a head that rotate, None for all of them."""
-    width = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    return None if width == head_dim else width
+def _pruned(attn: GroupedQueryAttention, left: HeadLayout | None) -> GroupedQueryAttention:
+    """A module with all heads, without those that pruning took."""
+    if left is not None:
+        attn.prune_heads(left.pruned)
+    return attn
 
 
 # Separate projections under the names of the grouped family
@@ -98,7 +86,7 @@ def rotated_width(config: Any, head_dim: int) -> int | None:
 
 def read_separate(
     module: Any,
-    layer: Any,  # noqa: ARG001  (the signature of a reader)
+    layer: Any,
     *,
     window: Callable[[Any], int | None] = lambda module: getattr(module, "sliding_window", None),
     qk_norm: Any = False,
@@ -120,8 +108,11 @@ def read_separate(
         softcap: whether it bounds the scores by `attn_logit_softcapping`.
     """
     width, (rows, embed_dim) = module.head_dim, module.q_proj.weight.shape
+    left = heads_left(module, layer)
+    H, G = rows // width, module.k_proj.weight.shape[0] // width
+    H, G = (H, G) if left is None else (left.total, left.total // left.group_size)
     attn = GroupedQueryAttention(
-        embed_dim, rows // width, module.k_proj.weight.shape[0] // width, width,
+        embed_dim, H, G, width,
         bias=module.q_proj.bias is not None, o_bias=module.o_proj.bias is not None, qk_norm=qk_norm,
         qk_norm_eps=_eps(module.q_norm) if qk_norm else 1e-6,
         rope=rotary_of(module.config, module.layer_type if by_layer_type else None),
@@ -133,7 +124,7 @@ def read_separate(
     if gain:
         # Half precision would round the sum, which the original does not.
         state |= {name: _precise(state[name]) + gain for name in _NORMS}
-    return attn, state
+    return _pruned(attn, left), state
 
 
 _NORMS = ("q_norm.weight", "k_norm.weight")
@@ -161,14 +152,16 @@ def write_separate(state: State, module: Any, *, gain: float = 0.0, **_: Any) ->
 # Fused projections
 
 
-def read_gpt2(module: Any, layer: Any) -> tuple[nn.Module, State]:  # noqa: ARG001
+def read_gpt2(module: Any, layer: Any) -> tuple[nn.Module, State]:
     """GPT-2: one Conv1D (E, 3 E) of queries, keys and values."""
+    left = heads_left(module, layer)
     attn = GroupedQueryAttention(
-        module.embed_dim, module.num_heads, bias=True, rope=None, scale=module.scaling, causal=module.is_causal,
-        dropout=module.attn_dropout.p, device="meta",
+        module.embed_dim, module.num_heads if left is None else left.total, bias=True, rope=None,
+        scale=module.scaling, causal=module.is_causal, dropout=module.attn_dropout.p, device="meta",
     )  # fmt: skip
     weights, biases = module.c_attn.weight.T.chunk(3), module.c_attn.bias.chunk(3)
-    return attn, _named(weights, biases) | {"o_proj.weight": module.c_proj.weight.T, "o_proj.bias": module.c_proj.bias}
+    state = _named(weights, biases)
+    return _pruned(attn, left), state | {"o_proj.weight": module.c_proj.weight.T, "o_proj.bias": module.c_proj.bias}
 
 
 def write_gpt2(state: State, module: Any) -> State:  # noqa: ARG001
@@ -191,7 +184,7 @@ def _named(weights: Any, biases: Any = None) -> State:
     return state
 
 
-def read_gpt_neox(module: Any, layer: Any) -> tuple[nn.Module, State]:  # noqa: ARG001
+def read_gpt_neox(module: Any, layer: Any) -> tuple[nn.Module, State]:
     """GPT-NeoX: one projection, whose rows are (H, 3, D)."""
     width, embed_dim = module.head_size, module.query_key_value.in_features
     attn = GroupedQueryAttention(
@@ -205,7 +198,7 @@ def read_gpt_neox(module: Any, layer: Any) -> tuple[nn.Module, State]:  # noqa: 
 
     fused = module.query_key_value
     state = _named(parts(fused.weight), None if fused.bias is None else parts(fused.bias))
-    return attn, state | _under("o_proj", module.dense)
+    return _pruned(attn, heads_left(module, layer)), state | _under("o_proj", module.dense)
 
 
 def write_gpt_neox(state: State, module: Any) -> State:
@@ -260,17 +253,17 @@ def read_deepseek(module: Any, layer: Any) -> tuple[nn.Module, State]:  # noqa: 
 
 def read_bert(module: Any, layer: Any) -> tuple[nn.Module, State]:
     """BERT: projections in `self`, the last in `output`."""
-    out = layer.output.dense
+    out, left = layer.output.dense, heads_left(module, layer)
     attn = GroupedQueryAttention(
-        module.query.in_features, module.num_attention_heads, None, module.attention_head_size,
-        bias=module.query.bias is not None, o_bias=out.bias is not None, rope=None, scale=module.scaling,
-        causal=module.is_causal, dropout=module.dropout.p, device="meta",
+        module.query.in_features, module.num_attention_heads if left is None else left.total, None,
+        module.attention_head_size, bias=module.query.bias is not None, o_bias=out.bias is not None, rope=None,
+        scale=module.scaling, causal=module.is_causal, dropout=module.dropout.p, device="meta",
     )  # fmt: skip
     parts = {"q_proj": module.query, "k_proj": module.key, "v_proj": module.value, "o_proj": out}
     state: State = {}
     for name, linear in parts.items():
         state |= _under(name, linear)
-    return attn, state
+    return _pruned(attn, left), state
 
 
 def write_bert(state: State, module: Any) -> State:  # noqa: ARG001

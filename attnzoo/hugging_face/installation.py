@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from attnzoo.hugging_face.families import FAMILIES, family_of
 from attnzoo.hugging_face.layer import AttentionLayer
-from attnzoo.rules import FLOATS
+from attnzoo.rules import FLOATS, describe, is_integer
 
 
 def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -29,8 +29,10 @@ def attention_names(model: nn.Module, layers: Sequence[int] | None = None) -> li
 
     Raises:
         ValueError: if the model has none, if an index is out of range or repeated, or if weights are not plain
-            floating-point tensors of this process.
+            floating-point tensors of this process, or those of a module that has several places in the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model of transformers, got {describe(model)}")
     found = {
         name: module
         for name, module in model.named_modules()
@@ -41,9 +43,23 @@ def attention_names(model: nn.Module, layers: Sequence[int] | None = None) -> li
     names = list(found)
     if layers is not None:
         names = [names[index] for index in _checked(layers, len(names))]
+    _check_places(model, {name: found[name] for name in names})
     for name in names:
         check_weights(name, found[name])
     return names
+
+
+def _check_places(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Refuse an attention module that several other modules hold."""
+    names = {id(module): name for name, module in chosen.items()}
+    for holder_name, holder in model.named_modules():
+        for place, child in holder._modules.items():
+            path = f"{holder_name}.{place}" if holder_name else place
+            first = names.get(id(child), path)
+            if first != path:
+                raise ValueError(
+                    f"layer {first!r} must have one place in the model, but is {path!r} too: give each its own module"
+                )
 
 
 def install(model: nn.Module, name: str, attn: nn.Module) -> None:
@@ -107,9 +123,11 @@ def _is_left_alone(module: Any) -> bool:
 
 
 def _checked(layers: Sequence[int], count: int) -> list[int]:
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers must hold numbers from 0 to {count - 1}, or be None, got {layers!r}")
     chosen = list(layers)
     for index in chosen:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        if not is_integer(index) or not 0 <= index < count:
             raise ValueError(f"layers must hold numbers from 0 to {count - 1}, got {index!r}")
     if len(set(chosen)) < len(chosen) or not chosen:
         raise ValueError(f"layers must hold different numbers, at least one, got {chosen}")

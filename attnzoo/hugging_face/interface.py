@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from attnzoo.hugging_face.layer import read_mask
+from attnzoo.hugging_face.masks import read_mask
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.softmax_attention import softmax_attention
 

@@ -8,8 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from attnzoo.hugging_face.caches import View, cache_of
+from attnzoo.hugging_face.masks import (
+    is_padding,
+    packed_documents,
+    packed_mask,
+    read_mask,
+    reads_pairs_alone,
+    takes_single_pairs,
+)
 from attnzoo.masks import AttentionMask, CompleteMask
 from attnzoo.tracing import is_readable
 
@@ -69,6 +78,7 @@ class AttentionLayer(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         layer_past: Any = None,
+        is_causal: bool | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states (B, T, E) -> (output (B, T, E), None).
@@ -80,6 +90,8 @@ class AttentionLayer(nn.Module):
             position_ids: (1, T) or (B, T), for modules with a rotary embedding.
             past_key_values: transformers' cache.
             layer_past: the same, as GPT-NeoX calls it.
+            is_causal: whether no query sees a later key, where there is no mask. Default: as the layer's attribute of
+                that name, which transformers' module had.
 
         Raises:
             ValueError: for a mask or positions of another form, and for what the module refuses.
@@ -100,6 +112,11 @@ class AttentionLayer(nn.Module):
                 self.attn, past, self.layer_idx, batch, tokens, is_masked=visible is not None and has_window,
                 limit=getattr(self.config, "max_position_embeddings", tokens),
             )  # fmt: skip
+        causal = bool(getattr(self, "is_causal", self.attn.causal) if is_causal is None else is_causal)
+        if causal != self.attn.causal:
+            self._check_other_causality(causal, hidden_states.shape[1], past, visible is None, has_window)
+            if visible is None:
+                visible = _all_visible(hidden_states, causal, cache)
         mask = None if visible is None else self._mask(visible, bias, hidden_states, cache, has_window)
         y = self.attn(hidden_states, mask=mask, positions=positions, cache=cache)
         return (y if self.resid_dropout is None else self.resid_dropout(y)), None
@@ -109,6 +126,21 @@ class AttentionLayer(nn.Module):
         """The window in transformers' masks for this layer."""
         kept: int | None = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         return kept
+
+    def _check_other_causality(self, causal: bool, tokens: int, past: Any, unmasked: bool, has_window: bool) -> None:
+        """Refuse to be causal, or not to be, where the module is not, or is, and no mask can say so."""
+        reason = None
+        if causal and past is not None:
+            reason = (
+                "with past_key_values, which a module that is not causal does not fill: use_cache=False leaves them out"
+            )
+        elif unmasked and not takes_single_pairs(self.attn):
+            reason = "because no mask of its own can hide or show single pairs"
+        elif not causal and not has_window and tokens > 1:
+            reason = "with a sliding_window of its own"
+        if reason is not None:
+            name = type(self.attn).__name__
+            raise ValueError(f"is_causal must be {self.attn.causal} for this {name} {reason}, got {causal}")
 
     def _mask(
         self, visible: Tensor, bias: Tensor | None, x: Tensor, cache: Any, has_window: bool
@@ -132,21 +164,46 @@ class AttentionLayer(nn.Module):
                 f"attention_mask must not begin with padding for this {type(self.attn).__name__}, whose outputs it "
                 "would change: pad on the right"
             )
-        if self.attn.has_patterns and getattr(self.attn, "takes_pair_masks", True):
+        if start == 0 and real is not None and T > 1 and is_readable(visible) and not reads_pairs_alone(self.attn):
+            starts = packed_documents(visible, real, self._window)
+            if starts is not None:
+                return self._packed(visible, bias, real, starts, cache)
+        if takes_single_pairs(self.attn):
             return CompleteMask(visible, bias, real, has_window)
         if (
             start is None
             or real is None
             or bias is not None
-            or not _is_padding(visible[..., start:], real, self.attn.causal)
+            or not is_padding(visible[..., start:], real, self.attn.causal)
         ):
             raise ValueError(
-                f"attention_mask must hold causality and padding alone for {type(self.attn).__name__}, which mixes "
-                "the scores of pairs or has none"
+                f"attention_mask must hold causality, padding and packed documents alone for "
+                f"{type(self.attn).__name__}, which mixes the scores of pairs or has none"
             )
         if takes_left:
             return AttentionMask(real_queries=real)
         return AttentionMask.padding(start + real.sum(1), real)
+
+    def _packed(
+        self, visible: Tensor, bias: Tensor | None, real: Tensor, starts: Tensor, cache: Any
+    ) -> AttentionMask:  # fmt: skip
+        """A mask of packed documents for a module that has to know where they begin."""
+        name, mask = type(self.attn).__name__, None
+        if cache is not None:
+            raise ValueError(
+                f"attention_mask must not separate documents in a cache for {name}: use_cache=False has none"
+            )
+        if bias is None:
+            mask = packed_mask(
+                visible, real, starts, causal=self.attn.causal, window=self._window,
+                keep_window=self.attn.sliding_window != self._window,
+            )  # fmt: skip
+        if mask is None:
+            raise ValueError(
+                f"attention_mask must hold causality, padding and packed documents alone for {name}, which reads more "
+                "of a row than single pairs of tokens"
+            )
+        return mask
 
     def _positions(self, position_ids: Tensor | None) -> Tensor | None:
         if self.attn.rope is None:
@@ -161,40 +218,27 @@ class AttentionLayer(nn.Module):
         return position_ids
 
 
-def read_mask(mask: Any) -> tuple[Tensor, Tensor | None]:
-    """Which keys transformers' mask shows, boolean, and what it adds to the scores, or None.
-
-    Args:
-        mask: (B, H, T, S), boolean with True = may attend, or floats of which the lowest numbers hide a key.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(
-            f"attention_mask must be 4-D: load the model with attn_implementation 'sdpa' or 'eager'; got {got}"
-        )
-    if not mask.is_floating_point():
-        return mask.bool(), None
-    visible = mask > torch.finfo(mask.dtype).min / 2
-    bias = mask.masked_fill(~visible, 0)
-    return visible, None if is_readable(bias) and not bool(bias.any()) else bias
-
-
-def _is_padding(visible: Tensor, real: Tensor, causal: bool) -> bool:
-    """Whether real queries see the real ones of these keys (B, 1, T, T), and if causal only those up to their own."""
-    expected = real[:, None].expand(-1, real.shape[1], -1)
-    expected = expected.tril() if causal else expected
-    return bool((visible[:, 0, :, : real.shape[1]] == expected)[real].all())
+def _all_visible(x: Tensor, causal: bool, cache: Any) -> Tensor:
+    """What new tokens x (B, T, E) see where there is no padding: all keys, or those up to their own; (1, 1, T, S)."""
+    T, start = x.shape[1], 0 if cache is None else cache.length
+    keys = cache.held if isinstance(cache, View) else start + T
+    last = torch.arange(start + 1, start + T + 1, device=x.device)[:, None] if causal else start + T
+    visible: Tensor = torch.arange(keys, device=x.device) < last
+    return visible.expand(1, 1, T, keys)
 
 
 def _without_numbers(module: nn.Module) -> nn.Module:
     """A copy on the meta device, without hooks and sharing the configuration."""
-    memo = {id(config): config for config in [getattr(module, "config", None)] if config is not None}
+    memo: dict[int, Any] = configs_in(module)
     for tensor in (*module.parameters(), *module.buffers()):
         memo[id(tensor)] = _meta(tensor)
     return without_hooks(copy.deepcopy(module, memo))
+
+
+def configs_in(module: nn.Module) -> dict[int, Any]:
+    """The configurations that a module and those inside it hold, by their ids."""
+    held = (value for part in module.modules() for value in vars(part).values())
+    return {id(value): value for value in held if isinstance(value, PreTrainedConfig)}
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

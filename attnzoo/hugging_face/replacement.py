@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.backends import check_name
-from attnzoo.hugging_face.families import FAMILIES, family_of
+from attnzoo.hugging_face.configs import own_configs
+from attnzoo.hugging_face.families import FAMILIES, family_of, heads_left
 from attnzoo.hugging_face.installation import attention_names, check_weights, install, modules, outside, unguard
-from attnzoo.hugging_face.layer import HOOKS, AttentionLayer
+from attnzoo.hugging_face.layer import HOOKS, AttentionLayer, configs_in
 from attnzoo.hugging_face.saving import adopt, described, release
 from attnzoo.hugging_face.verification import verify as check_equal
 from attnzoo.modules.gqa import GroupedQueryAttention
@@ -36,8 +37,9 @@ def replace(
         model: a PreTrainedModel with attention of a known class; see `register_family`.
         layers: which attention layers, by their numbers. Default: all.
         backend: of the new modules.
-        verify: run the model once, on two short rows of random ids, and compare each new layer with the old one in
-            float32. A mapping holds the model's keyword arguments for that run, where it takes no ids; False skips it.
+        verify: run the model on two short rows of random ids, one of them padded, and on one of them without padding,
+            and compare each new layer with the old one in float32. A mapping holds the model's keyword arguments for
+            the only run, where it takes no ids; False skips it.
 
     Returns:
         The model.
@@ -50,6 +52,7 @@ def replace(
     read = read_layers(model, new, backend=backend, verify=verify)
     for name, attn in read.items():
         described(name, attn)
+    own_configs(model)
     for name, attn in read.items():
         install(model, name, attn)
     adopt(model)
@@ -88,12 +91,17 @@ def _read(model: Any, name: str, backend: str) -> nn.Module:
     projection = outside(model, name)
     if projection is not None:
         check_weights(name, projection)
+    holder = model.get_submodule(name.rpartition(".")[0])
+    left, kind = heads_left(module, holder), type(module).__name__
     try:
-        attn, state = family.read(module, model.get_submodule(name.rpartition(".")[0]))
+        attn, state = family.read(module, holder)
+        if left is not None and getattr(attn, "heads", None) != left:
+            raise ValueError("its reader does not know them")
         trains = any(parameter.requires_grad for parameter in module.parameters())
         _load(attn, state, trains)
     except (ValueError, AttributeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"layer {name!r}: {type(module).__name__} cannot be read: {error}") from error
+        pruned = "" if left is None else f" with pruned heads {list(left.pruned)}"
+        raise ValueError(f"layer {name!r}: {kind}{pruned} cannot be read: {error}") from error
     attn.backend = backend  # type: ignore[assignment]
     return attn.train(module.training)
 
@@ -114,7 +122,10 @@ def restore(model: Any) -> Any:
     if not attns:
         raise ValueError(f"model must have attention of attnzoo to be restored, got {type(model).__name__}")
     with _groups_in_config(model, attns):
-        built = {name: _written(name, model.get_submodule(name)) for name in attns}
+        built = {
+            name: _written(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+            for name in attns
+        }
     for name, (module, projection) in built.items():
         holder = model.get_submodule(name.rpartition(".")[0])
         path = FAMILIES[type(module).__name__].projection
@@ -129,42 +140,53 @@ def restore(model: Any) -> Any:
 @contextmanager
 def _groups_in_config(model: Any, attns: Mapping[str, Any]) -> Iterator[None]:
     """The number of key/value heads as the layers have it now in the model's configurations, unless the block fails."""
-    key = "num_key_value_heads"
-    configs = {id(config): config for config in (model.get_submodule(name).config for name in attns)}
-    before = [(config, getattr(config, key)) for config in configs.values() if getattr(config, key, None) is not None]
-    groups = {attn.num_kv_heads for attn in attns.values()}
-    if any({number} != groups for _, number in before) and (
-        len(groups) > 1 or len(attns) < len(attention_names(model))
-    ):
-        raise ValueError(
-            f"model must have one number of key/value heads in all layers to be restored, got {sorted(groups)} in "
-            f"{len(attns)} of them"
-        )
+    undo, key = own_configs(model), "num_key_value_heads"
     try:
-        for config, _ in before:
+        configs = {id(config): config for config in (model.get_submodule(name).config for name in attns)}
+        known = [config for config in configs.values() if getattr(config, key, None) is not None]
+        groups = {_groups_made(attn) for attn in attns.values()}
+        if any({getattr(config, key)} != groups for config in known) and (
+            len(groups) > 1 or len(attns) < len(attention_names(model))
+        ):
+            raise ValueError(
+                f"model must have one number of key/value heads in all layers to be restored, got {sorted(groups)} in "
+                f"{len(attns)} of them"
+            )
+        for config in known:
             setattr(config, key, next(iter(groups)))
         yield
     except BaseException:
-        for config, number in before:
-            setattr(config, key, number)
+        undo()
         raise
 
 
-def _written(name: str, layer: Any) -> tuple[nn.Module, nn.Module | None]:
+def _groups_made(attn: Any) -> int:
+    """Key/value heads that a layer was made with, before pruning."""
+    number: int = attn.heads.total // attn.heads.group_size if attn.pruned_heads else attn.num_kv_heads
+    return number
+
+
+def _written(name: str, layer: Any, holder: Any) -> tuple[nn.Module, nn.Module | None]:
     """The module of transformers with the weights of a layer, and its last projection where that is outside."""
     attn, kind = layer.attn, type(layer.skeleton).__name__
     family = FAMILIES.get(kind)
     if family is None or family.write is None:
         raise ValueError(f"layer {name!r}: {kind} has no way back; register_family(write=...) teaches it")
-    module = copy.deepcopy(layer.skeleton, {} if layer.config is None else {id(layer.config): layer.config})
+    left, heads = heads_left(layer.skeleton, holder), getattr(attn, "heads", None)
+    if getattr(attn, "pruned_heads", ()) and heads != left:
+        raise ValueError(
+            f"layer {name!r}: {kind} cannot express this {type(attn).__name__}: heads {list(attn.pruned_heads)} are "
+            f"pruned now, and {[] if left is None else list(left.pruned)} were when it was replaced"
+        )
+    module = copy.deepcopy(layer.skeleton, configs_in(layer.skeleton))
     try:
         state = dict(attn.state_dict(keep_vars=True))
         trains = any(parameter.requires_grad for parameter in attn.parameters())
-        _fill(module, family.write(state, module), trains)
-        holder: Any = attn.o_proj
+        _fill(module, family.write(state, module), attn, trains)
+        around: Any = attn.o_proj
         for part in reversed([] if family.projection is None else family.projection.split(".")):
-            holder = SimpleNamespace(**{part: holder})
-        again, numbers = family.read(module, holder)
+            around = SimpleNamespace(**{part: around}, attnzoo_heads=left)
+        again, numbers = family.read(module, around)
         if _facts(again) != _facts(attn) or {k: t.shape for k, t in numbers.items()} != {
             k: t.shape for k, t in state.items()
         }:
@@ -177,7 +199,7 @@ def _written(name: str, layer: Any) -> tuple[nn.Module, nn.Module | None]:
     return module, None if family.projection is None else attn.o_proj
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], trains: bool) -> None:
+def _fill(module: nn.Module, state: Mapping[str, Tensor], attn: Any, trains: bool) -> None:
     """Give a module on the meta device these parameters, and the sizes that go with them."""
     for key, tensor in state.items():
         path, _, leaf = key.rpartition(".")
@@ -186,11 +208,11 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], trains: bool) -> None:
             setattr(owner, leaf, nn.Parameter(torch.empty_like(tensor, device="meta")))
             if isinstance(owner, nn.Linear) and leaf == "weight":
                 owner.out_features, owner.in_features = tensor.shape
-    for name in ("num_key_value_heads", "num_key_value_groups"):
+    # Where pruning left uneven groups, keys are gathered for each query head.
+    size = attn.num_heads // attn.num_kv_heads if attn.heads.is_regular else 1
+    for name, count in (("num_key_value_heads", attn.num_kv_heads), ("num_key_value_groups", size)):
         if hasattr(module, name):
-            config: Any = module.config
-            groups = config.num_key_value_heads
-            setattr(module, name, groups if name.endswith("heads") else config.num_attention_heads // groups)
+            setattr(module, name, count)
     _load(module, state, trains)
 
 

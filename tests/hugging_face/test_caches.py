@@ -176,7 +176,7 @@ def test_masks_of_single_pairs_are_refused_by_sums_over_keys():
     causal = model(IDS, attention_mask=seen).logits
     torch.testing.assert_close(causal, model(IDS).logits)
     seen[0, 0, 7, 2] = False
-    with pytest.raises(ValueError, match="attention_mask must hold causality and padding alone for LinearAttention"):
+    with pytest.raises(ValueError, match="must hold causality, padding and packed documents alone for Linear"):
         model(IDS, attention_mask=seen)
 
 
