@@ -10,12 +10,14 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TextIO, cast
 
 import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import DoublePrecision
@@ -38,7 +40,7 @@ from attnzoo_recipes.callbacks.record import Record
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.callbacks.summary import Report, Sizes
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO
-from attnzoo_recipes.data.module import TextDataModule
+from attnzoo_recipes.data.module import TextDataModule, check_endless
 from attnzoo_recipes.files import Unbreakable, is_failing_disk
 from attnzoo_recipes.optimisers import OptimiserMaker, ScheduleMaker
 from attnzoo_recipes.options import one_sentence, take_allowed_imports
@@ -93,8 +95,12 @@ class PretrainCLI(LightningCLI):
         if not hasattr(trainer, "as_dict"):
             raise ValueError(f"trainer must be a section of settings, got {trainer!r:.80}")
         check_finite(settings)
+        check_trainer(settings["trainer"])
         if self.subcommand == "fit":
             check_end(settings["trainer"])
+        check_ckpt_path(settings.get("ckpt_path"))
+        if self.subcommand != "fit" and settings["ckpt_path"] is None and settings["model"]["init_from"] is None:
+            _warn_of_random_weights()
         if trainer["precision"] is None:
             trainer["precision"] = default_precision(trainer["accelerator"])
 
@@ -283,8 +289,11 @@ def find_configs(words: list[str]) -> list[str]:
 
 def config_path(name: str) -> str:
     """The file itself if it exists, otherwise the packaged config of that name, with or without the prefix configs/."""
-    with contextlib.suppress(OSError, ValueError):  # of names that no file can have
-        if Path(name).is_file() or name.lstrip().startswith("{"):
+    with contextlib.suppress(OSError):  # of names that no file can have
+        if name.lstrip().startswith("{"):
+            return name
+        if "\0" not in name and Path(name).is_file():
+            _check_settings(Path(name))
             return name
     relative = name.removeprefix("configs/")
     for folder in CONFIG_FOLDERS:
@@ -295,20 +304,59 @@ def config_path(name: str) -> str:
     raise ValueError(f"config {name!r:.200} is neither a file nor one of {', '.join(packaged)}")
 
 
+def _check_settings(path: Path) -> None:
+    """Raise ValueError for a config without a line that is neither blank nor a comment."""
+    with path.open("rb") as file:
+        if all(not line.strip() or line.lstrip().startswith(b"#") for line in file):
+            raise ValueError(f"config {str(path)!r:.200} must hold settings, got an empty file")
+
+
 def default_precision(accelerator: str) -> str:
     """bf16-mixed for a run on a GPU with bfloat16, otherwise 32-true."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of a trainer that Lightning takes, and with which a run would break later."""
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "val_check_interval"):
+        value = trainer[name]
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"trainer.{name} must be at least 1, got {value}")
+    if (trainer["gradient_clip_val"] or 0) < 0:
+        raise ValueError(f"trainer.gradient_clip_val must not be negative, got {trainer['gradient_clip_val']}")
+    root = Path(trainer["default_root_dir"] or "runs").absolute()
+    nearest = next(place for place in (root, *root.parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"trainer.default_root_dir must be a folder, got {str(root)!r}, but {str(nearest)!r} is none")
+
+
 def check_end(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings of a trainer that would never end: the training data have no end."""
-    limited = isinstance(trainer["limit_train_batches"], int) and (trainer["max_epochs"] or 0) > 0
-    if trainer["max_steps"] < 0 and not (limited or trainer["fast_dev_run"] or trainer["overfit_batches"]):
+    """Raise ValueError for settings of a trainer that do not say where training ends: its data have no end."""
+    if trainer["fast_dev_run"]:
+        return
+    check_endless(trainer["limit_train_batches"], trainer["overfit_batches"])
+    if trainer["max_steps"] < 1:
         raise ValueError(
-            "trainer.max_steps must be given, since the training data have no end and the learning rate's cosine ends "
-            f"there, got {trainer['max_steps']}"
+            "trainer.max_steps must be given and be at least 1, since the training data have no end and the learning "
+            f"rate's cosine ends there, got {trainer['max_steps']}"
         )
+
+
+def check_ckpt_path(path: str | None) -> None:
+    """Raise ValueError for a word in place of a path, of which Lightning would make another start or none."""
+    if path is not None and (str(path) in ("best", "last", "hpc") or str(path).startswith("registry")):
+        raise ValueError(
+            f"ckpt_path must be a checkpoint, or the folder of a run for its newest valid one, got {str(path)!r}"
+        )
+
+
+@rank_zero_only
+def _warn_of_random_weights() -> None:
+    sys.stderr.write(
+        "attnzoo-pretrain: warning: the figures are those of random weights, since neither --ckpt_path nor "
+        "--model.init_from is given\n"
+    )
 
 
 def is_user_mistake(error: Exception) -> bool:
@@ -317,10 +365,17 @@ def is_user_mistake(error: Exception) -> bool:
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_by = frames[-1].f_globals.get("__name__", "") if frames else ""
+    if not raised_by.startswith("attnzoo") and any(_builds(frame) for frame in frames):
+        return True  # such as a value that Lightning or torch refuses in a way of its own
     if raised_by == "torch.cuda" and isinstance(error, AssertionError | RuntimeError):
         return True  # there is no GPU, or torch is built without
     checks = ("attnzoo", "attnzoo_recipes", "jsonargparse", "lightning")
     return isinstance(error, ValueError | OSError) and raised_by.split(".")[0] in checks
+
+
+def _builds(frame: FrameType) -> bool:
+    """Whether a frame makes a trainer or an optimiser from the settings, and does nothing else."""
+    return frame.f_code in (PretrainCLI.instantiate_trainer.__code__, Pretraining.configure_optimizers.__code__)
 
 
 def unreadable_checkpoint(error: Exception) -> str | None:

@@ -37,6 +37,7 @@ def consolidate(checkpoint: Path, out: Path) -> None:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is not valid, or the file exists or has another ending.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if out.suffix != ".safetensors":
@@ -55,6 +56,8 @@ def consolidate(checkpoint: Path, out: Path) -> None:
                 os.fsync(file.fileno())
             os.replace(unfinished, out)
             files.sync_folder(out.parent)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -43,7 +43,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "key-weight": {"help": "mla, two-sided: weight of keys against values, or search"},
     "rank-allocation": {"help": "mla: uniform, or adaptive: ranks by the layers' spectra"},
     "num-kv-heads": {"type": int, "metavar": "G", "help": "gqa: key/value heads"},
-    "mode": {"help": "gqa: mean, first or activations (default activations with --calib)"},
+    "mode": {"help": "gqa: mean, first, activations or two-sided (default activations with --calib)"},
     "variant": {"help": "kha: mlp, linear, linear_v or mlp_qkv (default mlp)"},
 }
 """Options of conversions that have a word of their own; --set takes all."""
@@ -60,6 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
         check_new_folder(given.out)
         if given.dtype not in _DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {given.dtype!r}")
+        for name in ("calib_sequences", "eval_sequences"):
+            if getattr(given, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")
         options, layers = conversion_options(given), layer_numbers(given.layers)
         device = device_named(given.device)
         loaded = load_model(given.model, allowed=allowed, device=device)
@@ -67,7 +70,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError(f"MODEL must be a causal language model, got {type(loaded.model).__name__}")
         read = reader(loaded) if given.calib or given.eval else None
         texts = {
-            name: sequences(f"--{name}", path, read, min(length, read.longest or length), None, most=count)
+            name: sequences(
+                f"--{name}", path, read, min(length, read.longest or length), None, most=count, option=f"{name}-length"
+            )
             for name, path, length, count in (
                 ("calib", given.calib, given.calib_length, given.calib_sequences),
                 ("eval", given.eval, given.eval_length, given.eval_sequences),

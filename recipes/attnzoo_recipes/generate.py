@@ -51,6 +51,11 @@ def generate_text(options: argparse.Namespace, allowed: tuple[str, ...]) -> None
     for name, value in (("max-new-tokens", options.max_new_tokens), ("num-samples", options.num_samples)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not -(2**63) <= options.seed <= 2**64 - options.num_samples:
+        raise ValueError(
+            f"--seed must lie between -2^63 and 2^64 less the number of samples, got {options.seed} and "
+            f"{options.num_samples} sample{'s' if options.num_samples > 1 else ''}"
+        )
     if "" in options.stop:
         raise ValueError("--stop must be followed by a text, got an empty one")
     prompt = read_prompt(options.prompt, options.prompt_file)

@@ -101,8 +101,8 @@ class DecoderLM(nn.Module):
             backward pass.
 
     Raises:
-        ValueError: for a size below 1, dropout outside [0, 1), an attention module that is not causal or lacks
-            members of the protocol, mlp_dim without SwiGLU, or parallel without a feed-forward layer.
+        ValueError: for a size below 1, dropout outside [0, 1), a negative norm_eps, an attention module that is not
+            causal or lacks members of the protocol, mlp_dim without SwiGLU, or parallel without a feed-forward layer.
     """
 
     def __init__(
@@ -133,6 +133,8 @@ class DecoderLM(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and not negative, got {norm_eps}")
         if init_std <= 0:
             raise ValueError(f"init_std must be positive, got {init_std}")
         if parallel and feed_forward is None:

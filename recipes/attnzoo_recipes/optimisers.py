@@ -190,14 +190,89 @@ def made_schedule(maker: ScheduleMaker, optimizer: Optimizer, steps: int) -> LRS
 
 
 def check_optimiser(maker: OptimiserMaker, lr: float, weight_decay: float) -> None:
-    """Raise ValueError if a class path gives a learning rate or decay that the parameter groups would override."""
+    """Raise ValueError for an optimiser that cannot train a decoder, or a class path that gives a learning rate or
+    decay that the parameter groups would override."""
     cls, given = _class_of(maker), getattr(maker, "keywords", {})
+    if cls in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        raise ValueError(f"optimizer must take parameter groups and dense gradients, got {cls.__name__}")
     defaults = {} if cls is None else inspect.signature(cls).parameters
     for name, used in (("lr", lr), ("weight_decay", weight_decay)):
         if name in given and given[name] != used and name in defaults and given[name] != defaults[name].default:
             raise ValueError(
                 f"optimizer.init_args.{name} must be left out, since model.{name} is {used}, got {given[name]}"
             )
+
+
+def continued_settings(
+    optimiser: OptimiserMaker | None, schedule: ScheduleMaker, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings that a continued run takes from its checkpoint, whatever it is given, as plain types by option.
+
+    They are those of the optimiser, whose groups a checkpoint holds, and those of a schedule that is restored as a
+    whole. A `LambdaLR`, such as the recipe's schedules, is not: its function is that of the settings given.
+
+    Args:
+        optimiser: makes it. None is AdamW.
+        schedule: makes it.
+        options: further settings of the optimiser.
+    """
+    found = {name: _plain(value) for name, value in options.items()}
+    found |= _described("optimizer", torch.optim.AdamW if optimiser is None else optimiser, optimiser is not None)
+    schedule_class = _class_of(schedule)
+    restored = schedule_class is not None and not issubclass(schedule_class, LambdaLR)
+    return found | (_described("lr_scheduler", schedule) if restored else {"lr_scheduler.class_path": None})
+
+
+def check_continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of `continued_settings` that is not that of the checkpoint."""
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise ValueError(
+                f"{name} must be {before[name]}, as in the checkpoint that is continued, got {value}; "
+                "--model.init_from starts a run with other settings from its weights"
+            )
+
+
+def settings_of_groups(states: Any) -> dict[str, Any]:
+    """Learning rate and decay from the optimiser's states in a checkpoint that does not say its settings."""
+    first = states[0] if isinstance(states, list) and states else None
+    groups = first.get("param_groups") if isinstance(first, dict) else None
+    found = {}
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, dict) and group.get("name") in ("decay", "muon"):
+            for name, key in (("model.lr", "initial_lr"), ("model.weight_decay", "weight_decay")):
+                if isinstance(group.get(key), float):
+                    found[name] = group[key]
+    return found
+
+
+def _described(option: str, maker: Any, with_arguments: bool = True) -> dict[str, Any]:
+    """Class and arguments, defaults included, that a maker has; of a plain function nothing."""
+    cls = _class_of(maker)
+    if cls is None:
+        return {}
+    found: dict[str, Any] = {f"{option}.class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    if not with_arguments:
+        return found
+    # The parameter groups carry the first two, and the others say how a step is computed, not which.
+    left_out = ("lr", "weight_decay", "steps", "last_epoch", "fused", "foreach", "capturable", "differentiable")
+    given = getattr(maker, "keywords", {})
+    for name, parameter in list(inspect.signature(cls).parameters.items())[1:]:
+        value = given.get(name, parameter.default)
+        if name not in left_out and value is not parameter.empty and _plain(value) is not _OBJECT:
+            found[f"{option}.init_args.{name}"] = _plain(value)
+    return found
+
+
+_OBJECT = object()
+
+
+def _plain(value: Any) -> Any:
+    """A value of plain types, tuples as lists, or `_OBJECT` for another one."""
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return _OBJECT if _OBJECT in items else items
+    return value if value is None or isinstance(value, bool | int | float | str) else _OBJECT
 
 
 def rates_at(

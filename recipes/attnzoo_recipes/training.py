@@ -32,9 +32,12 @@ from attnzoo_recipes.model_config import (
 from attnzoo_recipes.optimisers import (
     OptimiserMaker,
     ScheduleMaker,
+    check_continued,
     check_optimiser,
+    continued_settings,
     default_schedule,
     made_schedule,
+    settings_of_groups,
 )
 from attnzoo_recipes.sharding import ShardedStrategy, clip_gradients
 from attnzoo_recipes.trainer import check_strategy, ends_step, is_sharded, log_is_due
@@ -140,7 +143,11 @@ class Pretraining(L.LightningModule):
         for name, value in (("lr", lr), ("dynamic_lr_ratio", dynamic_lr_ratio)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
         for name, value in (
+            ("norm_eps", norm_eps),
+            ("adam_eps", adam_eps),
             ("weight_decay", weight_decay),
             ("knock_weight_decay", knock_weight_decay or 0.0),
             ("warmup_steps", warmup_steps),
@@ -183,7 +190,7 @@ class Pretraining(L.LightningModule):
         self._evaluated: list[str] = []
         self._token_bytes = torch.zeros(0)
         self._has_weights = False
-        self._of_step: dict[str, Any] = {}
+        self._of_step: dict[str, list[Tensor]] = {}
 
     # model
 
@@ -236,10 +243,14 @@ class Pretraining(L.LightningModule):
             saved["tokenizer"] = tokenizer.to_dict()
         if (block_size := getattr(self._data(), "block_size", None)) is not None:
             saved["block_size"] = int(block_size)
+        saved["optimizer"] = self._continued_settings()
         checkpoint[KEY] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise, in one sentence, for a checkpoint of another mechanism, of other sizes or of another tokenizer."""
+        """Raise, in one sentence, for a checkpoint of another mechanism, of other sizes or of another tokenizer.
+
+        A run that continues it must also have its optimiser's settings, which Lightning would take from it.
+        """
         saved = saved_settings(checkpoint)
         self._has_weights = True
         self.configure_model()
@@ -248,6 +259,18 @@ class Pretraining(L.LightningModule):
         if tokenizer is not None and saved.get("tokenizer", tokenizer.to_dict()) != tokenizer.to_dict():
             raise ValueError("the checkpoint's tokenizer differs from the one that the data settings give")
         check_state(self, checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            before = saved.get("optimizer", settings_of_groups(checkpoint.get("optimizer_states")))
+            check_continued(before if isinstance(before, dict) else {}, self._continued_settings())
+
+    def _continued_settings(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "model.lr": self.lr, "model.weight_decay": self.weight_decay,
+            "model.knock_weight_decay": self.knock_weight_decay, "model.dynamic_lr_ratio": self.dynamic_lr_ratio,
+        }  # fmt: skip
+        if self.optimiser is None:
+            options |= {"model.betas": self.betas, "model.adam_eps": self.adam_eps}
+        return continued_settings(self.optimiser, self.schedule, options)
 
     def _data(self) -> Any:
         """The trainer's data module, or None."""
@@ -324,13 +347,11 @@ class Pretraining(L.LightningModule):
 
     def _log_of_step(self, name: str, value: Tensor, batch_idx: int, prog_bar: bool = False) -> None:
         """Log the mean over the batches of an optimiser step and over all processes, at its last batch."""
-        batches = self.trainer.accumulate_grad_batches
-        value = value.detach()
-        if batches > 1:
-            value = self._of_step[name] = self._of_step.get(name, 0.0) + value / batches
+        values = self._of_step.setdefault(name, [])
+        values.append(value.detach())
         if ends_step(self.trainer, batch_idx):
-            self._of_step.pop(name, None)
-            self.log(name, value, prog_bar=prog_bar, sync_dist=True)
+            del self._of_step[name]
+            self.log(name, sum(values) / len(values), prog_bar=prog_bar, sync_dist=True)
 
     def _own_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch with the tokens of each sequence that this process has, and their targets, which are shifted."""

@@ -47,6 +47,16 @@ BAD = {
 }
 
 
+def test_a_folder_that_takes_no_file(arguments, run, tmp_path, capsys):
+    run(arguments("mha"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        consolidate.main([str(tmp_path / "run"), "/proc/w.safetensors"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/proc/w.safetensors could not be written" in line
+
+
 @pytest.mark.parametrize(("words", "sentence"), BAD.values(), ids=BAD)
 def test_mistakes_are_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -135,6 +135,8 @@ def test_a_run_is_converted(arguments, run, texts, tmp_path, capsys):
         (["--to", "kha", "--layers", "a"], "--layers must be numbers with commas between, got 'a'"),
         (["--to", "kha", "--calib", "nowhere.txt"], "--calib must be a file, got 'nowhere.txt'"),
         (["--to", "kha", "--eval", "nowhere.txt"], "--eval must be a file, got 'nowhere.txt'"),
+        (["--to", "kha", "--eval", __file__, "--eval-length", "0"], "eval-length must be at least 2, got 0"),
+        (["--to", "kha", "--eval", __file__, "--eval-sequences", "0"], "--eval-sequences must be at least 1, got 0"),
         (["--to", "kha", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["--to", "kha", "--device", "nowhere"], "device must be one that torch knows"),
     ],
@@ -150,6 +152,14 @@ def test_mistakes_end_in_one_sentence(tmp_path, capsys, words, message):
     assert error.startswith("attnzoo-convert: error: ")
     assert not [line for line in bars if line and "it/s" not in line]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_too_short_says_which_option_helps(tmp_path, capsys):
+    source, *_ = llama(tmp_path / "model")
+    (tmp_path / "tiny.txt").write_text("a")
+    with pytest.raises(SystemExit):
+        command(source, tmp_path / "out", "--to", "kha", "--eval", tmp_path / "tiny.txt")
+    assert "or a smaller --eval-length" in capsys.readouterr().err
 
 
 def test_models_that_are_not_converted(tmp_path, capsys):

@@ -105,6 +105,10 @@ def test_a_run_folder_and_its_checkpoint(arguments, run, tmp_path, capsys):
     main([str(folder), "--out", str(tmp_path / "out"), "--drawn", "0", "--save-eigenvalues", "true"])
     content = json.loads((tmp_path / "out" / "spectrum.json").read_text())
     assert content["facts"]["class"] == "DecoderLM"
+    # A figure that no spectrum has is no map of zeros.
+    assert {record["mp_softrank"] for record in content["records"] if record["matrix"] == "qk"} == {None}
+    assert "qk-mp_softrank.png" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert "No map, since no spectrum has the figure: " in (tmp_path / "out" / "report.html").read_text()
     expected = analyze_model(loaded.model, keep_eigenvalues=True)
     found = [record for record in content["records"] if record["matrix"] == "qk"]
     assert [record["eigenvalues"] for record in found] == [pytest.approx(list(r.eigenvalues)) for r in expected]

@@ -225,6 +225,7 @@ def test_the_packaged_config_is_read_and_lists_every_mechanism():
             ["--mechanisms", "depth1", "--vary", "feed_forward", "--match", "flops"],
             "match must be none where feed-forward layers vary, got 'flops'",
         ),
+        (["--mechanisms", "mha", "--device", "nowhere"], "device must be one that torch knows"),
         (["--config", "none.yaml"], "config 'none.yaml' is neither a file nor one of"),
         (["--config", "compare.yaml", "--train", '{"optimiser": {}}'], "train must hold sections .*, got 'optimiser'"),
         (["--config", "compare.yaml", "--mechanism", "mha"], "mechanism"),

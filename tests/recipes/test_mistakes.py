@@ -35,6 +35,25 @@ MISTAKES = {
     "rotation that cannot be": (["--model.attention.init_args.rope.theta=-1"], "theta must be finite"),
     "config without a name": (["--config"], "expected one argument"),
     "config with a name that no file has": (["--config", "x" * 5000], "neither a file nor one of"),
+    "accumulation of nothing": (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
+    "negative accumulation": (["--trainer.accumulate_grad_batches=-1"], "accumulate_grad_batches must be at least 1"),
+    "validation after no step": (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be at least 1"),
+    "log of no step": (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps must be at least 1, got 0"),
+    "gradients turned around": (["--trainer.gradient_clip_val=-1"], "gradient_clip_val must not be negative, got -1"),
+    "no step": (["--trainer.max_steps=0"], "trainer.max_steps must be given and be at least 1"),
+    "an epoch": (["--trainer.limit_train_batches=3"], "trainer.limit_train_batches must be left out"),
+    "a share of the batches": (["--trainer.limit_train_batches=0.5"], "trainer.limit_train_batches must be left out"),
+    "the same batches": (["--trainer.overfit_batches=2"], "trainer.overfit_batches must be left out"),
+    "a folder that is a file": ([f"--trainer.default_root_dir={__file__}/run"], "trainer.default_root_dir must be"),
+    "a folder that cannot be": (["--trainer.default_root_dir=/proc/nope"], "/proc/nope/version_0 could not be written"),
+    "moments that do not fade": (["--model.betas=[1,1]"], "betas must lie in [0, 1), got (1.0, 1.0)"),
+    "negative epsilon": (["--model.adam_eps=-1"], "adam_eps must not be negative, got -1"),
+    "negative epsilon of norms": (["--model.norm_eps=-1"], "norm_eps must not be negative, got -1"),
+    "optimiser of another kind": (["--optimizer=LBFGS"], "optimizer must take parameter groups and dense gradients"),
+    "optimiser that refuses": (["--optimizer=SGD", "--optimizer.nesterov=true"], "Nesterov momentum requires"),
+    "devices that are none": (["--trainer.devices=foo"], "devices"),
+    "precision without its package": (["--trainer.precision=transformer-engine"], "transformer_engine"),
+    "a word for a checkpoint": (["--ckpt_path=last"], "ckpt_path must be a checkpoint, or the folder of a run"),
     "backend that does not exist": (["--model.attention.init_args.backend=cuda"], "backend"),
 }
 
@@ -91,6 +110,58 @@ def test_a_checkpoint_of_other_sizes(arguments, run, tmp_path, capsys):
     path = newest_valid(tmp_path / "run")
     sentence = refused(run, arguments("kha", "--model.embed_dim=64", f"--ckpt_path={path}"), capsys)
     assert "embed_dim (32 in the checkpoint, 64 now)" in sentence
+
+
+CONTINUED = {
+    "rate": (["--model.lr=1e-5"], "model.lr must be 0.001, as in the checkpoint that is continued, got 1e-05"),
+    "decay": (["--model.weight_decay=0.5"], "model.weight_decay must be 0.1"),
+    "moments": (["--model.betas=[0.8,0.95]"], "model.betas must be [0.9, 0.95]"),
+    "optimiser": (["--optimizer=SGD"], "optimizer.class_path must be torch.optim.adamw.AdamW"),
+    "schedule": (["--lr_scheduler=ConstantLR"], "lr_scheduler.class_path must be None"),
+}
+
+
+def test_a_run_that_continues_has_its_optimiser(arguments, run, tmp_path, capsys):
+    run(arguments("mha", "--model.min_lr_ratio=0.2"))
+    path = newest_valid(tmp_path / "run")
+    older = tmp_path / "older.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["attnzoo"]["optimizer"]
+    AtomicCheckpointIO().save_checkpoint(content, older)
+    for more, message in CONTINUED.values():
+        sentence = refused(run, arguments("mha", *more, f"--ckpt_path={path}", steps=4), capsys)
+        assert message in sentence
+        assert "--model.init_from" in sentence
+    for more, message in (CONTINUED["rate"], CONTINUED["decay"]):
+        assert message in refused(run, arguments("mha", *more, f"--ckpt_path={older}", steps=4), capsys)
+    # What takes effect may change.
+    run(arguments("mha", "--model.min_lr_ratio=0.9", f"--ckpt_path={path}", steps=3))
+    run(arguments("mha", f"--ckpt_path={older}", steps=3))
+    run(["validate", *arguments("mha", "--model.lr=1e-5", f"--ckpt_path={path}")[1:]])
+
+
+def test_an_optimiser_that_is_named_is_continued_with_its_arguments(arguments, run, tmp_path, capsys):
+    muon = ["--config=configs/training/muon.yaml", "--lr_scheduler=ConstantLR", "--lr_scheduler.total_iters=3"]
+    run(arguments("mha", *muon))
+    path = newest_valid(tmp_path / "run")
+    for option, was, now in (
+        ("optimizer.init_args.momentum", 0.95, 0.5), ("lr_scheduler.init_args.total_iters", 3, 4),
+    ):  # fmt: skip
+        words = arguments("mha", *muon, f"--{option}={now}", f"--ckpt_path={path}", steps=4)
+        assert f"{option} must be {was}" in refused(run, words, capsys)
+    run(arguments("mha", *muon, f"--ckpt_path={path}", steps=3))
+
+
+def test_figures_of_random_weights_are_said_to_be(arguments, run, capsys):
+    run(["validate", *arguments("mha")[1:]])
+    said = capsys.readouterr()
+    assert "val_bits_per_byte" in said.out
+    assert "the figures are those of random weights" in said.err
+
+
+def test_a_dry_run_leaves_nothing(arguments, run, tmp_path):
+    run(arguments("mha", "--trainer.fast_dev_run=true", "--trainer.max_steps=-1"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_truncated_checkpoint(arguments, run, tmp_path, capsys):
@@ -271,8 +342,6 @@ def test_an_odd_config(name, arguments, tmp_path, capsys, monkeypatch):
         ("compare", ["--mechanisms", f"mha,{path}", *out]), ("compare", ["--config", str(path), *out]),
         ("pretrain", arguments("mha", "--config", str(path))),
     ):  # fmt: skip
-        if name == "empty" and command_name == "pretrain":
-            continue  # nothing to change is no mistake
         sentence = refused(command(command_name), words, capsys)
         assert "odd.yaml" in sentence or name not in ("missing", "bytes")
 

@@ -155,6 +155,14 @@ def test_several_samples_are_those_of_their_seeds(trained, capsys):
     assert re.fullmatch(r"\d+ tokens, [\d,.]+ tokens/s with the prompt's time\n", together.err)
 
 
+@pytest.mark.parametrize(("seed", "samples"), [(2**64, 1), (2**64 - 1, 2), (-(2**63) - 1, 1)])
+def test_a_seed_that_torch_does_not_take(seed, samples, capsys):
+    with pytest.raises(SystemExit) as stop:
+        made(capsys, "nowhere", "--seed", seed, "--num-samples", samples)
+    assert stop.value.code == 2
+    assert f"--seed must lie between -2^63 and 2^64 less the number of samples, got {seed}" in capsys.readouterr().err
+
+
 def test_prompts_from_a_file_and_from_stdin(trained, capsys, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("the cat é")
     common = [trained, "--max-new-tokens", 5]

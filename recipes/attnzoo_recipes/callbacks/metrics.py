@@ -6,9 +6,10 @@ import csv
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -51,12 +52,37 @@ class Metrics(CSVLogger):
         super().__init__(folder, name="")
 
     @property
+    def version(self) -> int | str:
+        """N of the run's folder, which the first process creates: no other run has it, nor one that starts now.
+
+        Raises:
+            OSError: if it cannot be created.
+        """
+        if self._version is None:
+            number, untyped = self._get_next_version(), cast(Any, rank_zero_only)
+            while untyped.rank == 0 and not _created(Path(self.root_dir) / f"version_{number}"):
+                number += 1
+            self._version = number
+        return self._version
+
+    @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer, in the first process, and a dummy in the others."""
         if self._experiment is None:
             self._experiment = MetricsWriter(log_dir=self.log_dir)
         return self._experiment
+
+
+def _created(folder: Path) -> bool:
+    """Create a folder, and say whether it was not there."""
+    with files.naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return False
+        return True
 
 
 def outlive_failing_disks(logger: Logger) -> Logger:

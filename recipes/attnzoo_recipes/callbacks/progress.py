@@ -22,7 +22,7 @@ from attnzoo_recipes.data.module import TextDataModule, data_place
 from attnzoo_recipes.files import Appender, free_space, training_goes_on, write_atomically
 from attnzoo_recipes.sampling import check_sampling, continue_text
 from attnzoo_recipes.sharding import whole_sequences
-from attnzoo_recipes.trainer import ends_step, is_sharded, log_is_due, run_folder, text_data
+from attnzoo_recipes.trainer import ends_step, is_dry_run, is_sharded, log_is_due, run_folder, text_data
 
 _KEPT = ("current_score", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score")
 
@@ -134,6 +134,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step if it has not been saved."""
+        if is_dry_run(trainer):
+            return
         if trainer.global_step != self._last_global_step_saved and trainer.global_step > 0:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             if trainer.global_step != self._last_global_step_saved:
@@ -284,11 +286,15 @@ class LossCurve(L.Callback):
         """Add the validation loss, and draw."""
         if "val_bits_per_byte" in trainer.callback_metrics and trainer.state.fn == "fit":
             self.val.append([trainer.global_step, float(trainer.callback_metrics["val_bits_per_byte"])])
-            self.draw(run_folder(trainer) / self.file, bytes_per_token(text_data(trainer)))
+            self._draw(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the whole curve."""
-        self.draw(run_folder(trainer) / self.file, bytes_per_token(text_data(trainer)))
+        self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        if not is_dry_run(trainer):
+            self.draw(run_folder(trainer) / self.file, bytes_per_token(text_data(trainer)))
 
     @rank_zero_only
     def draw(self, path: Path, length: float) -> None:
@@ -339,7 +345,7 @@ class Samples(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write one sample; sampling has its own random state, and needs all processes that hold parameters."""
-        if trainer.state.fn != "fit" or not (trainer.is_global_zero or is_sharded(trainer)):
+        if trainer.state.fn != "fit" or is_dry_run(trainer) or not (trainer.is_global_zero or is_sharded(trainer)):
             return
         with whole_sequences(pl_module.model):
             text = continue_text(

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from attnzoo_recipes.data.module import MAIN
 from attnzoo_recipes.files import training_goes_on, write_atomically
 from attnzoo_recipes.model_config import figures
-from attnzoo_recipes.trainer import run_folder, text_data
+from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data
 
 FILE = "record.json"
 
@@ -55,6 +55,8 @@ class Record(L.Callback):
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the record."""
+        if is_dry_run(trainer):
+            return
         data = text_data(trainer)
         tokens = data.block_size
         packed, split = data.validation[MAIN]

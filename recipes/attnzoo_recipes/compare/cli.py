@@ -222,9 +222,10 @@ def compare(
         formats: of learning_curves and quality_vs_cache: png, pdf, svg.
         line: the command line, for the table.
     """
+    named = None if device_name is None else device_named(device_name)
     trained = train(settings, passed_on)
     plans, runs, precision = trained.plans, trained.runs, trained.precision
-    device = device_named(device_name or default_device(trained.accelerator))
+    device = named or device_named(default_device(trained.accelerator))
     rate = settings.rates[0] if settings.rates else None
     facts = {
         "match": settings.match,

@@ -113,6 +113,19 @@ def data_place(trainer: L.Trainer | None) -> tuple[int, int]:
     return (trainer.global_rank, trainer.world_size) if place is None else (place["rank"], place["num_replicas"])
 
 
+def check_endless(limit_train_batches: float | None, overfit_batches: float) -> None:
+    """Raise ValueError for settings of a trainer that cut the training data, which have no end, into epochs."""
+    for name, value, whole in (
+        ("limit_train_batches", limit_train_batches, (None, 1.0)),
+        ("overfit_batches", overfit_batches, (0,)),
+    ):
+        if value not in whole or (name == "limit_train_batches" and isinstance(value, int)):
+            raise ValueError(
+                f"trainer.{name} must be left out, since the training data have no end and no epochs, got {value}; "
+                "trainer.max_steps is the length of a run, and data.max_documents that of the text"
+            )
+
+
 def boundaries(tokens: Tensor, document_id: int) -> Tensor:
     """cu_seqlens of `AttentionMask.packed`: where a row or a document begins among the B T tokens, and B T; int32."""
     begins = tokens == document_id
@@ -408,7 +421,14 @@ class TextDataModule(L.LightningDataModule):
     # loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches, continuing where a restored checkpoint stopped."""
+        """Endless batches, continuing where a restored checkpoint stopped.
+
+        Raises:
+            ValueError: if the trainer limits them, which would make every epoch begin with the same ones.
+        """
+        trainer: Any = self.trainer
+        if trainer is not None and not trainer.fast_dev_run:
+            check_endless(trainer.limit_train_batches, trainer.overfit_batches)
         if self._restored is not None:
             self._drawn_before = self._restored["samples"]
         self._batches_before = self._batches_seen()

@@ -93,7 +93,7 @@ def parse(words: Sequence[str]) -> PruneOptions:
     )
     add(
         "--modes", default="greedy",
-        help="greedy, iterative or both: importance is measured once, or again before each point",
+        help="some of greedy, iterative: importance is measured once, or again before each point",
     )  # fmt: skip
     add(
         "--normalize",
@@ -139,8 +139,8 @@ def _checked(given: list[str], parsed: Any, allowed: tuple[str, ...]) -> PruneOp
             raise ValueError(f"{name} must ascend between 0 and 100, got {getattr(parsed, name)}")
     if not percents:
         raise ValueError("percents must hold at least one number, got none")
-    if any(not seed.is_integer() for seed in seeds):
-        raise ValueError(f"seeds must be whole numbers, got {parsed.seeds}")
+    if any(not (seed.is_integer() and 0 <= seed < 2**63) for seed in seeds):
+        raise ValueError(f"seeds must be whole numbers in [0, 2^63), got {parsed.seeds}")
     if parsed.rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {parsed.rounds}")
     if parsed.min_heads_per_layer < 0:
@@ -298,13 +298,13 @@ def write_report(results: Results, options: PruneOptions, loaded: LoadedModel, r
     for how in options.normalize:
         table = next(own.importance for name, own in result.curves.items() if name.endswith(f", {how}"))
         assert table is not None
-        importance.append(_map(results, f"importance-{how}", _IMPORTANCE[how], table, names))
+        importance += _map(results, f"importance-{how}", _IMPORTANCE[how], table, names)
     sections.append(Section("Importance", importance))
     for mode, ablation in result.ablations.items():
         rows_of = [names[layer] for layer in ablation.layers]
         sections.append(Section(f"Ablation: {mode}", [
             Text(f"{ablation_verdict(ablation)[0].upper()}{ablation_verdict(ablation)[1:]}."),
-            _map(results, f"ablation-{mode}", "added loss", ablation.delta, rows_of, center=0.0),
+            *_map(results, f"ablation-{mode}", "added loss", ablation.delta, rows_of, center=0.0),
         ]))  # fmt: skip
     timing: list[Text | Table | Picture] = [Text(f"No speed: {result.obstacle}.")]
     if result.speed:
@@ -322,13 +322,14 @@ def write_report(results: Results, options: PruneOptions, loaded: LoadedModel, r
 
 def _map(
     results: Results, name: str, metric: str, table: Tensor, layers: Sequence[str], center: float | None = None
-) -> Picture:
+) -> list[Picture | Text]:
     """A picture of a figure by layer and head, or by layer and key/value group, or with one column for layers."""
-    shown = table if bool(table.isfinite().any()) else torch.zeros_like(table)
-    return results.picture(
-        name, f"{metric}, by layer and head", plots.head_map, shown, metric, center=center, layers=list(layers),
+    if not bool(table.isfinite().any()):
+        return [Text(f"No map of the {metric}, which is not finite for any head.")]
+    return [results.picture(
+        name, f"{metric}, by layer and head", plots.head_map, table, metric, center=center, layers=list(layers),
         title=metric.capitalize(),
-    )  # fmt: skip
+    )]  # fmt: skip
 
 
 def _remark(options: PruneOptions) -> str:

@@ -186,9 +186,16 @@ def write_report(
     for name, records in groups.items():
         slug = "".join(letter if letter.isalnum() else "-" for letter in name)
         parts: list[Text | Table | Picture] = [Text(verdict(records, options.level) + ".")]
+        missing = []
         for metric in MAPS if any(record.head is not None for record in records) else ():
+            table, layers = _by_head(records, metric)
+            if not bool(table.isfinite().any()):
+                missing.append(label(metric))
+                continue
             text = f"{name}: {label(metric)}, by layer and head"
-            parts.append(results.picture(f"{slug}-{metric}", text, _head_map, records, metric))
+            parts.append(results.picture(f"{slug}-{metric}", text, plots.head_map, table, metric, layers=layers))
+        if missing:
+            parts.append(Text(f"No map, since no spectrum has the figure: {', '.join(missing)}."))
         largest = sorted((r for r in records if r.eigenvalues), key=lambda r: _gap(r.mp_gap), reverse=True)
         for place, record in enumerate(largest[: options.drawn]):
             where = ", ".join(
@@ -207,16 +214,15 @@ def write_report(
     results.report(f"Spectra of {loaded.name}", sections, introduction, SPECTRUM)
 
 
-def _head_map(records: Sequence[SpectrumRecord], metric: str, *, theme: str) -> Any:
+def _by_head(records: Sequence[SpectrumRecord], metric: str) -> tuple[torch.Tensor, list[str]]:
+    """A figure (L, H), NaN where a spectrum does not have it, and the names of the layers."""
     layers = list(dict.fromkeys(record.layer or "" for record in records))
     heads = 1 + max(record.head or 0 for record in records)
     table = torch.full((len(layers), heads), math.nan, dtype=torch.float64)
     for record in records:
         value = getattr(record, metric)
         table[layers.index(record.layer or ""), record.head or 0] = math.nan if value is None else value
-    if not bool(table.isfinite().any()):
-        table.zero_()
-    return plots.head_map(table, metric, layers=layers, theme=theme)
+    return table, layers
 
 
 def _gap(value: float | None) -> float:

@@ -96,7 +96,15 @@ def read_text(name: str, path: Path) -> str:
 
 
 def sequences(
-    name: str, path: Path, read: Reader, length: int, count: int | None, *, most: int = 16, least: int = 1
+    name: str,
+    path: Path,
+    read: Reader,
+    length: int,
+    count: int | None,
+    *,
+    most: int = 16,
+    least: int = 1,
+    option: str = "length",
 ) -> Tensor:
     """The beginning of a text as token ids (N, T), in consecutive sequences; an incomplete last one is dropped.
 
@@ -108,12 +116,13 @@ def sequences(
         count: number N of sequences, which the text must fill. Default: `most`, or fewer if the text is shorter.
         most: see count.
         least: smallest number of sequences if count is None.
+        option: what messages call the length, with dashes before it.
 
     Raises:
         ValueError: for a file that cannot be read, a length that the model does not take, or a text that is too short.
     """
-    capacity = _capacity(read, length)
-    for argument, value in (("sequences", count), ("length", length)):
+    capacity = _capacity(read, length, option)
+    for argument, value in (("sequences", count), (option, length)):
         if value is not None and value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     wanted = most if count is None else count
@@ -123,7 +132,7 @@ def sequences(
     if filled < needed:
         raise ValueError(
             f"{name} must fill {needed} sequence{'s' if needed > 1 else ''} of {length} tokens, got {len(ids)} tokens, "
-            f"which fill {filled}: give a longer text, or a smaller --length"
+            f"which fill {filled}: give a longer text, or a smaller --{option}"
         )
     rows = [[*read.before, *ids[i * capacity : (i + 1) * capacity], *read.after] for i in range(filled)]
     return torch.tensor(rows)
@@ -178,13 +187,13 @@ def refuse_pairs(name: str, path: Path) -> None:
     raise ValueError(f"{name} must be a text for a model that predicts tokens, got lines of pairs in {str(path)!r}")
 
 
-def _capacity(read: Reader, length: int) -> int:
+def _capacity(read: Reader, length: int, option: str = "length") -> int:
     """Tokens of text in a sequence of that length."""
     special = len(read.before) + len(read.after)
     if length < special + 2:
-        raise ValueError(f"length must be at least {special + 2}, got {length}")
+        raise ValueError(f"{option} must be at least {special + 2}, got {length}")
     if read.longest is not None and length > read.longest:
-        raise ValueError(f"length must not exceed the model's {read.longest} positions, got {length}")
+        raise ValueError(f"{option} must not exceed the model's {read.longest} positions, got {length}")
     return length - special
 
 
