@@ -214,7 +214,8 @@ FLOORS = {
         {"hugging_face"},
     ],
     "attnzoo.diagnostics": [
-        {"layer_probe", "layers", "batches", "training_records"}, {"heads"}, {"pruning", "spectra", "capacity"},
+        {"arguments", "layer_probe"}, {"projections", "batches", "training_records"}, {"layers"}, {"heads"},
+        {"pruning", "spectra", "capacity"},
         {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [

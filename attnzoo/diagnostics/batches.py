@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,10 +38,31 @@ def decoder_tokens_and_mask(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def decoder_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of the decoder of a transformers encoder-decoder model; none for other models."""
-    decoder: Any = getattr(model, "get_decoder", None)
-    if decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    inner: Any = innermost(model)
+    if not hasattr(inner, "get_decoder") or not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return set()
-    return set(decoder().modules())
+    return set(inner.get_decoder().modules())
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model that a call's keywords reach: inside wrappers that hand on what they do not name themselves.
+
+    Adapters of PEFT, data parallelism and torch.compile wrap models in this way. It is the outermost transformers model
+    inside, or else the only child.
+    """
+    while not _is_transformers(model) and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(model.forward).parameters.values()
+    ):
+        inside = [part for part in model.modules() if _is_transformers(part)] or list(model.children())
+        if not inside or (len(inside) > 1 and not _is_transformers(inside[0])):
+            break
+        model = inside[0]
+    return model
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def run_batch(
@@ -69,7 +91,9 @@ def _is_left(mask: Tensor) -> bool:
 
 def _positions(model: nn.Module, name: str, mask: Tensor | None) -> dict[str, Tensor]:
     """Places of the real tokens under left padding, if the model takes them by this name and does not find its own."""
-    if mask is None or not _is_left(mask) or name not in inspect.signature(model.forward).parameters:
+    if mask is None or not _is_left(mask):
+        return {}
+    if not any(name in inspect.signature(callee.forward).parameters for callee in (model, innermost(model))):
         return {}
     # Position embeddings with a place for padding (RoBERTa) are looked up by places that the model counts itself.
     embeddings = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))

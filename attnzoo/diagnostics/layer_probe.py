@@ -28,6 +28,8 @@ Norm = tuple[nn.Module, torch.Size]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _WITHIN = 1e-3
+_ROTARY = ("position_embeddings", "rotary_pos_emb")
+"""Names by which modules are given rotary tables."""
 
 
 @dataclass
@@ -99,6 +101,41 @@ def verified(
     )
 
 
+def rotated_features(module: nn.Module, queries: Tensor, num_heads: int, rope_dim: int) -> Tensor | None:
+    """Which features of a head (D,) depend on its token's place: seen on two equal tokens at the first two places.
+
+    Args:
+        module: the attention module.
+        queries: their weight (H D, E), rows head by head; only its sizes are used.
+        num_heads: H.
+        rope_dim: features of the model's rotary tables, or 0 if it seems to have none.
+
+    Returns:
+        Boolean (D,), or None if the module cannot be run alone.
+    """
+    D = queries.shape[0] // num_heads
+    x = torch.randn(queries.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = x.to(queries.device).expand(1, 2, -1)
+    for still, turned in zip(
+        *(calls_of(module, tokens, rope_dim or D, num_heads, turned=turned) for turned in (False, True)), strict=True
+    ):
+        try:
+            before, after = _run(module, still).products, _run(module, turned).products
+        except Exception:  # The next way of calling it may be the right one.
+            continue
+        for (q, *_), (turned_q, *_) in zip(before, after, strict=True):
+            # The first product of this size is the one with the keys; a linear layer's is not of single heads.
+            if q.numel() == num_heads * 2 * D and q.shape[-2:] == (2, D):
+                places = turned_q.detach().double().reshape(num_heads, 2, D)
+                first, second = places[:, 0], places[:, 1]
+                # A place may also scale queries, which is no rotation.
+                second = second * (first.norm(dim=-1, keepdim=True) / second.norm(dim=-1, keepdim=True))
+                # Above the rounding of modules that rotate in float32.
+                moved: Tensor = ((second - first).abs() > 1e-6 * first.abs().amax()).any(0)
+                return moved
+    return None
+
+
 def norms_after(module: nn.Module, linears: Sequence[nn.Module], width: int, num_heads: int) -> list[Norm | None]:
     """The norm that the output of each of these projections enters, with the shape in which it does, or None.
 
@@ -121,23 +158,28 @@ def norms_after(module: nn.Module, linears: Sequence[nn.Module], width: int, num
     raise ValueError(f"{type(module).__name__} cannot be run alone on hidden states: {failure}")
 
 
-def calls_of(module: nn.Module, x: Tensor, width: int, num_heads: int) -> Iterator[dict[str, Any]]:
-    """Ways of calling an attention module alone on hidden states x (1, T, E) without rotation, the usual ones first."""
+def calls_of(
+    module: nn.Module, x: Tensor, width: int, num_heads: int, *, turned: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Ways of calling an attention module alone on hidden states x (1, T, E), the usual ones first.
+
+    Nothing is rotated; or, if turned, every token but the first, by tables of `width` features or by its position.
+    """
     parameters = inspect.signature(module.forward).parameters
     plain = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     T = x.shape[1]
     known: dict[str, Any] = {
-        "position_ids": torch.zeros(1, T, dtype=torch.long, device=x.device),
+        "position_ids": torch.arange(T, device=x.device)[None] * int(turned),
         "cu_seqlens": torch.tensor([0, T], dtype=torch.int32, device=x.device),
         "max_seqlen": T,
         "alibi": x.new_zeros(num_heads, 1, T),
         "residual": torch.zeros_like(x),
     }
-    rotated = [p.name for p in plain if p.name in ("position_embeddings", "rotary_pos_emb")]
+    rotated = [p.name for p in plain if p.name in _ROTARY]
     inputs = [x, x[0]] if "cu_seqlens" in parameters else [x]
     masks = [None, x.new_zeros(1, 1, T, T)] if "attention_mask" in parameters else [None]
     for states, mask in itertools.product(inputs, masks):
-        for turn in _no_rotations(x, width) if rotated else [None]:
+        for turn in _rotations(x, width, turned) if rotated else [None]:
             keywords: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
             for number, parameter in enumerate(plain):
                 if number == 0 or parameter.name in ("query", "key", "value"):
@@ -152,11 +194,14 @@ def calls_of(module: nn.Module, x: Tensor, width: int, num_heads: int) -> Iterat
             yield keywords
 
 
-def _no_rotations(x: Tensor, width: int) -> Iterator[Any]:
-    """Rotary tables of angle 0, of the forms that modules take."""
-    for size, lead in itertools.product((width, 1, width // 2), ((1, 1), (1,))):
-        yield x.new_ones(*lead, size), x.new_zeros(*lead, size)
-    yield torch.ones(1, 1, max(width // 2, 1), dtype=torch.complex128, device=x.device)
+def _rotations(x: Tensor, width: int, turned: bool) -> Iterator[Any]:
+    """Rotary tables of angle 0, if turned of a half turn after the first token, of the forms that modules take."""
+    cosines = x.new_ones(1, x.shape[1], 1)
+    if turned:
+        cosines[:, 1:] = -1
+    for size, lead in itertools.product((width, 1, width // 2), (cosines, cosines[0])):
+        yield lead.expand(*lead.shape[:-1], size), x.new_zeros(*lead.shape[:-1], size)
+    yield cosines.expand(-1, -1, max(width // 2, 1)).to(torch.complex128)
     yield None
 
 
@@ -243,8 +288,10 @@ def _with_norm(run: _Run, weight: Tensor, x: Tensor, projection: nn.Module) -> t
 
 def _norm_of(run: _Run, raw: Tensor, others: Sequence[nn.Module]) -> Norm | None:
     """The first module that changes these numbers and none of their places, without the others inside."""
+    # An adapter's parts take what the projection that it wraps takes.
+    apart = {part for other in others for part in other.modules()}
     for norm, seen, out in run.calls:
-        if seen.numel() != raw.numel() or seen.shape != out.shape or any(m in others for m in norm.modules()):
+        if seen.numel() != raw.numel() or seen.shape != out.shape or any(m in apart for m in norm.modules()):
             continue
         given = seen.flatten().double()
         if torch.allclose(given, raw, rtol=_WITHIN, atol=_WITHIN * float(raw.abs().max())) and not torch.equal(
@@ -280,6 +327,11 @@ def _folded(norm: nn.Module, shape: torch.Size, weight: Tensor) -> Tensor:
         by_group = weight.view(-1, size, weight.shape[1])
         weight = (by_group - by_group.mean(1, keepdim=True)).view_as(weight)
     return weight * gain[:, None]
+
+
+def folded_norm(norm: nn.Module, weight: Tensor) -> Tensor:
+    """Weight (rows, E), detached, with the linear part of a norm over its rows, in the weight's dtype."""
+    return _folded(norm, torch.Size((1, 1, weight.shape[0])), weight.detach().double()).to(weight.dtype)
 
 
 def line_of(error: Exception) -> str:

@@ -6,19 +6,27 @@ The mechanisms of this library, torch.nn.MultiheadAttention and the usual Huggin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attnzoo.diagnostics.layer_probe import verified
+from attnzoo.diagnostics.layer_probe import folded_norm, rotated_features, verified
+from attnzoo.diagnostics.projections import ProjectionError, Reader, blank, matrix
 from attnzoo.modules.heads import HeadLayout
 from attnzoo.modules.protocol import AttentionMechanism, is_mechanism
 
 Factors = list[tuple[Tensor, Tensor]]
+Weights = tuple[Tensor, Tensor, Tensor]
+"""Of queries (H D, E), keys (G D, E) and values (G Dv, E), rows head by head."""
+
+
+class NoPartError(ValueError):
+    """A layer has no features of the part of its factors that was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +99,31 @@ class AttentionLayer:
 
         Args:
             part: "full", or of a layer with rotary positions their features "rope" or the rest, "nope".
+
+        Raises:
+            ValueError: for an unknown part, one that the layer has no features of, or a layer that cannot be read.
         """
-        return self._qk(part)
+        factors = self._read(lambda: self._qk(part))
+        if any(query.shape[0] == 0 for query, _ in factors):
+            raise NoPartError(f"part must be one that layer {self.name!r} has features of, got {part!r}")
+        return factors
 
     def ov_factors(self) -> Factors:
         """Per query head (WV_h (Dv, E), WO_h (E, Dv)), detached: a value's way into the output is WO_h WV_h.
 
         Biases, gates, norms of outputs, nonlinear head maps and head mixing are left out; mixtures of experts give
         one pair for each head of each expert.
+
+        Raises:
+            ValueError: for a layer that cannot be read.
         """
-        return self._ov()
+        return self._read(self._ov)
+
+    def _read(self, factors: Callable[[], Factors]) -> Factors:
+        try:
+            return factors()
+        except ProjectionError as error:
+            raise ValueError(f"layer {self.name!r} cannot be read: {error}") from None
 
 
 class Family(NamedTuple):
@@ -125,7 +148,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             continue
         for family in _FAMILIES.values():
             if family.matches(module):
-                layers.append(family.read(name, len(layers), module))
+                layers.append(_within_adapter(model, family.read(name, len(layers), module)))
                 inside.update(module.modules())
                 break
     if not layers:
@@ -155,13 +178,26 @@ def register_family(
     _FAMILIES.update({name: Family(matches, read), **others})
 
 
+def _within_adapter(model: nn.Module, layer: AttentionLayer) -> AttentionLayer:
+    """The layer; if an adapter wraps the whole module and changes what it computes, one whose factors are refused."""
+    home, _, own = layer.name.rpartition(".")
+    adapter: Any = model.get_submodule(home)
+    if own != "base_layer" or getattr(adapter, "merged", False) or getattr(adapter, "disable_adapters", False):
+        return layer
+
+    def refuse(*_: Any) -> Factors:
+        raise ValueError(f"layer {home!r} must have its adapter merged to be read, got {type(adapter).__name__}")
+
+    return replace(layer, _qk=refuse, _ov=refuse)
+
+
 def layer_of(
     name: str,
     index: int,
     module: nn.Module,
     family: str,
     projection: nn.Module,
-    weights: Callable[[], tuple[Tensor, Tensor, Tensor]] | Sequence[Callable[[], tuple[Tensor, Tensor, Tensor]]],
+    weights: Callable[[], Weights] | Sequence[Callable[[], Weights]],
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -175,41 +211,82 @@ def layer_of(
         index: index among the attention layers.
         module: the attention module.
         family: name of the family.
-        projection: the output projection, with a weight (E, H Dv), or (H Dv, E) of a transformers Conv1D.
+        projection: the output projection, a linear layer (H Dv) -> E, a transformers Conv1D, or one that wraps them.
         weights: gives the query (H D, E), key (G D, E) and value (G Dv, E) weights, rows head by head. Several of them
             are guesses: when factors are asked for, the module is run alone on a random token, the first one that it
             computes with is taken, and the gains of norms of queries and keys are folded in.
         num_heads: H.
         num_kv_heads: G.
-        rope_dim: width of a head's rotated features, which come first.
+        rope_dim: width of a head's rotated features, which come first; with guesses that of the rotary tables, and the
+            module is run to see what it rotates.
         obstacle: see `AttentionLayer`.
 
     Raises:
         ValueError: if the sizes do not fit each other.
     """
-    guesses = [] if callable(weights) else list(weights)
-    query, key, value = weights() if callable(weights) else guesses[0]()
-    out = matrix(projection)
+    known = callable(weights)
+
+    def layout(own: Callable[[], Weights]) -> Callable[[Reader], Weights]:
+        return lambda _: own()
+
+    layouts = [layout(own) for own in ([weights] if callable(weights) else weights)]
+    return _grouped(
+        name, index, module, family, projection, layouts, num_heads, num_kv_heads, rope_dim, obstacle=obstacle,
+        known=known,
+    )  # fmt: skip
+
+
+def _grouped(
+    name: str, index: int, module: nn.Module, family: str, projection: nn.Module,
+    layouts: Sequence[Callable[[Reader], Weights]], num_heads: int, num_kv_heads: int, rope_dim: int = 0, *,
+    obstacle: str | None = None, known: bool = False,
+) -> AttentionLayer:  # fmt: skip
+    """`layer_of` of weights that are made by reading projections; known ones are taken without running the module."""
+    query, key, value = layouts[0](blank)
+    inputs = blank(projection).shape[1]
     rows = (query.shape[0], key.shape[0], value.shape[0])
     fits = num_heads > 0 and num_kv_heads > 0 and num_heads % num_kv_heads == 0
     fits = fits and rows[0] % num_heads == 0 and rows[1] % num_kv_heads == 0 and rows[2] % num_kv_heads == 0
     if not fits or rows[0] // num_heads != rows[1] // num_kv_heads or (
-        out.shape[1] != num_heads * (rows[2] // num_kv_heads)
+        inputs != num_heads * (rows[2] // num_kv_heads)
     ):  # fmt: skip
         raise ValueError(
             f"layer {name!r} does not fit family {family!r}: its query, key and value weights have {rows} rows and its "
-            f"output projection {out.shape[1]} inputs, for {num_heads} query and {num_kv_heads} key/value heads"
+            f"output projection {inputs} inputs, for {num_heads} query and {num_kv_heads} key/value heads"
         )
     reads = [h * num_kv_heads // num_heads for h in range(num_heads)]
 
-    def read() -> tuple[Tensor, Tensor, Tensor]:
-        return weights() if callable(weights) else verified(name, module, projection, guesses, num_heads, num_kv_heads)
+    def read() -> Weights:
+        if known:
+            return layouts[0](matrix)
+        guesses = [functools.partial(layout, matrix) for layout in layouts]
+        return verified(name, module, projection, guesses, num_heads, num_kv_heads)
+
+    def features(part: str, query: Tensor) -> Tensor | slice:
+        """Which features of a head are of this part."""
+        if part == "full":
+            return slice(None)
+        if part not in ("rope", "nope"):
+            raise ValueError(f"part must be 'full', 'rope' or 'nope', got {part!r}")
+        turned = torch.arange(query.shape[0] // num_heads, device=query.device) < rope_dim
+        if not known:
+            seen = rotated_features(module, query, num_heads, rope_dim)
+            if seen is None:
+                raise ValueError(
+                    f"part must be 'full' for layer {name!r}, since {type(module).__name__} does not show what it "
+                    f"rotates, got {part!r}"
+                )
+            turned = seen
+        if part == "rope" and not bool(turned.any()):
+            raise NoPartError(f"part must be 'full' for a layer without rotary features, got {part!r} for {name!r}")
+        return turned if part == "rope" else ~turned
 
     def qk(part: str) -> Factors:
-        kept = _part(part, rope_dim, name)
         wq, wk, _ = (w.detach() for w in read())
+        kept = features(part, wq)
         wq, wk = wq.reshape(num_heads, -1, wq.shape[1]), wk.reshape(num_kv_heads, -1, wk.shape[1])
-        return [(wq[h, kept], wk[g, kept]) for h, g in enumerate(reads)]
+        wq, wk = wq[:, kept], wk[:, kept]
+        return [(wq[h], wk[g]) for h, g in enumerate(reads)]
 
     def ov() -> Factors:
         value = read()[2].detach()
@@ -223,22 +300,6 @@ def layer_of(
         name, index, module, num_heads, num_kv_heads, rows[0] // num_heads, rows[2] // num_kv_heads, projection,
         family, obstacle, heads=layout, _qk=qk, _ov=ov,
     )  # fmt: skip
-
-
-def matrix(projection: nn.Module) -> Tensor:
-    """Weight (out, in) of a linear layer; of a transformers Conv1D, which stores (in, out), the transpose."""
-    weight: Tensor = projection.weight  # type: ignore[assignment]
-    return weight.T if hasattr(projection, "nf") else weight
-
-
-def _part(part: str, rope_dim: int, name: str) -> slice:
-    if part == "full":
-        return slice(None)
-    if part not in ("rope", "nope"):
-        raise ValueError(f"part must be 'full', 'rope' or 'nope', got {part!r}")
-    if not rope_dim:
-        raise ValueError(f"part must be 'full' for a layer without rotary features, got {part!r} for {name!r}")
-    return slice(rope_dim) if part == "rope" else slice(rope_dim, None)
 
 
 # The mechanisms of this library
@@ -290,20 +351,17 @@ def _separate_out(module: nn.Module) -> str | None:
 
 def _read_separate(name: str, index: int, module: Any) -> AttentionLayer:
     out = getattr(module, _separate_out(module) or "o_proj")
-    rows = matrix(module.q_proj).shape[0]
+    rows = blank(module.q_proj).shape[0]
     width = getattr(module, "head_dim", None)
     if width is None:
         heads = _first(module, name, "num_heads", "num_attention_heads", "n_heads")
         width = rows // heads
 
-    def weights() -> tuple[Tensor, Tensor, Tensor]:
-        return matrix(module.q_proj), matrix(module.k_proj), matrix(module.v_proj)
+    def weights(of: Reader) -> Weights:
+        return of(module.q_proj), of(module.k_proj), of(module.v_proj)
 
-    groups = matrix(module.k_proj).shape[0] // width
-    return layer_of(
-        name, index, module, "separate", out, [weights], num_heads=rows // width, num_kv_heads=groups,
-        rope_dim=_config_rope(module, width),
-    )  # fmt: skip
+    groups, tables = blank(module.k_proj).shape[0] // width, _table_width(module, width)
+    return _grouped(name, index, module, "separate", out, [weights], rows // width, groups, tables)
 
 
 def _first(module: Any, layer: str, *names: str) -> int:
@@ -316,45 +374,46 @@ def _first(module: Any, layer: str, *names: str) -> int:
     raise ValueError(f"layer {layer!r} must have one of {', '.join(names)}, got none of them")
 
 
-def _config_rope(module: Any, width: int) -> int:
-    """Rotated features of a head by the configuration; 0 if it has no rotary embedding."""
+def _table_width(module: Any, width: int) -> int:
+    """Features of a head that the model's rotary tables cover, by its configuration; 0 if it seems to have none."""
     config = getattr(module, "config", None)
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    theta = getattr(config, "rope_theta", None)
-    if not parameters and theta is None:
+    parameters = parameters if isinstance(parameters, dict) else {}
+    # Some models have tables for each kind of layer.
+    kinds, number = getattr(config, "layer_types", None) or [], getattr(module, "layer_idx", None)
+    kind = kinds[number] if isinstance(number, int) and number < len(kinds) else None
+    own = parameters.get(kind)
+    parameters = own if isinstance(own, dict) else parameters
+    if not parameters and getattr(config, "rope_theta", None) is None:
         return 0
     share = getattr(config, "partial_rotary_factor", None)
-    if share is None:
-        share = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+    share = parameters.get("partial_rotary_factor") if share is None else share
     return int(width * (1.0 if share is None else share))
 
 
 def _read_bert(name: str, index: int, module: Any) -> AttentionLayer:
     inner = module.self
     heads = _first(inner, name, "num_attention_heads", "num_heads")
-    return layer_of(
+    return _grouped(
         name, index, module, "bert", module.output.dense,
-        [lambda: (matrix(inner.query), matrix(inner.key), matrix(inner.value))],
-        num_heads=heads, num_kv_heads=heads,
+        [lambda of: (of(inner.query), of(inner.key), of(inner.value))], heads, heads,
     )  # fmt: skip
 
 
 def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "n_heads")
-    return layer_of(
+    return _grouped(
         name, index, module, "distilbert", module.out_lin,
-        [lambda: (matrix(module.q_lin), matrix(module.k_lin), matrix(module.v_lin))],
-        num_heads=heads, num_kv_heads=heads,
+        [lambda of: (of(module.q_lin), of(module.k_lin), of(module.v_lin))], heads, heads,
     )  # fmt: skip
 
 
 def _read_short(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "num_attention_heads", "n_heads")
     family = "t5" if hasattr(module, "key_value_proj_dim") else "mpnet"
-    return layer_of(
-        name, index, module, family, module.o, [lambda: (matrix(module.q), matrix(module.k), matrix(module.v))],
-        num_heads=heads, num_kv_heads=heads,
-    )  # fmt: skip
+    return _grouped(
+        name, index, module, family, module.o, [lambda of: (of(module.q), of(module.k), of(module.v))], heads, heads
+    )
 
 
 def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:
@@ -362,13 +421,11 @@ def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:
     if not _has(module, "q_attn"):
         return _fused(name, index, module, "gpt2", module.c_attn, module.c_proj, heads, 0)
 
-    def weights() -> tuple[Tensor, Tensor, Tensor]:
-        key, value = matrix(module.c_attn).chunk(2)
-        return matrix(module.q_attn), key, value
+    def weights(of: Reader) -> Weights:
+        key, value = of(module.c_attn).chunk(2)
+        return of(module.q_attn), key, value
 
-    return layer_of(
-        name, index, module, "gpt2", module.c_proj, [weights], num_heads=heads, num_kv_heads=heads
-    )  # fmt: skip
+    return _grouped(name, index, module, "gpt2", module.c_proj, [weights], heads, heads)
 
 
 def _read_neox(name: str, index: int, module: Any) -> AttentionLayer:
@@ -380,7 +437,7 @@ def _fused(
     name: str, index: int, module: nn.Module, family: str, fused: nn.Module, out: nn.Module, heads: int, rope_dim: int
 ) -> AttentionLayer:
     """A layer with one projection of (H + 2 G) D rows, in one of two orders: by kind, or by key/value head."""
-    rows, width = matrix(fused).shape[0], matrix(out).shape[1] // heads
+    rows, width = blank(fused).shape[0], blank(out).shape[1] // heads
     groups = (rows // max(width, 1) - heads) // 2
     if groups < 1 or heads % groups or (heads + 2 * groups) * width != rows:
         raise ValueError(
@@ -388,25 +445,23 @@ def _fused(
             f"width {width}"
         )
 
-    def by_kind() -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = matrix(fused).split([heads * width, groups * width, groups * width])
+    def by_kind(of: Reader) -> Weights:
+        query, key, value = of(fused).split([heads * width, groups * width, groups * width])
         return query, key, value
 
-    def by_group() -> tuple[Tensor, Tensor, Tensor]:
-        weight = matrix(fused)
-        parts = weight.view(groups, heads // groups + 2, width, weight.shape[1])
+    def by_group(of: Reader) -> Weights:
+        weight = of(fused)
+        parts = weight.reshape(groups, heads // groups + 2, width, weight.shape[1])
         query, key, value = parts[:, :-2], parts[:, -2:-1], parts[:, -1:]
         return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
-    return layer_of(
-        name, index, module, family, out, [by_kind, by_group], num_heads=heads, num_kv_heads=groups, rope_dim=rope_dim
-    )
+    return _grouped(name, index, module, family, out, [by_kind, by_group], heads, groups, rope_dim)
 
 
 def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
     """DeepSeek's latent attention, whose weights have the names of `MultiHeadLatentAttention`."""
     heads, width = module.num_heads, module.v_head_dim
-    inputs = matrix(module.o_proj).shape[1]
+    inputs = blank(module.o_proj).shape[1]
     if inputs != heads * width:
         raise ValueError(
             f"layer {name!r} does not fit family 'deepseek': its output projection has {inputs} inputs "
@@ -414,14 +469,21 @@ def _read_latent(name: str, index: int, module: Any) -> AttentionLayer:
         )
     nope, rope = module.qk_nope_head_dim, module.qk_rope_head_dim
 
-    def matrices() -> tuple[Tensor, Tensor, Tensor]:
+    def matrices() -> Weights:
         """Of queries (H, D, E), of a rotated key (dr, E), and of keys and values (H, dn + Dv, E)."""
-        if getattr(module, "q_lora_rank", None) is None:
+        whole = getattr(module, "q_lora_rank", None) is None
+        parts = ("q_proj",) if whole else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+        if not _has(module, *parts, "kv_a_layernorm"):
+            raise ValueError(
+                f"layer {name!r} cannot be read: {type(module).__name__} does not have {', '.join(parts)} and "
+                "kv_a_layernorm; masks and patterns of its heads do not need them"
+            )
+        if whole:
             query = matrix(module.q_proj)
         else:
-            query = (matrix(module.q_b_proj) * module.q_a_layernorm.weight) @ matrix(module.q_a_proj)
+            query = matrix(module.q_b_proj) @ folded_norm(module.q_a_layernorm, matrix(module.q_a_proj))
         down = matrix(module.kv_a_proj_with_mqa)
-        others = (matrix(module.kv_b_proj) * module.kv_a_layernorm.weight) @ down[:-rope]
+        others = matrix(module.kv_b_proj) @ folded_norm(module.kv_a_layernorm, down[:-rope])
         of_queries, of_others = query.unflatten(0, (heads, -1)), others.unflatten(0, (heads, -1))
         return of_queries.detach(), down[-rope:].detach(), of_others.detach()
 

@@ -218,7 +218,8 @@ def test_parts_of_hugging_face_factors():
         assert rope.shape == rest.shape == (3, 24)
         assert torch.equal(torch.cat([rope, rest]), whole)
     (layer, _) = al.attention_layers(_hf("llama"))
-    assert layer.qk_factors("nope")[0][0].shape == (0, 24)
+    with pytest.raises(ValueError, match=r"part must be one that layer 'model.layers.0.self_attn' has"):
+        layer.qk_factors("nope")
     with pytest.raises(ValueError, match="part must be 'full', 'rope' or 'nope', got 'half'"):
         layer.qk_factors("half")
     (layer, _) = al.attention_layers(_hf("bert"))

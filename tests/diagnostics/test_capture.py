@@ -464,6 +464,9 @@ def test_what_cannot_be_captured_says_why():
         capture(module, ["maps"]).__enter__()
     with pytest.raises(ValueError, match="layers must lie between 0 and 0, got 1"):
         capture(module, layers=[1]).__enter__()
+    for layers, message in (([0.0], "layers must be integers, got 0.0"), (0, "layers must be several integers, got 0")):
+        with pytest.raises(ValueError, match=message):
+            capture(module, layers=layers).__enter__()
     with pytest.raises(ValueError, match=r"takes no hooks on its heads: .*attnzoo.conversion.from_mha"):
         capture(nn.MultiheadAttention(8, 2)).__enter__()
     with capture(module, ["outputs"]) as captured:
@@ -474,6 +477,8 @@ def test_what_cannot_be_captured_says_why():
     (call,), _ = _calls(module, torch.randn(1, 3, zoo.E, dtype=torch.float64))
     with pytest.raises(ValueError, match="block must be at least 1, got 0"):
         next(call.pattern_blocks(0))
+    with pytest.raises(ValueError, match=r"block must be an integer, got 1\.5"):
+        next(call.pattern_blocks(1.5))
 
 
 def test_a_layer_that_runs_twice_in_a_pass_is_refused_by_capture_and_observed():

@@ -10,12 +10,14 @@ from attnzoo.modules.protocol import MEMBERS
 FOLDER = Path(diagnostics.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 BELOW = {
+    "arguments": set(),
     "layer_probe": set(),
-    "layers": {"layer_probe"},
+    "projections": {"layer_probe"},
+    "layers": {"layer_probe", "projections"},
     "batches": set(),
     "training_records": set(),
-    "heads": {"layers", "batches"},
-    "pruning": {"layers", "batches", "layer_probe"},
+    "heads": {"layers", "batches", "arguments"},
+    "pruning": {"layers", "batches", "layer_probe", "projections", "arguments"},
     "spectra": {"layers"},
     "capacity": {"heads", "batches"},
     "plots": {"spectra", "training_records"},

@@ -12,6 +12,7 @@ from attnzoo.diagnostics.layers import AttentionLayer
 from attnzoo.masks import Visibility
 from attnzoo.ops.observation import ScoreMap
 from attnzoo.ops.score_rules import ScoreRules, decay_of_pairs, masked_softmax, sigmoid_weights
+from attnzoo.rules import SIZE, check
 
 _BLOCK = 256
 
@@ -73,8 +74,7 @@ class AttentionCall:
 
     def pattern_blocks(self, block: int = _BLOCK) -> Iterator[tuple[slice, Tensor]]:
         """Query rows and their weights (B, H, block, S), from the first query to the last."""
-        if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+        check("block", block, SIZE)
         T = self.outputs.shape[2]
         for first in range(0, T, block):
             rows = slice(first, min(T, first + block))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import layers_of
 from attnzoo.diagnostics.heads.attention_call import AttentionCall, pattern_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.masks import AttentionMask, Visibility
@@ -295,12 +296,8 @@ def _detached(value: Tensor | float | str | None) -> Any:
 
 
 def _chosen(layers: list[AttentionLayer], indices: Sequence[int] | None) -> list[AttentionLayer]:
-    if indices is None:
-        return layers
-    for index in indices:
-        if not 0 <= index < len(layers):
-            raise ValueError(f"layers must lie between 0 and {len(layers) - 1}, got {index}")
-    return [layer for layer in layers if layer.index in set(indices)]
+    chosen = set(layers_of(indices, len(layers)))
+    return [layer for layer in layers if layer.index in chosen]
 
 
 # Hugging Face: models ask their configuration which attention function to call

@@ -21,6 +21,7 @@ from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.measures import LayerReport, RunningGates, RunningMeasures
 from attnzoo.diagnostics.heads.observe import Captured, observe
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.rules import INTEGER, SIZE, check
 
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head", "sink_head")
 """What `HeadReport.kinds` tells apart."""
@@ -167,8 +168,9 @@ def head_report(
         ValueError: if there are no batches or no real tokens, for a batch or mask of another form, if a call has a
             cache, or if a layer has no patterns.
     """
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    check("block", block, SIZE)
+    if period is not None:
+        check("period", period, INTEGER)
     sums: dict[int, RunningMeasures] = {}
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -279,6 +281,7 @@ def to_bertviz(captured: Captured, tokens: Sequence[str], example: int = 0) -> t
     B, _, T, S = patterns[0].shape
     if T != S:
         raise ValueError(f"captured must hold a pass without a cache, got {T} queries and {S} keys")
+    check("example", example, INTEGER)
     if not 0 <= example < B:
         raise ValueError(f"example must lie between 0 and {B - 1}, got {example}")
     if len(tokens) != T:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import check_wanted, layers_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
 from attnzoo.diagnostics.pruning.masks import check_choice, head_mask, head_slots
 
@@ -83,10 +84,9 @@ def ablate_heads(
         ValueError: for an unknown mode or layer, losses that are not finite, or too few examples.
     """
     check_choice("mode", mode, ABLATIONS)
+    check_wanted(num_examples)
     slots = head_slots(model)
-    rows = tuple(range(len(slots.layers))) if layers is None else tuple(layers)
-    if any(not 0 <= layer < len(slots.layers) for layer in rows):
-        raise ValueError(f"layers must lie between 0 and {len(slots.layers) - 1}, got {list(rows)}")
+    rows = tuple(layers_of(layers, len(slots.layers)))
     size = slots.group_size() if mode == "kv_group" else slots.total if mode == "layer" else 1
     columns = slots.total // size
     batches = list(batches)

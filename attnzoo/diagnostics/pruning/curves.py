@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import check_wanted, numbers_of, pairs_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
 from attnzoo.diagnostics.pruning.importance import head_importance
 from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, head_slots
+from attnzoo.rules import COUNT, check, is_number
 
 MODES = ("greedy", "iterative")
 BASELINES = ("random", "reverse")
@@ -133,11 +135,10 @@ def head_pruning_curve(
     check_choice("unit", unit, UNITS)
     for name in baselines:
         check_choice("baselines", name, BASELINES)
-    percents = tuple(percents)
-    if not percents or any(not 0 <= p <= 100 for p in percents) or list(percents) != sorted(set(percents)):
-        raise ValueError(f"percents must ascend between 0 and 100, got {list(percents)}")
-    if min_heads_per_layer < 0:
-        raise ValueError(f"min_heads_per_layer must not be negative, got {min_heads_per_layer}")
+    percents = _ascending(percents)
+    check("min_heads_per_layer", min_heads_per_layer, COUNT)
+    check_wanted(num_examples)
+    seeds = numbers_of("seeds", seeds)
     if order is not None and mode == "iterative":
         raise ValueError("mode 'iterative' finds an order of its own, got order too")
     slots = head_slots(model)
@@ -163,7 +164,7 @@ def head_pruning_curve(
 
     first: Tensor | None = None
     if order is not None:
-        full = chosen = [(int(layer), int(head)) for layer, head in order]
+        full = chosen = pairs_of("order", order)
         if len(set(full)) != len(full) or set(full) - set(units):
             raise ValueError(f"order must name heads of the model once each, got {full}")
     else:
@@ -203,6 +204,16 @@ def head_pruning_curve(
         base_score=None if base_scores is None else float(base_scores.mean()), importance=first,
         baselines={name: PruningCurve(*curve(name)) for name in orders if name},
     )  # fmt: skip
+
+
+def _ascending(percents: Any) -> tuple[float, ...]:
+    """The percents; raises ValueError unless they are several numbers that ascend."""
+    given = list(percents) if isinstance(percents, Iterable) else []
+    rising = all(map(is_number, given)) and given == sorted(set(given)) and all(0 <= p <= 100 for p in given)
+    if not given or not rising:
+        shown = given if isinstance(percents, Iterable) else percents
+        raise ValueError(f"percents must ascend between 0 and 100, got {shown}")
+    return tuple(given)
 
 
 def sort_heads(importance: Tensor, heads: Iterable[Head]) -> list[Head]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.pruning.masks import head_slots, masked_heads
+from attnzoo.rules import check_sizes
 
 
 class HeadGates(nn.Module):
@@ -50,9 +51,7 @@ class HeadGates(nn.Module):
         temperature: float = 0.33, eps: float = 1e-6,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, size in (("num_layers", num_layers), ("num_heads", num_heads)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        num_layers, num_heads = check_sizes(num_layers=num_layers, num_heads=num_heads)
         if not low < 0:
             raise ValueError(f"low must be negative, got {low}")
         if not high > 1:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attnzoo.diagnostics.layer_probe import norms_after
 from attnzoo.diagnostics.layers import AttentionLayer, register_family
+from attnzoo.diagnostics.projections import blank, matrix
 from attnzoo.modules.heads import HeadLayout, head_rows, keep_entries
 
 RAGGED = "attnzoo_ragged"
@@ -66,8 +67,10 @@ def check_prunable(layer: AttentionLayer, numbers: Iterable[int], allow_inexact:
             f"prune_heads needs a key/value head for each query head where they are one projection, got "
             f"{layer.num_heads} and {layer.num_kv_heads} in layer {layer.name!r}"
         )
-    if not all(isinstance(linear, nn.Linear) or hasattr(linear, "nf") for linear in (query, key, value, out)):
-        raise ValueError(f"prune_heads needs linear projections, got {type(query).__name__} in layer {layer.name!r}")
+    for linear in (query, key, value, out):
+        if not isinstance(linear, nn.Linear) and not hasattr(linear, "nf"):
+            kind = f"{type(linear).__module__}.{type(linear).__name__}"
+            raise ValueError(f"prune_heads needs linear projections, got a {kind} in layer {layer.name!r}")
     for name, count in zip(_norms(layer), (layer.num_heads, layer.num_kv_heads), strict=True):
         if name is not None and name.startswith(_JOINT) and count > 1 and not allow_inexact:
             raise ValueError(
@@ -131,6 +134,20 @@ def _name_in(layer: AttentionLayer) -> str:
 def is_config(value: Any) -> bool:
     """Whether an attribute is a transformers configuration, which names the attention function."""
     return hasattr(value, "_attn_implementation_internal") and not isinstance(value, nn.Module)
+
+
+def own_config(model: nn.Module) -> None:
+    """Give a transformers model a copy of its configuration, so that changing it reaches no other model.
+
+    Models that are made from one configuration object share it. All modules of this model that hold the object, or a
+    configuration inside it, then hold the copy's.
+    """
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if is_config(value) and id(value) in copies:
+                vars(module)[name] = copies[id(value)]
 
 
 def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]) -> None:
@@ -310,16 +327,16 @@ def _read_pruned(name: str, index: int, module: Any) -> AttentionLayer:
         )
     D, H, G = module.head_dim, len(heads.kept), len(heads.groups)
     projection = module.o_proj if hasattr(module, "o_proj") else module.out_proj
-    width = projection.in_features // H
+    width = blank(projection).shape[1] // H
 
     def qk(part: str) -> list[tuple[Tensor, Tensor]]:
         if part != "full" or getattr(module, "q_norm", None) is not None:
             raise ValueError(f"part must be 'full' for an unevenly pruned layer without query norm, got {part!r}")
-        q, k = module.q_proj.weight.detach().view(H, D, -1), module.k_proj.weight.detach().view(G, D, -1)
+        q, k = (matrix(linear).detach().unflatten(0, (-1, D)) for linear in (module.q_proj, module.k_proj))
         return [(q[h], k[g]) for h, g in enumerate(heads.reads)]
 
     def ov() -> list[tuple[Tensor, Tensor]]:
-        v, out = module.v_proj.weight.detach(), projection.weight.detach()
+        v, out = matrix(module.v_proj).detach(), matrix(projection).detach()
         return [
             (v[g * width : (g + 1) * width], out[:, h * width : (h + 1) * width]) for h, g in enumerate(heads.reads)
         ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import check_mask, check_wanted
 from attnzoo.diagnostics.batches import tokens_and_mask
 from attnzoo.diagnostics.pruning.evaluate import LossFn, check_count, evaluating, losses_of, progress_bar
 from attnzoo.diagnostics.pruning.masks import (
@@ -140,6 +141,8 @@ class _Gradients:
 
     def __init__(self, model: nn.Module, slots: HeadSlots, loss_fn: LossFn, mask: Tensor | None, coupled: bool,
                  together: bool = False) -> None:  # fmt: skip
+        if mask is not None:
+            check_mask("head_mask", mask, "(L, H)")
         if mask is not None and tuple(mask.shape) != slots.shape:
             raise ValueError(f"head_mask must have shape {slots.shape}, got {tuple(mask.shape)}")
         self.model, self.slots, self.loss_fn = model, slots, loss_fn
@@ -151,6 +154,7 @@ class _Gradients:
     def over(self, batches: Iterable[Any], wanted: int | None, progress: bool) -> Iterator[tuple[Any, Tensor, int]]:
         """Batch, its s, and how many of its examples count."""
         done = 0
+        check_wanted(wanted)
         for number, batch in enumerate(progress_bar(batches, "head importance", progress)):
             if wanted is not None and done >= wanted:
                 break

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import check_mask, pairs_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 
 UNITS = ("head", "kv_group")
@@ -97,9 +98,9 @@ def masked_heads(model: nn.Module, xi: Tensor) -> Iterator[None]:
         ValueError: for another shape or dtype, a batch of another size inside, or a layer that takes no hooks.
     """
     slots = head_slots(model)
-    if not xi.is_floating_point() or xi.ndim not in (2, 3) or tuple(xi.shape[-2:]) != slots.shape:
-        shape = tuple(xi.shape)
-        raise ValueError(f"xi must be floating-point (L, H) or (B, L, H) with {slots.shape}, got {xi.dtype} {shape}")
+    check_mask("xi", xi, "(L, H)", "(B, L, H)")
+    if xi.ndim not in (2, 3) or tuple(xi.shape[-2:]) != slots.shape:
+        raise ValueError(f"xi must be (L, H) or (B, L, H) with {slots.shape}, got {tuple(xi.shape)}")
     with hooked(slots, lambda index, heads: heads * layer_scale(xi, slots, index, heads)):
         yield
 
@@ -107,7 +108,7 @@ def masked_heads(model: nn.Module, xi: Tensor) -> Iterator[None]:
 def head_mask(heads: Iterable[Head], shape: tuple[int, int], *, rescale: bool = False) -> Tensor:
     """Ones (L, H) float64 with zeros at these heads; with rescale, survivors of a layer get H / (number of them)."""
     xi = torch.ones(shape, dtype=torch.float64)
-    for layer, head in heads:
+    for layer, head in pairs_of("heads", heads):
         if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
             raise ValueError(f"heads must lie within {shape[0]} layers of {shape[1]}, got {(layer, head)}")
         xi[layer, head] = 0

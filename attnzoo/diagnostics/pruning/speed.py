@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import pairs_of
 from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.masks import Head, head_mask, head_slots, masked_heads
 from attnzoo.diagnostics.pruning.structural import prune_heads
+from attnzoo.rules import COUNT, SIZE, check
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def pruning_speed(
     """
     if not fractions or any(not 0 <= share <= 1 for share in fractions):
         raise ValueError(f"fractions must lie between 0 and 1, got {list(fractions)}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    check("rounds", rounds, SIZE)
+    check("warmup", warmup, COUNT)
+    order = None if order is None else pairs_of("order", order)
     slots = head_slots(model)
     present = slots.present()
     if order is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from attnzoo.diagnostics.arguments import pairs_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.hugging_face import PRUNABLE, check_prunable, prune_module
@@ -48,18 +49,16 @@ def prune_heads(
             the remaining heads.
 
     Raises:
-        ValueError: for an unknown unit; a number that is out of range, repeated, or already removed; a joint norm; a
-            model whose attention is of another kind, or one that would not compute what masking computes.
+        ValueError: for an unknown unit; a number that is not an integer, out of range, repeated, or already removed; a
+            joint norm; a model whose attention is of another kind, or one that would not compute what masking computes.
     """
     check_choice("unit", unit, UNITS)
     layers = attention_layers(model)
     wanted: dict[int, list[int]] = {}
-    named = heads.items() if isinstance(heads, Mapping) else [(layer, [head]) for layer, head in heads]
-    pairs = [(layer, head) for layer, of_layer in named for head in of_layer]
-    for index, head in pairs:
+    for index, head in pairs_of("heads", heads):
         if not 0 <= index < len(layers):
             raise ValueError(f"heads must name layers from 0 to {len(layers) - 1}, got {index}")
-        wanted.setdefault(int(index), []).append(int(head))
+        wanted.setdefault(index, []).append(head)
     if unit == "kv_group":
         wanted = {index: _of_groups(layers[index], groups) for index, groups in wanted.items()}
     for index, numbers in wanted.items():
@@ -81,11 +80,11 @@ def _remove(model: nn.Module, layers: list[AttentionLayer], wanted: dict[int, li
         try:
             for index, numbers in foreign.items():
                 prune_module(model, layers[index], numbers)
-        except Exception:
+            trial.check(compare=not allow_inexact)
+            trial.record()
+        except BaseException:  # A user's interrupt too must not leave some heads gone.
             trial.undo()
             raise
-        trial.check(compare=not allow_inexact)
-    trial.record()
     for index, numbers in wanted.items():
         mechanism = layers[index].mechanism
         if mechanism is not None:

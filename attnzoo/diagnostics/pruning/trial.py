@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
-from attnzoo.diagnostics.layers import AttentionLayer, attention_layers, matrix
-from attnzoo.diagnostics.pruning.hugging_face import RAGGED, is_config, projections_of, prune_module
+from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.projections import blank
+from attnzoo.diagnostics.pruning.hugging_face import RAGGED, is_config, own_config, projections_of, prune_module
 
 
 def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> None:
@@ -47,7 +48,7 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
     (copied,) = attention_layers(stage)
     _, query, *_ = projections_of(copied)
-    x = torch.randn(1, 5, matrix(query).shape[1], generator=draw, dtype=torch.float64).to(query.weight.device)
+    x = torch.randn(1, 5, blank(query).shape[1], generator=draw, dtype=torch.float64).to(query.weight.device)
     what, masked = "", None
     for call in calls_of(copied.module, x, layer.head_dim, layer.num_heads):
         with _masked(copied, numbers), torch.no_grad():
@@ -112,7 +113,7 @@ class Trial:
             self.outputs = [_outputs_of(host) for host in self.hosts]
 
     def check(self, compare: bool) -> None:
-        """Restore the model and raise ValueError where the pruned model raises, or computes something else."""
+        """Raise ValueError where the pruned model raises, or computes something else."""
         for host, before in zip(self.hosts, self.outputs, strict=True):
             for way, expected in before.items():
                 try:
@@ -121,7 +122,6 @@ class Trial:
                 except Exception as error:
                     what = f"{type(error).__name__} when it is pruned: {line_of(error)}"
                 if what:
-                    self._restore()
                     raise ValueError(f"prune_heads cannot prune {type(host).__name__} ({way}): {what}")
 
     def undo(self) -> None:
@@ -129,9 +129,10 @@ class Trial:
         self._restore()
 
     def record(self) -> None:
-        """Note in each model's configuration which heads are gone, for `load_pruned`."""
+        """Note in each model's configuration, from now on its own, which heads are gone, for `load_pruned`."""
         for host in self.hosts:
             gone = {layer.index: layer.heads.pruned for layer in attention_layers(host) if layer.heads.pruned}
+            own_config(host)
             host.config.attnzoo_pruned_heads = {str(index): list(heads) for index, heads in gone.items()}
 
 

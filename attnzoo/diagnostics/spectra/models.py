@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.layers import AttentionLayer, Factors, attention_layers
+from attnzoo.diagnostics.layers import AttentionLayer, Factors, NoPartError, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import mp_median, tracy_widom_edge
 from attnzoo.diagnostics.spectra.spectrum import (
     Settings,
@@ -23,6 +23,7 @@ from attnzoo.diagnostics.spectra.spectrum import (
     pair_of,
     record_of,
     redrawn_factors,
+    settings_of,
     variance_of,
 )
 
@@ -52,30 +53,37 @@ def analyze_model(
             single matrix of the attention modules, against null "mp".
         form: "circuit" or "gram" of "qk", as in `analyze_attention`.
         per: "head", or "layer", of "qk" and "ov".
-        part: of "qk": "full", "nope" or "rope".
+        part: of "qk": "full", "nope" or "rope"; layers that have no such features are left out.
         null: of "qk" and "ov". Default: as in `analyze_attention`.
         progress: wraps the list of layers, as tqdm does.
-        options: of `analyze_matrix`.
+        options: of `analyze_matrix`, except draws.
 
     Raises:
-        ValueError: for an argument outside its rule, weights that are not finite, or a model without attention.
+        ValueError: for an argument outside its rule, a part of which no layer has features, weights that are not
+            finite, or a model without attention.
     """
     check_form(form, per)
-    unknown = [name for name in matrices if name not in MATRICES]
-    if unknown or not matrices:
-        raise ValueError(f"matrices must be some of {', '.join(map(repr, MATRICES))}, got {list(matrices)}")
+    kinds = list(matrices) if isinstance(matrices, Iterable) and not isinstance(matrices, str) else [matrices]
+    if isinstance(matrices, str) or not kinds or not all(name in MATRICES for name in kinds):
+        raise ValueError(f"matrices must be some of {', '.join(map(repr, MATRICES))}, got {kinds}")
+    settings = settings_of(options)
     layers = attention_layers(model)
-    batch = _HeadBatch(Settings(**options))
+    batch = _HeadBatch(settings)
     entries: list[SpectrumRecord | tuple[int, SpectrumRecord]] = []
+    refusals: list[NoPartError] = []
     for layer in layers if progress is None else progress(layers):
-        for name in matrices:
+        for name in kinds:
             if name == "weights":
                 for weight, parameter in layer.module.named_parameters():
                     if parameter.ndim == 2 and min(parameter.shape) >= 2:
                         record = analyze_matrix(parameter, **options)
                         entries.append(dataclasses.replace(record, layer=layer.name, matrix=weight))
                 continue
-            factors = layer.qk_factors(part) if name == "qk" else [(out.T, value) for value, out in layer.ov_factors()]
+            try:
+                factors = layer.qk_factors(part) if name == "qk" else [(out.T, wv) for wv, out in layer.ov_factors()]
+            except NoPartError as error:
+                refusals.append(error)
+                continue
             chosen = form if name == "qk" else "circuit"
             law = default_null(layer.module) if null is None else null
             named = name if part == "full" or name != "qk" else f"{name} {part}"
@@ -87,6 +95,8 @@ def analyze_model(
             noise = functools.partial(redrawn_factors, layer.module, name, part) if law == "simulate" else None
             for record in factor_records(factors, noise, chosen, per, law, options):
                 entries.append(dataclasses.replace(record, layer=layer.name, matrix=named))
+    if len(refusals) == len(layers):
+        raise refusals[0]
     done = batch.records()
     records = []
     for entry in entries:

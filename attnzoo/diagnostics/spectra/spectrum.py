@@ -28,9 +28,11 @@ from attnzoo.diagnostics.spectra.marchenko_pastur import (
     tracy_widom_edge,
     variance,
 )
+from attnzoo.rules import NOT_NEGATIVE, NUMBER, SWITCH, check, describe, is_number
 
 NULLS = ("mp", "product", "simulate")
 EDGES = ("tw", "mp", "ww")
+ESTIMATORS = ("mean", "median", "bulk")
 _LEAST = 8
 _DRAWS = 8
 
@@ -119,19 +121,35 @@ class Settings:
     effective_rank_of: str = "eigenvalues"
 
     def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
         if self.edge not in EDGES:
             raise ValueError(f"edge must be one of {', '.join(map(repr, EDGES))}, got {self.edge!r}")
         if self.effective_rank_of not in ("eigenvalues", "sv"):
             raise ValueError(f"effective_rank_of must be 'eigenvalues' or 'sv', got {self.effective_rank_of!r}")
-        if self.quantile is None and self.level not in QUANTILES:
+        if self.quantile is None and (not is_number(self.level) or self.level not in QUANTILES):
             raise ValueError(
                 f"level must be one of {', '.join(map(str, QUANTILES))} unless quantile is given, got {self.level}"
             )
+        if self.quantile is not None:
+            check("quantile", self.quantile, NUMBER)
+        if self.rank_rtol is not None:
+            check("rank_rtol", self.rank_rtol, NOT_NEGATIVE)
+        check("keep_eigenvalues", self.keep_eigenvalues, SWITCH)
 
     @property
     def q(self) -> float:
         """The Tracy-Widom quantile."""
         return QUANTILES[self.level] if self.quantile is None else self.quantile
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """`Settings` of options by name; raises ValueError for names that it does not know."""
+    names = [option.name for option in dataclasses.fields(Settings)]
+    for name, value in options.items():
+        if name not in names:
+            raise ValueError(f"options must be some of {', '.join(names)}, got {name}={describe(value)}")
+    return Settings(**options)
 
 
 def analyze_matrix(
@@ -443,7 +461,11 @@ def analyze_attention(
         preset: "jha_reagen": form gram, per layer, estimator mean, edge mp, null mp, for comparison with
             arXiv:2507.09394 as far as its abstract tells; compare variants only with their own first step.
         layer: name for the records.
-        options: of `analyze_matrix`.
+        options: of `analyze_matrix`, except draws.
+
+    Raises:
+        ValueError: for an argument outside its rule, a part that the module has no features of, or weights that are
+            not finite.
     """
     if preset is not None:
         if preset != "jha_reagen":
@@ -451,7 +473,10 @@ def analyze_attention(
         form, per, null = "gram", "layer", "mp"
         options = {"estimator": "mean", "edge": "mp", **options}
     check_form(form, per)
+    settings_of(options)
     factors: Factors = module.qk_circuit(part)  # type: ignore[operator]
+    if any(query.shape[0] == 0 for query, _ in factors):
+        raise ValueError(f"part must be one that {type(module).__name__} has features of, got {part!r}")
     if null is None:
         null = default_null(module)
     noise = functools.partial(redrawn_factors, module, "qk", part) if null == "simulate" else None

@@ -1,0 +1,69 @@
+"""Numbers of layers and heads, and counts, as callers give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo.rules import SIZE, check, describe, is_integer, is_integer_tensor
+
+
+def number_of(name: str, value: object) -> int:
+    """An integer of Python or numpy, or an integer tensor of one element, as Python's; nothing is rounded.
+
+    Raises:
+        ValueError: for anything else, True and False included.
+    """
+    if isinstance(value, Tensor) and is_integer_tensor(value) and value.numel() == 1:
+        return int(value)
+    if not is_integer(value):
+        raise ValueError(f"{name} must be integers, got {describe(value)}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def numbers_of(name: str, values: object) -> list[int]:
+    """`number_of` of each of several."""
+    if not isinstance(values, Iterable) or isinstance(values, str) or (isinstance(values, Tensor) and not values.ndim):
+        raise ValueError(f"{name} must be several integers, got {describe(values)}")
+    return [number_of(name, value) for value in values]
+
+
+def layers_of(layers: object, count: int) -> list[int]:
+    """Numbers of layers, each from 0 to count - 1; all of them for None."""
+    if layers is None:
+        return list(range(count))
+    numbers = numbers_of("layers", layers)
+    for number in numbers:
+        if not 0 <= number < count:
+            raise ValueError(f"layers must lie between 0 and {count - 1}, got {number}")
+    return numbers
+
+
+def pairs_of(name: str, pairs: object) -> list[tuple[int, int]]:
+    """(layer, head) pairs as Python's integers, from pairs or from {layer: heads}."""
+    if isinstance(pairs, Mapping):
+        by_layer = [(number_of(name, layer), numbers_of(name, heads)) for layer, heads in pairs.items()]
+        return [(layer, head) for layer, heads in by_layer for head in heads]
+    given: list[Any] = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str) else [pairs]
+    for pair in given:
+        if (
+            not isinstance(pair, tuple | list | Tensor)
+            or (isinstance(pair, Tensor) and not pair.ndim)
+            or len(pair) != 2
+        ):
+            raise ValueError(f"{name} must be (layer, head) pairs, got {describe(pair)}")
+    return [(number_of(name, layer), number_of(name, head)) for layer, head in given]
+
+
+def check_wanted(num_examples: object) -> None:
+    """Raise ValueError unless a number of examples is None or at least 1."""
+    if num_examples is not None:
+        check("num_examples", num_examples, SIZE)
+
+
+def check_mask(name: str, mask: object, *shapes: str) -> None:
+    """Raise ValueError unless a head mask is a floating-point tensor."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor {' or '.join(shapes)}, got {describe(mask)}")
