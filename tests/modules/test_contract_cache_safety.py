@@ -181,15 +181,15 @@ def test_a_pickled_cache_goes_on_as_the_cache_does(name: str, option: str) -> No
     assert_go_on_alike(name, module, pickle.loads(pickle.dumps(cache)), cache)
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
-@every_case
-def test_rows_are_reordered_by_integers_of_any_dtype(name: str, option: str, dtype: torch.dtype) -> None:
-    module = make(name, option)
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_rows_are_reordered_by_integers_of_any_dtype(name: str) -> None:
+    module = make(name)
     cache = filled(module)
-    other = copy.deepcopy(cache)
+    others = [copy.deepcopy(cache) for _ in INTEGERS]
     cache.reorder(torch.tensor([1, 0]))
-    other.reorder(torch.tensor([1, 0], dtype=dtype))
-    assert_go_on_alike(name, module, other, cache)
+    for other, dtype in zip(others, INTEGERS, strict=True):
+        other.reorder(torch.tensor([1, 0], dtype=dtype))
+        assert_same(contents(name, other)[2:], contents(name, cache)[2:], str(dtype))
 
 
 # Calls that fail on the way

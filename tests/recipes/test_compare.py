@@ -420,7 +420,7 @@ def test_a_run_that_is_not_as_planned_is_an_error_row(small, changing, tmp_path)
 def test_arguments_of_the_runs_are_in_the_plan(small, tmp_path):
     """The rows are those of the runs, also where an argument changes every mechanism."""
     more = ["--model.attention.init_args.num_heads=2", "--model.attention.init_args.head_dim=8"]
-    main([*small, "--", *more])
+    main([small[0], "mha", *small[2:], "--", *more])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     for cell in results["cells"]:
         assert cell["status"] == "finished", cell["detail"]
