@@ -6,7 +6,7 @@ A rule is one or more pairs of a test and the words for it; the first test that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -163,3 +163,23 @@ def describe(value: object) -> str:
         return f"a {value.dtype} tensor of {value.ndim} dimensions"
     shown = repr(value)
     return shown if len(shown) < 60 else f"a {type(value).__name__}"
+
+
+def number_of(name: str, value: object) -> int:
+    """An integer of Python or numpy, or an integer tensor of one element, as Python's; nothing is rounded.
+
+    Raises:
+        ValueError: for anything else, True and False included.
+    """
+    if isinstance(value, Tensor) and is_integer_tensor(value) and value.numel() == 1:
+        return int(value)
+    if not is_integer(value):
+        raise ValueError(f"{name} must be integers, got {describe(value)}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def numbers_of(name: str, values: object) -> list[int]:
+    """`number_of` of each of several."""
+    if not isinstance(values, Iterable) or isinstance(values, str) or (isinstance(values, Tensor) and not values.ndim):
+        raise ValueError(f"{name} must be several integers, got {describe(values)}")
+    return [number_of(name, value) for value in values]

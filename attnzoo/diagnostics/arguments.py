@@ -7,27 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.rules import SIZE, check, describe, is_integer, is_integer_tensor
-
-
-def number_of(name: str, value: object) -> int:
-    """An integer of Python or numpy, or an integer tensor of one element, as Python's; nothing is rounded.
-
-    Raises:
-        ValueError: for anything else, True and False included.
-    """
-    if isinstance(value, Tensor) and is_integer_tensor(value) and value.numel() == 1:
-        return int(value)
-    if not is_integer(value):
-        raise ValueError(f"{name} must be integers, got {describe(value)}")
-    return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def numbers_of(name: str, values: object) -> list[int]:
-    """`number_of` of each of several."""
-    if not isinstance(values, Iterable) or isinstance(values, str) or (isinstance(values, Tensor) and not values.ndim):
-        raise ValueError(f"{name} must be several integers, got {describe(values)}")
-    return [number_of(name, value) for value in values]
+from attnzoo.rules import SIZE, check, describe, number_of, numbers_of
 
 
 def layers_of(layers: object, count: int) -> list[int]:

@@ -24,9 +24,9 @@ from attnzoo.conversion import (
     to_talking_heads,
 )
 from attnzoo.conversion.heads import CALIBRATED
+from attnzoo.diagnostics.configs import own_configs
 from attnzoo.hugging_face.calibration import Batch, calibrate, mean_loss
-from attnzoo.hugging_face.configs import own_configs
-from attnzoo.hugging_face.layer import AttentionLayer
+from attnzoo.hugging_face.layer import AttentionLayer, every_module
 from attnzoo.hugging_face.replacement import attention_names, install, read_layers
 from attnzoo.hugging_face.report import LayerReport, ModelReport
 from attnzoo.hugging_face.saving import adopt, described
@@ -126,7 +126,7 @@ def convert(
     ]
     for name, (attn, _) in built.items():
         described(name, attn)
-    own_configs(model)
+    own_configs(every_module(model))
     for name, (attn, _) in built.items():
         install(model, name, attn)
     adopt(model)

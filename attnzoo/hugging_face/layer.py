@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
+from attnzoo.diagnostics.configs import configs_in
 from attnzoo.hugging_face.caches import View, cache_of
 from attnzoo.hugging_face.masks import (
     is_padding,
@@ -235,10 +236,12 @@ def _without_numbers(module: nn.Module) -> nn.Module:
     return without_hooks(copy.deepcopy(module, memo))
 
 
-def configs_in(module: nn.Module) -> dict[int, Any]:
-    """The configurations that a module and those inside it hold, by their ids."""
-    held = (value for part in module.modules() for value in vars(part).values())
-    return {id(value): value for value in held if isinstance(value, PreTrainedConfig)}
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, and those of what was replaced in it."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, AttentionLayer):
+            yield from module.skeleton.modules()
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

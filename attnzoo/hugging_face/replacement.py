@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.backends import check_name
-from attnzoo.hugging_face.configs import own_configs
+from attnzoo.diagnostics.configs import configs_in, own_configs
 from attnzoo.hugging_face.families import FAMILIES, family_of, heads_left
 from attnzoo.hugging_face.installation import attention_names, check_weights, install, modules, outside, unguard
-from attnzoo.hugging_face.layer import HOOKS, AttentionLayer, configs_in
+from attnzoo.hugging_face.layer import HOOKS, AttentionLayer, every_module
 from attnzoo.hugging_face.saving import adopt, described, release
 from attnzoo.hugging_face.verification import verify as check_equal
 from attnzoo.modules.gqa import GroupedQueryAttention
@@ -52,7 +52,7 @@ def replace(
     read = read_layers(model, new, backend=backend, verify=verify)
     for name, attn in read.items():
         described(name, attn)
-    own_configs(model)
+    own_configs(every_module(model))
     for name, attn in read.items():
         install(model, name, attn)
     adopt(model)
@@ -140,7 +140,7 @@ def restore(model: Any) -> Any:
 @contextmanager
 def _groups_in_config(model: Any, attns: Mapping[str, Any]) -> Iterator[None]:
     """The number of key/value heads as the layers have it now in the model's configurations, unless the block fails."""
-    undo, key = own_configs(model), "num_key_value_heads"
+    undo, key = own_configs(every_module(model)), "num_key_value_heads"
     try:
         configs = {id(config): config for config in (model.get_submodule(name).config for name in attns)}
         known = [config for config in configs.values() if getattr(config, key, None) is not None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.ops.softmax_attention import constant
-from attnzoo.rules import is_integer, is_integer_tensor
+from attnzoo.rules import numbers_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class HeadLayout:
         Raises:
             ValueError: for a number outside 0 .. total - 1, a repeated one, or a head that is gone already.
         """
-        wanted = head_numbers("indices", indices)
+        wanted = numbers_of("indices", indices)
         for index in wanted:
             if not 0 <= index < self.total:
                 raise ValueError(f"indices must lie between 0 and {self.total - 1}, got {index}")
@@ -101,21 +101,6 @@ class HeadLayout:
         groups = weights.shape[0]
         grouped = x.unflatten(2, (groups, x.shape[2] // max(groups, 1)))
         return torch.einsum("btgsm,gmn->btgsn", grouped, weights).flatten(2, 3)
-
-
-def head_numbers(name: str, given: object) -> list[int]:
-    """Integers, numpy's and those of tensors too, as Python's.
-
-    Raises:
-        ValueError: for anything else, such as 1.0 or True.
-    """
-    numbers = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor | str) else None
-    if isinstance(given, Tensor) and given.ndim == 1:
-        numbers = list(given)
-    numbers = numbers and [one.item() if is_integer_tensor(one) and one.numel() == 1 else one for one in numbers]
-    if numbers is None or not all(map(is_integer, numbers)):
-        raise ValueError(f"{name} must be numbers of heads, got {given!r}")
-    return list(map(int, numbers))
 
 
 def head_rows(heads: Iterable[int], width: int) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 from attnzoo.cache import CacheLayout, KeyValueCache, SelectionCache
 from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
-from attnzoo.modules.heads import head_numbers
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.selective_attention import selective_attention
-from attnzoo.rules import COUNT, POSITIVE, SWITCH, check, check_options, describe
+from attnzoo.rules import COUNT, POSITIVE, SWITCH, check, check_options, describe, numbers_of
 
 
 class SelectiveAttention(GroupedQueryAttention):
@@ -129,7 +128,7 @@ class SelectiveAttention(GroupedQueryAttention):
 
     def prune_heads(self, indices: Iterable[int]) -> None:
         """As the base's; the selection head, which all others need, is refused."""
-        indices = head_numbers("indices", indices)
+        indices = numbers_of("indices", indices)
         if self.selection_head in indices:
             raise ValueError(f"indices must not name the selection head {self.selection_head}, got {indices}")
         super().prune_heads(indices)

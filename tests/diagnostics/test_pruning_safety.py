@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo.diagnostics import load_pruned, masked_heads, prune_heads, pruned_heads
-from attnzoo.diagnostics.pruning.hugging_face import own_config
+from attnzoo.diagnostics.configs import own_configs
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,7 +89,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(llama, when, monkeypatch, tmp_p
     if when == "in a trial":
         handle = model.register_forward_pre_hook(interrupt)
     else:
-        holder, name = (structural, "prune_module") if when == "in a pruned module" else (trial, "own_config")
+        holder, name = (structural, "prune_module") if when == "in a pruned module" else (trial, "own_configs")
         whole = getattr(holder, name)
 
         def stopped(*inputs):
@@ -141,10 +141,12 @@ def test_an_own_configuration_is_one_object_throughout_the_model():
     model = Part(config)
     model.text, model.again, model.other = Part(config.text_config), Part(config), Part(config_of())
     other = model.other.config
-    own_config(model)
+    undo = own_configs(model.modules())
     assert model.config is not config
     assert model.again.config is model.config
     assert model.text.config is model.config.text_config
     assert model.text.config is not config.text_config
-    assert model.other.config is other
+    assert model.other.config is not other
     assert model.config.to_dict() == config.to_dict()
+    undo()
+    assert (model.config, model.text.config, model.other.config) == (config, config.text_config, other)

@@ -11,6 +11,7 @@ FOLDER = Path(diagnostics.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 BELOW = {
     "arguments": set(),
+    "configs": set(),
     "layer_probe": set(),
     "projections": {"layer_probe"},
     "attention_layer": {"layer_probe", "projections"},
@@ -18,7 +19,7 @@ BELOW = {
     "batches": set(),
     "training_records": set(),
     "heads": {"layers", "batches", "arguments"},
-    "pruning": {"layers", "batches", "layer_probe", "projections", "arguments"},
+    "pruning": {"layers", "batches", "layer_probe", "projections", "arguments", "configs"},
     "spectra": {"layers"},
     "capacity": {"heads", "batches"},
     "plots": {"spectra", "training_records"},

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import check_wanted, numbers_of, pairs_of
+from attnzoo.diagnostics.arguments import check_wanted, pairs_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
 from attnzoo.diagnostics.pruning.importance import head_importance
 from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, head_slots
-from attnzoo.rules import COUNT, check, is_number
+from attnzoo.rules import COUNT, check, is_number, numbers_of
 
 MODES = ("greedy", "iterative")
 BASELINES = ("random", "reverse")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.configs import configs_in
 from attnzoo.diagnostics.layer_probe import norms_after
 from attnzoo.diagnostics.layers import AttentionLayer, register_family
 from attnzoo.diagnostics.projections import blank, matrix
@@ -103,8 +104,7 @@ def _norms(layer: AttentionLayer) -> tuple[str | None, str | None]:
     if query.weight.is_meta:
         # Any weights show the norms.
         with torch.device("cpu"), torch.no_grad():
-            own = {id(part): part for m in module.modules() for part in vars(m).values() if is_config(part)}
-            module = copy.deepcopy(module, own).to_empty(device="cpu")
+            module = copy.deepcopy(module, configs_in(module)).to_empty(device="cpu")
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.zero_() if not tensor.is_floating_point() else tensor.normal_()
             of_copy = replace(layer, module=module, projection=module.get_submodule(_name_in(layer)))
@@ -129,25 +129,6 @@ def _name_in(layer: AttentionLayer) -> str:
     """The name of a layer's output projection inside its module."""
     names: Iterator[str] = (name for name, part in layer.module.named_modules() if part is layer.projection)
     return next(names)
-
-
-def is_config(value: Any) -> bool:
-    """Whether an attribute is a transformers configuration, which names the attention function."""
-    return hasattr(value, "_attn_implementation_internal") and not isinstance(value, nn.Module)
-
-
-def own_config(model: nn.Module) -> None:
-    """Give a transformers model a copy of its configuration, so that changing it reaches no other model.
-
-    Models that are made from one configuration object share it. All modules of this model that hold the object, or a
-    configuration inside it, then hold the copy's.
-    """
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if is_config(value) and id(value) in copies:
-                vars(module)[name] = copies[id(value)]
 
 
 def prune_module(model: nn.Module, layer: AttentionLayer, numbers: Iterable[int]) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from attnzoo.diagnostics.configs import configs_in, is_config, own_configs
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.projections import blank
-from attnzoo.diagnostics.pruning.hugging_face import RAGGED, is_config, own_config, projections_of, prune_module
+from attnzoo.diagnostics.pruning.hugging_face import RAGGED, projections_of, prune_module
 
 
 def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> None:
@@ -33,8 +34,7 @@ def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> 
     if next(layer.module.parameters()).is_meta:
         return
     # Configurations are read alone.
-    own = {id(part): part for m in layer.module.modules() for part in vars(m).values() if is_config(part)}
-    stage = nn.ModuleDict({"attention": copy.deepcopy(layer.module, dict(own))}).double().eval()
+    stage = nn.ModuleDict({"attention": copy.deepcopy(layer.module, configs_in(layer.module))}).double().eval()
     draw = torch.Generator().manual_seed(0)
     for module in stage.modules():
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -132,7 +132,7 @@ class Trial:
         """Note in each model's configuration, from now on its own, which heads are gone, for `load_pruned`."""
         for host in self.hosts:
             gone = {layer.index: layer.heads.pruned for layer in attention_layers(host) if layer.heads.pruned}
-            own_config(host)
+            own_configs(host.modules())
             host.config.attnzoo_pruned_heads = {str(index): list(heads) for index, heads in gone.items()}
 
 
