@@ -5,16 +5,21 @@ import itertools
 import json
 import math
 import os
+import random
 import statistics
+import string
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.stats import t, ttest_rel
 
 import attnzoo
 from attnzoo_recipes.compare.cli import checked, main, parse
-from attnzoo_recipes.compare.pictures import draw_losses, draw_quality, spread
+from attnzoo_recipes.compare.pictures import draw_losses, draw_quality, label_points, spread
 from attnzoo_recipes.compare.plan import (
     Data,
     Settings,
@@ -154,6 +159,28 @@ def test_pictures_are_written(tmp_path):
         for name in "ab":
             assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_names_in_a_picture_cover_neither_each_other_nor_points(seed):
+    draw, letters = random.Random(seed), string.ascii_lowercase
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    count = draw.randrange(5, 32)
+    # Many with one cache and nearly one loss, as mechanisms have them.
+    points = [(draw.choice([512, 1024, 3072, 3072, 4096, 6000]), draw.gauss(2.1, 0.05)) for _ in range(count)]
+    names = ["".join(draw.choices(letters, k=draw.randrange(3, 13))) for _ in points]
+    axes.plot(*zip(*points, strict=True), "o")
+    label_points(axes, [(*point, name, "black") for point, name in zip(points, names, strict=True)])
+    FigureCanvasAgg(figure).draw()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == count
+    for one, other in itertools.combinations(boxes, 2):
+        assert min(one.y1, other.y1) - max(one.y0, other.y0) < 3 or min(one.x1, other.x1) <= max(one.x0, other.x0)
+    for (x, y), box in itertools.product(axes.transData.transform(points), boxes):
+        assert not box.contains(x, y)
+        assert axes.bbox.x0 <= box.x0
+        assert box.x1 <= axes.bbox.x1
 
 
 @pytest.mark.parametrize("heights", [[0.5], [0.1, 0.9], [0.5] * 5, [0.0, 0.01, 0.02, 0.9, 1.0], [0.5, 0.4, 0.41]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ LINE = 10.5
 FILLED = 0.82
 """The share of a figure's height that its axes have, about."""
 
-NAME = 0.15
-"""The width of a long name, as a share of the axes'."""
+LETTER = 0.0095
+"""The width of a letter of a name, as a share of the axes' width, about."""
+
+BESIDE = 0.015
+"""From a point to a name right of it."""
+
+MARKER = 0.01
+"""Half of a point's width."""
+
+Place = tuple[float, float]
+"""A point of the axes, from (0, 0) to (1, 1)."""
 
 
 def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
@@ -41,7 +51,7 @@ def draw_losses(runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], pat
             ends.append((steps[-1], means[-1], name, style["color"]))
     note = "" if facts.get("bigram") is None else f"; bigram entropy {facts['bigram']:.3f}"
     axes.set(xlabel="optimiser step", ylabel="validation (bits per byte)", title=f"Learning curves{note}")
-    _label(axes, ends)
+    label_points(axes, ends)
     _finish(figure, axes, path)
 
 
@@ -65,7 +75,7 @@ def draw_quality(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         xlabel="cache (bytes per token, bfloat16, all layers)", ylabel="validation (bits per byte)",
         title="Quality against cache",
     )  # fmt: skip
-    _label(axes, points)
+    label_points(axes, points)
     _finish(figure, axes, path)
 
 
@@ -98,43 +108,68 @@ def _style(number: int, count: int) -> dict[str, Any]:
     }
 
 
-def _label(axes: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Write each point's name to its right, and draw a line to it where names would cover each other."""
+def label_points(axes: Any, points: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Write each point's name to its right, and draw a line to it where names would cover each other or a point."""
     if not points:
         return
     axes.margins(x=0.05)
     left, _ = axes.get_xlim()
     # Names stand within the axes.
+    widths = [LETTER * len(name) for _, _, name, _ in points]
     to_axes = axes.transData + axes.transAxes.inverted()
-    far = to_axes.inverted().transform((1 + NAME + 0.08, 0))[0]
+    far = to_axes.inverted().transform((1 + max(widths) + 0.11, 0))[0]
     axes.set_xlim(left, far)
-    places = to_axes.transform([(x, y) for x, y, _, _ in points])
+    places = [(float(x), float(y)) for x, y in to_axes.transform([(x, y) for x, y, _, _ in points])]
     gap = LINE / (72 * FILLED * axes.figure.get_figheight())
-    for column in _columns(places[:, 0]):
-        own = [places[i] for i in column]
-        heights = spread([y for _, y in own], gap)
-        side = max(x for x, _ in own)
-        moved = max(abs(height - y) for (_, y), height in zip(own, heights, strict=True))
-        leads = moved > gap / 2 or any(side - x > gap for x, _ in own)
+    for column in _columns(places, widths, gap):
+        names = _names(places, column, gap)
+        leads = any(names[i][0] != places[i][0] + BESIDE for i in column)
         line = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5)}
-        for i, height in zip(column, heights, strict=True):
+        for i in column:
             x, y, name, colour = points[i]
-            at = (side + (min(0.03 + moved / 4, 0.1) if leads else 0.015), height)
             axes.annotate(
-                name, (x, y), at, textcoords="axes fraction", va="center", fontsize=8, color=colour,
+                name, (x, y), names[i], textcoords="axes fraction", va="center", fontsize=8, color=colour,
                 arrowprops={**line, "color": colour} if leads else None,
             )  # fmt: skip
 
 
-def _columns(across: Sequence[float]) -> list[list[int]]:
-    """Indices of points whose names would be side by side, in columns from left to right."""
-    columns: list[list[int]] = []
-    for i in sorted(range(len(across)), key=lambda i: across[i]):
-        if columns and across[i] - across[columns[-1][0]] < NAME:
-            columns[-1].append(i)
+def _names(places: Sequence[Place], column: Sequence[int], gap: float) -> dict[int, Place]:
+    """Where the names of a column of points begin: beside their points, or one below another right of all of them."""
+    heights = spread([places[i][1] for i in column], gap)
+    moved = max(abs(height - places[i][1]) for i, height in zip(column, heights, strict=True))
+    side, first = max(places[i][0] for i in column), min(places[i][0] for i in column)
+    if moved > gap / 2 or side - first > gap:
+        return {i: (side + min(0.03 + moved / 4, 0.1), height) for i, height in zip(column, heights, strict=True)}
+    return {i: (places[i][0] + BESIDE, height) for i, height in zip(column, heights, strict=True)}
+
+
+def _columns(places: Sequence[Place], widths: Sequence[float], gap: float) -> list[list[int]]:
+    """Indices of points in columns, whose names and lines cover neither points nor names of another column."""
+    columns = [[i] for i in range(len(places))]
+    while True:
+        names = [_names(places, column, gap) for column in columns]
+        for one, other in permutations(range(len(columns)), 2):
+            taken = [(places[i][0] - MARKER, places[i][1], 2 * MARKER) for i in columns[other]]
+            taken += [(x, y, widths[i]) for i, (x, y) in names[other].items()]
+            if any(_meets(places[i], name, widths[i], taken, 0.99 * gap) for i, name in names[one].items()):
+                columns[min(one, other)] += columns.pop(max(one, other))
+                break
         else:
-            columns.append([i])
-    return columns
+            return columns
+
+
+def _meets(point: Place, name: Place, width: float, taken: Sequence[tuple[float, float, float]], height: float) -> bool:
+    """Whether a name, or the line to it, meets what begins at (x, y) and is so wide."""
+    (x0, y0), (x1, y1) = point, name
+    for x, y, wide in taken:
+        if x - width < x1 < x + wide and abs(y - y1) < height:
+            return True
+        ends = [min(max(end, x0), x1) for end in (x, x + wide)]
+        if x1 - x0 > BESIDE and ends[0] < ends[1] and wide > 2 * MARKER:
+            low, high = sorted(y0 + (y1 - y0) * (end - x0) / (x1 - x0) for end in ends)
+            if low - height / 2 < y < high + height / 2:
+                return True
+    return False
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
