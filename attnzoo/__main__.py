@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from dataclasses import dataclass
@@ -51,5 +52,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        "python -m attnzoo", description="Print which backends can run on this machine, and why the others cannot."
+    ).parse_args()
     print(f"attnzoo {attnzoo.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(table())

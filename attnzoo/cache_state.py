@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from attnzoo.cache import CacheLayout, check_held, checked_rows
+from attnzoo.cache import CacheLayout, check_held, checked_rows, writable
 from attnzoo.rules import check_options
 
 
@@ -36,9 +38,15 @@ class StateCache:
         self.layout = layout
         self.length = 0
         blocks = () if layout.block_size is None else (-(-max_length // layout.block_size),)
-        self.buffers = tuple(
-            torch.zeros(batch_size, *blocks, *width, device=device, dtype=dtype) for width in layout.widths
-        )
+        # What is made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            self.buffers = tuple(
+                torch.zeros(batch_size, *blocks, *width, device=device, dtype=dtype) for width in layout.widths
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.buffers = writable(self.buffers)
 
     @property
     def nbytes(self) -> int:

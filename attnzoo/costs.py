@@ -99,13 +99,15 @@ def cost(
         form: in which the sequence is spread.
 
     Raises:
-        ValueError: for sizes below their least, an unknown device, a dtype that its entry lacks, or a mesh that the
-            mechanism cannot be spread over.
+        ValueError: for sizes below their least, past tokens of a module that is not causal, an unknown device, a dtype
+            that its entry lacks, or a mesh that the mechanism cannot be spread over.
     """
     if not hasattr(module, "flops_by_part"):
         raise ValueError(f"module must be an attention mechanism, got {type(module).__name__}")
     batch, seq = check_sizes(batch=batch, seq=seq)
     check("past", past, (*INTEGER, (lambda size: size >= 0, "be at least 0")))
+    if past and not module.causal:
+        raise ValueError(f"past must be 0 for a module with causal=False, which has no cache, got {past}")
     check("dtype", dtype, RULES["dtype"])
     check("form", form, one_of("auto", *FORMS))
     parameters = sum(p.numel() for p in module.parameters())

@@ -89,6 +89,8 @@ class AttentionMask:
     @classmethod
     def dense(cls, mask: Tensor) -> AttentionMask:
         """Any boolean tensor broadcastable to (B, H, T, S)."""
+        if mask is None:
+            raise ValueError("mask must be a tensor, got None")
         return cls(dense_mask=mask)
 
     def __and__(self, other: AttentionMask | Tensor) -> AttentionMask:
@@ -161,7 +163,9 @@ class AttentionMask:
             raise ValueError(f"a packed mask needs as many queries as keys, got {queries} queries and {keys} keys")
         shape = (batch, heads, queries, keys)
         if self.dense_mask is not None and not broadcasts(self.dense_mask, shape):
-            raise ValueError(f"mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(self.dense_mask.shape)}")
+            got = tuple(self.dense_mask.shape)
+            hint = "; of the keys of each row, give mask[:, None, None]" if got == (batch, keys) else ""
+            raise ValueError(f"mask must broadcast to (B, H, T, S) = {shape}, got shape {got}{hint}")
 
     def visible(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
@@ -323,8 +327,9 @@ class Visibility:
             ValueError: where the mask does not fit the shape or the device.
         """
         B, H, T, S = shape
-        rows = slice(0, T) if rows is None else rows
-        keys = slice(0, S) if keys is None else keys
+        # Not compared with None, by which torch.compile would tie a graph to the bounds of the slice.
+        rows = rows if isinstance(rows, slice) else slice(0, T)
+        keys = keys if isinstance(keys, slice) else slice(0, S)
         start = self.start(T, S)
         # A single last query, as in decoding, sees all keys without a comparison.
         later = self.causal and (self.key_positions is not None or keys.stop - 1 > start + rows.start)

@@ -385,6 +385,9 @@ def _check_scaling(scaling: Mapping[str, Any]) -> None:
         raise ValueError(
             f"scaling['low_freq_factor'] must differ from high_freq_factor, got {scaling['low_freq_factor']}"
         )
+    if kind == "llama3" and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        raise ValueError(f"scaling['low_freq_factor'] must be less than high_freq_factor, got {low} and {high}")
 
 
 def _factor(s: Mapping[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_traced() -> bool:
@@ -32,6 +33,11 @@ def is_exporting() -> bool:
 def is_exported() -> bool:
     """Whether a program is being recorded that will run for other sizes: exported or traced."""
     return is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives may be carried along in the forward pass, as by `torch.func.jvp` and `jacfwd`."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def has_values(tensor: Tensor) -> bool:

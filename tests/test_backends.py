@@ -1,5 +1,6 @@
 """The choice of a backend and the table that shows it."""
 
+import runpy
 import subprocess
 import sys
 
@@ -70,6 +71,28 @@ def test_auto_never_picks_the_interpreter():
             out = softmax_attention(q, k, v, **options, backend=backend)
             names = " ".join(type(node).__name__ for node in ancestors(out.grad_fn)).lower()
             assert ("attnzoo" in names) == (backend == "triton")
+
+
+def test_arguments_of_the_table_are_not_ignored(monkeypatch, capsys):
+    for word, code, printed in (("--all", 2, "unrecognized arguments: --all"), ("--help", 0, "Print which backends")):
+        monkeypatch.setattr(sys, "argv", ["attnzoo", word])
+        monkeypatch.delitem(sys.modules, "attnzoo.__main__", raising=False)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("attnzoo", run_name="__main__")
+        assert end.value.code == code
+        assert printed in "".join(capsys.readouterr())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_forward_mode_derivatives_are_left_to_the_definition():
+    q, k, v, direction = (torch.randn(1, 4, 2, 8, dtype=torch.float64) for _ in range(4))
+
+    def along(backend):
+        return torch.func.jvp(lambda q: softmax_attention(q, k, v, backend=backend), (q,), (direction,))[1]
+
+    assert torch.equal(along("auto"), along("eager"))
+    with pytest.raises(attnzoo.BackendUnavailable, match="scaled_dot_product_attention has no forward-mode derivative"):
+        along("sdpa")
 
 
 def ancestors(node):

@@ -229,6 +229,26 @@ def test_what_a_start_cannot_express_is_refused(start, options, message):
         start(build("gqa", **options))
 
 
+@pytest.mark.parametrize("start", [to_dcmha, to_talking_heads])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rope", None), ("causal", False), ("sliding_window", 2), ("kdim", 3), ("bias", False), ("num_heads", 3)],
+)
+def test_a_start_has_no_other_options_than_its_source(start, option, value):
+    attn = build("gqa", bias=True)
+    with pytest.raises(ValueError, match=f"{option} must be that of module, .*, for an equal layer, got {value}"):
+        start(attn, **{option: value})
+
+
+@pytest.mark.parametrize("start", [to_dcmha, to_talking_heads])
+def test_a_start_takes_the_options_of_its_source_and_those_without_effect(start):
+    attn, x = build("gqa"), torch.randn(2, 9, E).double()
+    begun = start(attn, rope=attn.rope, causal=True, bias=True, dropout=0.5, init_std=0.1).eval()
+    torch.testing.assert_close(begun(x), attn.eval()(x), atol=1e-10, rtol=0)
+    assert begun.dropout == 0.5
+    assert begun.q_proj.bias is not None
+
+
 def test_a_start_refuses_another_family_and_pruned_heads():
     pruned = build("gqa")
     pruned.prune_heads([1])

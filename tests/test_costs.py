@@ -1,10 +1,14 @@
 """The cost model: sums of its parts, and the published systems view of decoding."""
 
+import itertools
+
 import pytest
 import torch
 
 import attnzoo
 from attnzoo.costs import DEVICES, Device
+from attnzoo.masks import Visibility
+from attnzoo.modules.heads import attention_pairs
 from tests.zoo import names
 
 BF16 = torch.bfloat16
@@ -18,6 +22,17 @@ def deepseek():
         )
         mha = attnzoo.MultiHeadAttention(7168, 128, 192, v_head_dim=128, bias=False)
     return mla, mha
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pairs_are_those_that_see_each_other(causal):
+    for queries, keys, window, sinks in itertools.product((1, 4, 6), (6, 9), (None, 1, 2, 7), (0, 1, 4, 20)):
+        if window is not None or not sinks:
+            view = Visibility(causal, window, sinks)
+            visible = view.dense((1, 1, queries, keys), torch.device("cpu"))
+            expected = queries * keys if visible is None else int(visible.expand(1, 1, queries, keys).sum())
+            counted = attention_pairs(queries, keys, causal=causal, window=window, sink_tokens=sinks)
+            assert counted == expected, (queries, keys, window, sinks)
 
 
 def test_absorbed_decoding_has_two_hundred_times_the_intensity_of_multi_head_attention():
@@ -107,6 +122,29 @@ def test_own_peak_numbers():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         attnzoo.cost(attnzoo.MultiHeadAttention(64, 4), **({"batch": 1, "seq": 1} | call))
+
+
+def test_a_module_that_is_not_causal_has_no_past():
+    layer = attnzoo.MultiHeadAttention(64, 4, causal=False)
+    assert attnzoo.cost(layer, 1, 8).forward_flops > 0
+    with pytest.raises(ValueError, match="past must be 0 for a module with causal=False, which has no cache, got 4"):
+        attnzoo.cost(layer, 1, 8, past=4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ((-1,), "T must not be negative, got -1"),
+        ((2.0,), "T must be an integer, got 2.0"),
+        (("2",), "T must be an integer, got '2'"),
+        ((2, -1), "S must not be negative, got -1"),
+        ((5, 3), "S must be at least T, whose keys are among the S, got 3 and 5"),
+    ],
+)
+def test_tokens_that_no_call_has_are_not_counted(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        attnzoo.MultiHeadAttention(64, 4).flops(*tokens)
+    assert attnzoo.MultiHeadAttention(64, 4, causal=False).flops(5, 3) > 0
 
 
 def test_a_layer_that_is_no_mechanism_is_refused():

@@ -185,6 +185,7 @@ def test_as_mask():
         (lambda: AttentionMask.packed(torch.tensor([0, 4])), "cu_seqlens must be a 1-D int32 tensor, got torch.int64"),
         (lambda: AttentionMask.packed([]), "cu_seqlens must be a 1-D int32 tensor"),
         (lambda: AttentionMask.dense(torch.zeros(3, 3)), "mask must be boolean .*, got torch.float32"),
+        (lambda: AttentionMask.dense(None), "mask must be a tensor, got None"),
         (lambda: as_mask([True]), "mask must be a boolean tensor or an AttentionMask, got list"),
     ],
 )
@@ -202,6 +203,7 @@ def test_a_mask_that_means_nothing_is_refused(make, message):
         (AttentionMask.packed([0, 4]), (1, 1, 4, 6), "a packed mask needs as many queries as keys, got 4 .* 6"),
         (AttentionMask.dense(torch.ones(3, 4, dtype=torch.bool)), (1, 1, 4, 4), r"broadcast .*got shape \(3, 4\)"),
         (AttentionMask.dense(torch.ones(1, 1, 1, 4, 4, dtype=torch.bool)), (1, 1, 4, 4), "mask must broadcast"),
+        (AttentionMask.dense(torch.ones(2, 5, dtype=torch.bool)), (2, 1, 4, 5), r"give mask\[:, None, None\]$"),
         (AttentionMask.padding(torch.tensor([3], device="meta")), (1, 1, 4, 4), "mask must be on the device"),
     ],
 )

@@ -214,8 +214,8 @@ FLOORS = {
         {"hugging_face"},
     ],
     "attnzoo.diagnostics": [
-        {"arguments", "configs", "layer_probe"}, {"projections", "batches", "training_records"}, {"attention_layer"},
-        {"layers"}, {"heads"}, {"pruning", "spectra", "capacity"}, {"plots"}, {"__init__"},
+        {"arguments", "configs", "drawing", "layer_probe"}, {"projections", "batches", "training_records"},
+        {"attention_layer"}, {"layers"}, {"heads"}, {"pruning", "spectra", "capacity"}, {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
         {"__init__", "allowlist", "files", "losses", "optimisers", "random_states",

@@ -130,6 +130,18 @@ def test_casting_a_module_does_not_round_its_angles():
         ({"scaling": {"rope_type": "linear", "factor": 0.5}}, "must be at least 1, got 0.5"),
         ({"scaling": {"rope_type": "linear", "factor": 2, "low": 1}}, "scaling of type 'linear' has no key 'low'"),
         ({"scaling": {"rope_type": "llama3", "factor": 8}}, "'llama3' needs the key 'low_freq_factor'"),
+        (
+            {
+                "scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 1,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            "'low_freq_factor'. must be less than high_freq_factor, got 4 and 1",
+        ),
         ({"scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8}}, "needs the key 'factor' or"),
         ({"scaling": {"rope_type": "dynamic", "factor": 2}}, "needs the key 'max_position_embeddings'"),
     ],

@@ -25,6 +25,7 @@ from attnzoo.cache.tokens import (
     UntiedCache,
     check_held,
     checked_rows,
+    writable,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "UntiedCache",
     "check_held",
     "checked_rows",
+    "writable",
 ]

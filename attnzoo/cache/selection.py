@@ -73,12 +73,12 @@ class SelectionCache(RecentCache):
 
     def _hold(self, left: Tensor, capacity: int) -> None:
         """Continue with these positions of the old buffers in new ones of that capacity."""
-        buffers = []
-        for buffer in self.buffers:
-            kept = buffer.index_select(2, left)
-            buffers.append(F.pad(kept, (0, 0, 0, capacity - left.shape[0])))
         self.positions = left if self.positions is None else self.positions[left]
-        self.buffers, self._rows = tuple(buffers), tuple(buffer.transpose(1, 2) for buffer in buffers)
+        # What is made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            kept = [buffer.index_select(2, left) for buffer in self.buffers]
+            self.buffers = tuple(F.pad(part, (0, 0, 0, capacity - left.shape[0])) for part in kept)
+            self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
 
     def removed(self) -> Tensor:
         """What was taken from each key of the cache, (B, S)."""

@@ -50,6 +50,12 @@ def check_held(length: int, held: int) -> None:
         raise ValueError(f"length must lie between 0 and the {held} cached tokens, got {length}")
 
 
+def writable(buffers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Buffers that can be written outside inference mode too, as copies made in it cannot."""
+    with torch.inference_mode(False):
+        return tuple([buffer.clone() if buffer.is_inference() else buffer for buffer in buffers])
+
+
 Snapshot = tuple[int, Tensor | int | None, tuple[Tensor, ...]]
 """Length of a cache, and what the next append will overwrite: slots of the ring, and their states."""
 
@@ -94,15 +100,17 @@ class TokenCache:
         self.layout = CacheLayout(widths, window, sink_tokens)
         self._widths = widths
         precise = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.buffers = tuple(
-            torch.zeros(
-                batch_size, heads, self.capacity, width, device=device, dtype=precise if i in self.precise else dtype
-            )
-            for i, (heads, width) in enumerate(widths)
-        )
-
-        # As appended and returned; made once, since a view costs as much as a check in every decoding step.
-        self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
+        # What is made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            self.buffers = tuple(
+                torch.zeros(
+                    batch_size, heads, self.capacity, width, device=device,
+                    dtype=precise if i in self.precise else dtype,
+                )
+                for i, (heads, width) in enumerate(widths)
+            )  # fmt: skip
+            # As appended and returned; made once, since a view costs as much as a check in every decoding step.
+            self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which pickle would make tensors of their own."""
@@ -110,7 +118,9 @@ class TokenCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
+        with torch.inference_mode(False):
+            self.buffers = writable(self.buffers)
+            self._rows = tuple(buffer.transpose(1, 2) for buffer in self.buffers)
 
     @staticmethod
     def stored(*states: Tensor) -> tuple[Tensor, ...]:

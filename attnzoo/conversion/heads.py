@@ -142,6 +142,8 @@ def to_kha(
     cls = type(module)
     if module.pruned_heads:
         raise ValueError(f"module must not have pruned heads, got {module.pruned_heads}")
+    if "knock_scope" in kinds and cls is not GroupedTiedAttention:
+        raise ValueError(f"knock_scope needs grouped-tied attention, got {kinds['knock_scope']!r} with {cls.__name__}")
     converted: KnockingHeadsAttention | KnockingHeadsTiedAttention | KnockingHeadsLatentAttention
     options: dict[str, Any] = {"num_kv_heads": module.num_kv_heads, "variant": variant, **kinds}
     if cls in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):

@@ -24,7 +24,7 @@ def to_dcmha(module: GroupedQueryAttention, **options: Any) -> DynamicallyCompos
     Args:
         module: multi-head, multi-query or grouped-query attention with values as wide as keys, without sinks, soft-cap,
             ALiBi and pruned heads.
-        options: further options of `DynamicallyComposableAttention`.
+        options: further options of `DynamicallyComposableAttention`, which do not change what `module` computes.
     """
     own = options_without(module, ("logit_softcap", "alibi", "sink_tokens", "sink"), "dynamically composable attention")
     if own["qk_norm"] == "joint":
@@ -33,8 +33,9 @@ def to_dcmha(module: GroupedQueryAttention, **options: Any) -> DynamicallyCompos
         raise ValueError("module must have v_head_dim equal to head_dim, and vdim to kdim, for composable attention")
     del own["vdim"]
     converted = DynamicallyComposableAttention(
-        module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim, **own | options
-    )
+        module.embed_dim, module.num_heads, module.num_kv_heads, module.head_dim,
+        **own | _new_options(options, own, module),
+    )  # fmt: skip
     with torch.no_grad():
         for side in (converted.q_dyn, converted.k_dyn):
             if side is not None:
@@ -55,15 +56,16 @@ def to_talking_heads(module: GroupedQueryAttention, **options: Any) -> TalkingHe
     Args:
         module: multi-head, multi-query or grouped-query attention without QK-norm, sinks, soft-cap, ALiBi and pruned
             heads.
-        options: further options of `TalkingHeadsAttention`.
+        options: further options of `TalkingHeadsAttention`, which do not change what `module` computes.
     """
     lacking = ("qk_norm", "logit_softcap", "alibi", "sink_tokens", "sink")
     own = options_without(module, lacking, "talking-heads attention")
     if own.pop("vdim") not in (None, module.kdim):
         raise ValueError(f"module must have vdim equal to kdim {module.kdim}, got {module.vdim}")
     converted = TalkingHeadsAttention(
-        module.embed_dim, module.num_heads, head_dim=module.head_dim, **{"mix_init": "identity"} | own | options
-    )
+        module.embed_dim, module.num_heads, head_dim=module.head_dim,
+        **{"mix_init": "identity"} | own | _new_options(options, own, module),
+    )  # fmt: skip
     state = module.state_dict()
     for name in list(state):
         if name.startswith(("k_proj.", "v_proj.")):
@@ -71,6 +73,25 @@ def to_talking_heads(module: GroupedQueryAttention, **options: Any) -> TalkingHe
             state[name] = heads.repeat_interleave(module.heads.group_size, 0).flatten(0, 1)
     converted.load_state_dict(converted.state_dict() | state)
     return converted.train(module.training)
+
+
+FREE = ("dropout", "init_std", "backend", "device", "dtype")
+"""Options of a source that its conversion may have otherwise."""
+
+
+def _new_options(options: dict[str, Any], own: dict[str, Any], module: GroupedQueryAttention) -> dict[str, Any]:
+    """The options that the source does not have.
+
+    Raises:
+        ValueError: for one that says otherwise what the source computes.
+    """
+    own = own | {name: getattr(module, name) for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim")}
+    new = {name: value for name, value in options.items() if name not in own or own[name] != value}
+    for name, value in new.items():
+        # A bias that the source lacks starts at 0.
+        if name in own and name not in FREE and (name, value) != ("bias", True):
+            raise ValueError(f"{name} must be that of module, {own[name]!r:.80}, for an equal layer, got {value!r:.80}")
+    return new
 
 
 DOUBLED = {

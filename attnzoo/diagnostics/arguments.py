@@ -1,13 +1,28 @@
-"""Numbers of layers and heads, and counts, as callers give them."""
+"""Numbers of layers and heads, counts, seeds and tensors, as callers give them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from attnzoo.rules import SIZE, check, describe, number_of, numbers_of
+from attnzoo.rules import INTEGER, SIZE, Rule, check, describe, is_number, number_of, numbers_of
+
+SEED: Rule = (*INTEGER, (lambda value: -(2**63) <= value < 2**63, "be an integer of 64 bits"))
+"""Of a torch generator."""
+TOLERANCE: Rule = ((lambda value: is_number(value) and 0 <= value < 1, "lie in [0, 1)"),)
+"""A relative size below which a singular value is zero."""
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise ValueError unless a value is a dense tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {describe(value)}")
+    if value.is_complex() or value.is_meta or value.layout is not torch.strided:
+        kind = "meta" if value.is_meta else value.dtype if value.is_complex() else value.layout
+        raise ValueError(f"{name} must hold real numbers, got {kind}")
 
 
 def layers_of(layers: object, count: int) -> list[int]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+RAGGED = "attnzoo_ragged"
+"""Name of the attention function that gathers key/value heads for query heads in uneven groups."""
+
 
 def is_config(value: Any) -> bool:
     """Whether an attribute is a transformers configuration, which names the attention function."""

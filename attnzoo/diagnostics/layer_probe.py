@@ -78,6 +78,8 @@ def verified(
     first = tuple(weight.detach() for weight in layouts[0]())
     if any(weight.is_meta for weight in first):
         raise ValueError(f"layer {name!r} must have its weights to be read, got a module on the meta device")
+    if not _are_finite(module):
+        raise ValueError(f"layer {name!r} must have finite weights to be read, got some that are not")
     failure: str | None = None
     x = torch.randn(first[0].shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x.to(first[0].device)
@@ -99,6 +101,10 @@ def verified(
         f"layer {name!r} cannot be read: {type(module).__name__} does not compute the queries, keys and values that "
         f"its projections seem to give{failure or ''}; masks and patterns of its heads do not need them"
     )
+
+
+def _are_finite(module: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def rotated_features(module: nn.Module, queries: Tensor, num_heads: int, rope_dim: int) -> Tensor | None:
@@ -140,8 +146,10 @@ def norms_after(module: nn.Module, linears: Sequence[nn.Module], width: int, num
     """The norm that the output of each of these projections enters, with the shape in which it does, or None.
 
     Raises:
-        ValueError: if the module cannot be run alone.
+        ValueError: if the module cannot be run alone, or its weights are not finite.
     """
+    if not _are_finite(module):
+        raise ValueError("its weights are not finite")
     weight: Any = linears[0].weight
     x = torch.randn(1, 1, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     failure = "it takes no hidden states"

@@ -18,6 +18,7 @@ from attnzoo.diagnostics.layer_probe import folded_norm
 from attnzoo.diagnostics.projections import Reader, blank, matrix
 from attnzoo.modules.heads import HeadLayout
 from attnzoo.modules.protocol import is_mechanism
+from attnzoo.rules import describe
 
 __all__ = ["AttentionLayer", "Factors", "Family", "NoPartError", "attention_layers", "layer_of", "register_family"]
 
@@ -37,6 +38,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     Raises:
         ValueError: if the model has none that a family knows, or one whose sizes do not fit its family.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {describe(model)}")
     layers: list[AttentionLayer] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():

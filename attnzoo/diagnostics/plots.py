@@ -1,45 +1,66 @@
 """Pictures of the diagnostics' figures: spectra, heads by layer, development over training, pruning, attention maps.
 
 Every function takes figures that other modules computed and returns a matplotlib Figure; `save` and `to_png` write
-it. All share one look, in a light and a dark theme, with colours that colour-blind readers can distinguish. This is the
-one file that imports matplotlib.
+it. All share one look (`drawing`), in a light and a dark theme, with colours that colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf, product_edge
-from attnzoo.diagnostics.spectra.spectrum import SpectrumRecord, product_pdf
+from attnzoo.diagnostics.drawing import (
+    ACROSS,
+    COLOURS,
+    DIVERGING,
+    DPI,
+    FONT,
+    FORMATS,
+    MISSING,
+    NUMBERED,
+    SEQUENTIAL,
+    THEMES,
+    draw_colour_bar,
+    draw_grid,
+    draw_legend,
+    draw_numbers,
+    label_cells,
+    line_style,
+    make_figure,
+    save,
+    themed,
+    to_array,
+    to_bytes,
+    to_png,
+    wrapped,
+)
+from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf, product_edge, product_pdf
+from attnzoo.diagnostics.spectra.record import SpectrumRecord
 from attnzoo.diagnostics.training_records import Row, by_layer_and_step, label, over_steps
+from attnzoo.rules import is_number
 
-THEMES: dict[str, dict[str, Any]] = {
-    "light": {"background": "#ffffff", "text": "#1a1a1a", "faint": "#6e6e6e", "fill": "#b8c4d6", "first": "#0072B2"},
-    "dark": {"background": "#16181d", "text": "#e8e8e8", "faint": "#9a9a9a", "fill": "#465063", "first": "#56B4E9"},
-}
-"""Colours of the background, text, secondary text, histograms, and the first curve."""
-
-# Okabe and Ito's colours; line style and marker distinguish repetitions.
-_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999933", "#F0E442")
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_NUMBERED = 80
-"""Cells of a heat map that is small enough for their numbers."""
-_SEQUENTIAL, _DIVERGING, _MISSING = "cividis", "PuOr", "#7f7f7f"
-DPI = 130
-FORMATS = ("png", "pdf", "svg")
-"""Kinds of files that a figure can be written as."""
-FONT = "DejaVu Sans"
+__all__ = [
+    "DPI",
+    "FONT",
+    "FORMATS",
+    "THEMES",
+    "attention_maps",
+    "esd",
+    "head_map",
+    "heatmap",
+    "pruning_curves",
+    "save",
+    "similarity_matrix",
+    "to_array",
+    "to_bytes",
+    "to_png",
+    "trajectory",
+]
 
 
 def esd(
@@ -52,8 +73,8 @@ def esd(
 ) -> Any:
     """Histogram of a record's eigenvalues with the law's density, its edge, the threshold and the outliers.
 
-    The law is drawn for null "mp" (Marchenko-Pastur) and null "product" (`spectrum.product_pdf`). Both enclose the
-    share of eigenvalues inside the threshold, so that a good bulk is under its curve.
+    The law is drawn for null "mp" (Marchenko-Pastur) and null "product" (`marchenko_pastur.product_pdf`). Both enclose
+    the share of eigenvalues inside the threshold, so that a good bulk is under its curve.
 
     Args:
         record: of `analyze_matrix(..., keep_eigenvalues=True)`.
@@ -78,15 +99,16 @@ def esd(
     logarithmic = scale == "log" or (scale == "auto" and (record.dims is not None or far))
     top = max(record.lambda_max, record.threshold or 0.0) * (1.3 if logarithmic else 1.05)
     low = max(float(values.min()), 1e-9 * top) / 1.3 if logarithmic else 0.0
-    with _themed(theme) as look:
-        figure, (axes,) = _figure(1, width=7.2, height=4.4)
+    with themed(theme) as look:
+        figure, (axes,) = make_figure(1, width=7.2, height=4.4)
         ends = [math.log10(x) if logarithmic else x for x in (low, record.threshold or top, top)]
         width = (ends[1] - ends[0]) / bins
         edges = ends[0] + width * torch.arange(math.ceil((ends[2] - ends[0]) / width) + 1, dtype=torch.float64)
         places = values.log10() if logarithmic else values
         counts = torch.histogram(places, edges).hist / (values.numel() * width)
         x_edges = (10**edges if logarithmic else edges).tolist()
-        axes.stairs(counts.tolist(), x_edges, fill=True, color=look["fill"], label=f"{values.numel()} eigenvalues")
+        named = f"{values.numel()} eigenvalue{'s' if values.numel() > 1 else ''}"
+        axes.stairs(counts.tolist(), x_edges, fill=True, color=look["fill"], label=named)
         grid = torch.linspace(float(edges[0]), float(edges[-1]), 1200, dtype=torch.float64)
         x = 10**grid if logarithmic else grid
         law = _law(record, x)
@@ -105,7 +127,7 @@ def esd(
                 height = 0.03 * max(float(counts.max()), 1e-12)
                 named = f"{len(outliers)} outlier{'s' if len(outliers) > 1 else ''}, "
                 named += f"{record.outlier_energy or 0.0:.0%} of the energy"
-                axes.plot(outliers, [height] * len(outliers), "v", color=_COLOURS[2], markersize=8, label=named)
+                axes.plot(outliers, [height] * len(outliers), "v", color=COLOURS[2], markersize=8, label=named)
         if logarithmic:
             axes.set_xscale("log")
         # At gamma = 1 the density diverges at 0: the histogram sets the height.
@@ -114,7 +136,7 @@ def esd(
         axes.set(
             xlabel=f"eigenvalue {squares}",
             ylabel=f"density per {'decade' if logarithmic else 'unit'} of $\\lambda$",
-            title=title if title is not None else _name(record),
+            title=wrapped(title if title is not None else _name(record), 6.4),
         )
         axes.legend(loc="best")
         return figure
@@ -158,28 +180,31 @@ def heatmap(
     """
     models = _models(records)
     tables = {name: by_layer_and_step(rows, metric) for name, rows in models.items()}
-    with _themed(theme):
+    with themed(theme):
         widths = [
-            max(3.0, 1.2 + (0.5 if len(layers) * len(steps) <= _NUMBERED else 0.32) * len(steps))
+            max(3.0, 1.2 + (0.5 if len(layers) * len(steps) <= NUMBERED else 0.32) * len(steps))
             for layers, steps, _ in tables.values()
         ]
         deepest = max(len(layers) for layers, _, _ in tables.values())
-        figure, panels = _figure(
-            len(tables), width=min(sum(widths) + 1.5, 16), height=min(max(2.6, 1.4 + 0.24 * deepest), 9)
+        columns = min(len(tables), ACROSS)
+        across = sum(widths) if len(tables) <= ACROSS else columns * max(widths)
+        width, height = min(across + 1.5, 16), min(max(2.6, 1.4 + 0.24 * deepest), 9)
+        figure, panels = make_figure(
+            len(tables), width=width, height=height * -(-len(tables) // columns), columns=columns
         )
         low, high = _limits([values for _, _, values in tables.values()], log)
         image = None
         for axes, (name, (layers, steps, values)) in zip(panels, tables.items(), strict=True):
-            image = _grid(axes, values, low, high, _SEQUENTIAL, log)
-            if len(layers) * len(steps) <= _NUMBERED:
-                _number(axes, image, values)
-            _ticks(axes, "x", [f"{step:,}" for step in steps], 10)
-            _ticks(axes, "y", _shorts(layers), 30)
+            image = draw_grid(axes, values, low, high, SEQUENTIAL, log)
+            if len(layers) * len(steps) <= NUMBERED:
+                draw_numbers(axes, image, values)
+            label_cells(axes, "x", [f"{step:,}" for step in steps], 10)
+            label_cells(axes, "y", _shorts(layers), 30)
             axes.set(xlabel="training step", ylabel="layer")
             if name:
-                axes.set_title(name)
-        _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else _headline(metric))
+                axes.set_title(wrapped(name, (width - 1.5) / columns))
+        draw_colour_bar(figure, image, panels, label(metric))
+        figure.suptitle(wrapped(title if title is not None else _headline(metric), width))
         return figure
 
 
@@ -203,29 +228,33 @@ def trajectory(
         theme: "light" or "dark".
     """
     models = _models(records)
-    with _themed(theme) as look:
-        figure, (axes,) = _figure(1, width=8.5, height=4.4)
+    with themed(theme) as look:
+        figure, (axes,) = make_figure(1, width=8.5, height=4.4)
         number = 0
         for name, rows in models.items():
             if by is not None:
-                known = dict.fromkeys(row.get(by) for row in rows)
+                # One without the figure, such as a layer too small for it, has no line.
+                known = dict.fromkeys(row.get(by) for row in rows if is_number(row.get(metric)))
+                if not known:
+                    over_steps(rows, metric)
                 for key, short in zip(known, _shorts(list(known)), strict=True):
                     own = [row for row in rows if row.get(by) == key]
                     steps, means, _, _ = over_steps(own, metric)
                     called = f"{by} {short}" if not name else f"{name}, {by} {short}"
-                    axes.plot(steps, means, label=called, **_line(number, look))
+                    axes.plot(steps, means, label=called, **line_style(number, look))
                     number += 1
                 continue
             steps, means, lows, highs = over_steps(rows, metric)
-            style = _line(number, look)
+            style = line_style(number, look)
             axes.plot(steps, means, label=name or "mean of the layers", **style)
             if lows != highs:
                 axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
             number += 1
         if log:
             axes.set_yscale("log")
-        axes.set(xlabel="training step", ylabel=label(metric), title=title if title is not None else label(metric))
-        _legend(axes, number)
+        text = wrapped(title if title is not None else label(metric), 7.7)
+        axes.set(xlabel="training step", ylabel=label(metric), title=text)
+        draw_legend(axes, number, 8.5)
         return figure
 
 
@@ -261,30 +290,33 @@ def head_map(
     if center is not None:
         reach = max(high - center, center - low) or 1.0
         low, high = center - reach, center + reach
-    with _themed(theme):
+    with themed(theme):
         rows = max(table.shape[0] for table in tables.values())
-        columns = sum(table.shape[1] + 3 for table in tables.values())
+        columns = min(len(tables), ACROSS)
+        cells = [table.shape[1] + 3 for table in tables.values()]
+        cells_across = sum(cells) if len(tables) <= ACROSS else columns * max(cells)
         named = _shorts(layers if layers is not None else range(rows))
-        numbered = rows * max(table.shape[1] for table in tables.values()) <= _NUMBERED
-        across = (0.5 if numbered else 0.34) * columns + 0.07 * max(map(len, named), default=0)
-        figure, panels = _figure(
-            len(tables), width=min(max(4.2, 1.8 + across), 16), height=min(max(2.6, 1.4 + 0.3 * rows), 10)
+        numbered = rows * max(table.shape[1] for table in tables.values()) <= NUMBERED
+        across = (0.5 if numbered else 0.34) * cells_across + 0.07 * max(map(len, named), default=0)
+        width, height = min(max(4.2, 1.8 + across), 16), min(max(2.6, 1.4 + 0.3 * rows), 10)
+        figure, panels = make_figure(
+            len(tables), width=width, height=height * -(-len(tables) // columns), columns=columns
         )
         image = None
-        for axes, (name, table) in zip(panels, tables.items(), strict=True):
-            colours = _SEQUENTIAL if center is None else _DIVERGING
-            image = _grid(axes, table.tolist(), low, high, colours, False)
-            _ticks(axes, "x", [str(head) for head in range(table.shape[1])], 16)
+        for place, (axes, (name, table)) in enumerate(zip(panels, tables.items(), strict=True)):
+            colours = SEQUENTIAL if center is None else DIVERGING
+            image = draw_grid(axes, table.tolist(), low, high, colours, False)
+            label_cells(axes, "x", [str(head) for head in range(table.shape[1])], 16)
             if numbered:
-                _number(axes, image, table.tolist())
-            # The panels have one vertical axis.
-            first = axes is panels[0]
-            _ticks(axes, "y", named if first else [""] * len(named), 32)
+                draw_numbers(axes, image, table.tolist())
+            # The panels of a row have one vertical axis.
+            first = place % columns == 0
+            label_cells(axes, "y", named if first else [""] * len(named), 32)
             axes.set(xlabel="head", ylabel="layer" if first else "")
             if name:
-                axes.set_title(name)
-        _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else _headline(metric))
+                axes.set_title(wrapped(name, (width - 1.5) / columns))
+        draw_colour_bar(figure, image, panels, label(metric))
+        figure.suptitle(wrapped(title if title is not None else _headline(metric), width))
         return figure
 
 
@@ -314,24 +346,24 @@ def pruning_curves(
     for name, (counts, values) in {**curves, **(speed or {})}.items():
         if len(counts) != len(values):
             raise ValueError(f"curve {name!r} must have as many values as counts, got {len(values)} and {len(counts)}")
-    with _themed(theme) as look:
-        figure, panels = _figure(
+    with themed(theme) as look:
+        figure, panels = make_figure(
             1 if speed is None else 2, width=7.6, height=4.2 if speed is None else 6.2, stacked=True
         )
         for axes, named in zip(panels, (curves, speed or {}), strict=False):
             for number, (name, (counts, values)) in enumerate(named.items()):
-                style = _line(number, look)
+                style = line_style(number, look)
                 triples = [value if isinstance(value, Sequence) else (value, value, value) for value in values]
                 axes.plot(counts, [middle for _, middle, _ in triples], label=name, **style)
                 if any(low != high for low, _, high in triples):
                     lows, highs = [t[0] for t in triples], [t[2] for t in triples]
                     axes.fill_between(counts, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
-        panels[0].set(ylabel=loss, title=title)
-        _legend(panels[0], len(curves))
+        panels[0].set(ylabel=loss, title=wrapped(title, 6.8))
+        draw_legend(panels[0], len(curves), 7.6)
         if speed is not None:
             panels[1].axhline(1.0, color=look["faint"], linewidth=1, linestyle=":")
             panels[1].set_ylabel("speed / whole model's")
-            _legend(panels[1], len(speed))
+            draw_legend(panels[1], len(speed), 7.6)
         panels[-1].set_xlabel(unit)
         return figure
 
@@ -355,7 +387,7 @@ def similarity_matrix(
         theme: "light" or "dark".
 
     Raises:
-        ValueError: for a matrix that is not square.
+        ValueError: for a matrix that is not square, or without a finite entry off all diagonals.
     """
     named = matrices if isinstance(matrices, Mapping) else {"": matrices}
     tables = {name: torch.as_tensor(table).detach().double().cpu() for name, table in named.items()}
@@ -366,30 +398,32 @@ def similarity_matrix(
     tables = {
         name: table.masked_fill(torch.eye(table.shape[0], dtype=torch.bool), math.nan) for name, table in tables.items()
     }
+    if not any(bool(table.isfinite().any()) for table in tables.values()):
+        raise ValueError("matrices must hold at least one finite entry off their diagonals, got none")
     if limits is None:
         limits = _limits([table.tolist() for table in tables.values()], False)
         if limits[0] < 0 < limits[1]:
             limits = (-max(-limits[0], limits[1]), max(-limits[0], limits[1]))
-    colours = _DIVERGING if limits[0] == -limits[1] else _SEQUENTIAL
-    with _themed(theme) as look:
+    colours = DIVERGING if limits[0] == -limits[1] else SEQUENTIAL
+    with themed(theme) as look:
         # The middle of one scale is grey, that of the other white.
-        blank = look["background"] if colours == _SEQUENTIAL else _MISSING
+        blank = look["background"] if colours == SEQUENTIAL else MISSING
         columns = min(len(tables), 4)
         rows = -(-len(tables) // columns)
-        figure, panels = _figure(len(tables), width=1.4 + 2.7 * columns, height=1.0 + 2.7 * rows, columns=columns)
+        figure, panels = make_figure(len(tables), width=1.4 + 2.7 * columns, height=1.0 + 2.7 * rows, columns=columns)
         image = None
         for axes, (name, table) in zip(panels, tables.items(), strict=False):
-            image = _grid(axes, table.tolist(), *limits, colours, False, square=True, missing=blank)
+            image = draw_grid(axes, table.tolist(), *limits, colours, False, square=True, missing=blank)
             heads = [str(head) for head in range(table.shape[0])]
-            if table.numel() <= _NUMBERED:
-                _number(axes, image, table.tolist())
-            _ticks(axes, "x", heads, 9)
-            _ticks(axes, "y", heads, 9)
+            if table.numel() <= NUMBERED:
+                draw_numbers(axes, image, table.tolist())
+            label_cells(axes, "x", heads, 9)
+            label_cells(axes, "y", heads, 9)
             axes.set(xlabel="head", ylabel="head")
             if name:
-                axes.set_title(name)
-        _colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(title if title is not None else _headline(metric))
+                axes.set_title(wrapped(name, 2.7))
+        draw_colour_bar(figure, image, panels, label(metric))
+        figure.suptitle(wrapped(title if title is not None else _headline(metric), 1.4 + 2.7 * columns))
         return figure
 
 
@@ -402,6 +436,8 @@ def attention_maps(
     theme: str = "light",
 ) -> Any:
     """Attention weights of heads, queries down and keys across; colours follow the root, so that small ones show.
+
+    With weights below 0, as heads that are composed of others have, the colours diverge from 0.
 
     Args:
         pattern: (H, T, S), or (T, S) of one head.
@@ -423,203 +459,32 @@ def attention_maps(
     if heads is not None and len(heads) != H:
         raise ValueError(f"heads must hold one number a head of the pattern, got {len(heads)} for {H}")
     texts = [str(at) for at in range(S)] if tokens is None else [_visible(token) for token in tokens]
-    with _themed(theme):
+    signed = bool((maps < 0).any())
+    roots = maps.sign() * maps.abs().sqrt()
+    top = max(1.0, float(roots.nan_to_num().abs().max()) if signed else 0.0)
+    with themed(theme):
         columns = min(H, 4)
         rows = -(-H // columns)
         size = 4.6 if H == 1 else 3.1
-        figure, panels = _figure(H, width=1.2 + size * columns, height=0.9 + size * rows, columns=columns)
+        figure, panels = make_figure(H, width=1.2 + size * columns, height=0.9 + size * rows, columns=columns)
         image = None
         for number, (axes, table) in enumerate(zip(panels, maps, strict=False)):
-            image = _grid(axes, table.sqrt().tolist(), 0.0, 1.0, _SEQUENTIAL, False, square=T == S)
-            if table.numel() <= _NUMBERED:
-                _number(axes, image, table.sqrt().tolist(), table.tolist())
-            _ticks(axes, "x", texts, 24 if H == 1 else 12, upright=True)
-            _ticks(axes, "y", texts[S - T :], 24 if H == 1 else 12)
+            shown = roots[number].tolist()
+            colours = DIVERGING if signed else SEQUENTIAL
+            image = draw_grid(axes, shown, -top if signed else 0.0, top, colours, False, square=T == S)
+            if table.numel() <= NUMBERED:
+                draw_numbers(axes, image, shown, table.tolist())
+            label_cells(axes, "x", texts, 24 if H == 1 else 12, upright=True)
+            label_cells(axes, "y", texts[S - T :], 24 if H == 1 else 12)
             axes.set_title(f"head {number if heads is None else heads[number]}")
             axes.set(xlabel="key", ylabel="query")
-        bar = _colour_bar(figure, image, panels, "attention weight")
+        bar = draw_colour_bar(figure, image, panels, "attention weight")
         weights = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
-        bar.set_ticks([math.sqrt(weight) for weight in weights], labels=[f"{weight:g}" for weight in weights])
-        figure.suptitle(title)
+        marked = [*(-weight for weight in weights[:2:-1]), *weights[:1], *weights[3:]] if signed else weights
+        places = [math.copysign(math.sqrt(abs(weight)), weight) for weight in marked]
+        bar.set_ticks(places, labels=[f"{weight:g}" for weight in marked])
+        figure.suptitle(wrapped(title, 1.2 + size * columns))
         return figure
-
-
-# Writing
-
-
-def to_bytes(figure: Any, kind: str = "png", dpi: int = DPI) -> bytes:
-    """The figure as a file's bytes: "png", "pdf" or "svg". A figure gives the same bytes each time.
-
-    Raises:
-        ValueError: for another kind of file.
-    """
-    if kind not in FORMATS:
-        raise ValueError(f"kind must be one of {', '.join(FORMATS)}, got {kind!r}")
-    import matplotlib
-
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    buffer = io.BytesIO()
-    # Fonts of type 3, matplotlib's default, are refused by some publishers.
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "attnzoo"}):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated)
-    return buffer.getvalue()
-
-
-def to_png(figure: Any, dpi: int = DPI) -> bytes:
-    """The figure as a PNG file's bytes."""
-    return to_bytes(figure, "png", dpi)
-
-
-def to_array(figure: Any, dpi: int = 90) -> Tensor:
-    """The figure's pixels, (height, width, 3) uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    width, height = canvas.get_width_height()
-    # A copy, since the canvas's memory goes with it.
-    pixels = bytearray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 4)[..., :3].clone()
-
-
-def save(figure: Any, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure as PNG, PDF or SVG, as the path ends, atomically, and create the folder.
-
-    Raises:
-        ValueError: for another ending.
-    """
-    path = Path(path)
-    content = to_bytes(figure, path.suffix[1:].lower(), dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-    return path
-
-
-# The look
-
-
-@contextlib.contextmanager
-def _themed(theme: str) -> Iterator[dict[str, Any]]:
-    """matplotlib's settings of a theme, for the figures created inside."""
-    if theme not in THEMES:
-        raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {theme!r}")
-    import matplotlib
-
-    look = THEMES[theme]
-    text, ground, faint = look["text"], look["background"], look["faint"]
-    settings = {
-        "figure.facecolor": ground, "savefig.facecolor": ground, "axes.facecolor": ground, "text.color": text,
-        "axes.edgecolor": faint, "axes.labelcolor": text, "axes.titlecolor": text, "xtick.color": faint,
-        "ytick.color": faint, "xtick.labelcolor": text, "ytick.labelcolor": text, "grid.color": faint,
-        "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.facecolor": ground, "legend.edgecolor": faint,
-        "legend.labelcolor": text, "legend.framealpha": 0.85, "legend.fontsize": 8.5, "font.size": 9.5,
-        "axes.titlesize": 10.5, "figure.titlesize": 11.5, "axes.spines.top": False, "axes.spines.right": False,
-        "font.family": FONT,
-    }  # fmt: skip
-    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
-        yield look
-
-
-def _figure(
-    panels: int, *, width: float, height: float, stacked: bool = False, columns: int | None = None
-) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side, stacked on one horizontal axis, or in rows of `columns`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if stacked:
-        shape = (panels, 1)
-    else:
-        across = columns or panels
-        shape = (-(-panels // across), across)
-    grid = figure.subplots(*shape, sharex=stacked, squeeze=False)
-    axes = list(grid.flat)
-    for unused in axes[panels:]:
-        unused.remove()
-    axes = axes[:panels]
-    for one in axes:
-        one.grid(True)
-        one.set_axisbelow(True)
-    return figure, axes
-
-
-def _grid(
-    axes: Any,
-    values: Sequence[Sequence[float]],
-    low: float,
-    high: float,
-    colours: str,
-    log: bool,
-    square: bool = False,
-    missing: str = _MISSING,
-) -> Any:
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm, Normalize
-
-    axes.grid(False)
-    cmap = colormaps[colours].with_extremes(bad=missing)
-    norm = LogNorm(low, high) if log else Normalize(low, high)
-    aspect = "equal" if square else "auto"
-    return axes.imshow(values, cmap=cmap, norm=norm, aspect=aspect, interpolation="nearest")
-
-
-def _number(
-    axes: Any, image: Any, values: Sequence[Sequence[float]], numbers: Sequence[Sequence[float]] | None = None
-) -> None:
-    """Write each cell's number (or another one) into it, dark on light colours and light on dark ones.
-
-    All have as many decimals as two digits of the colours' largest number need, the same in all panels.
-    """
-    numbers = values if numbers is None else numbers
-    largest = max(map(abs, image.get_clim()))
-    decimals = max(0, 2 - math.ceil(math.log10(largest))) if largest > 0 else 0
-    form = f".{decimals}f" if decimals < 5 else ".1e"
-    for row, of_row in enumerate(values):
-        for column, value in enumerate(of_row):
-            number = numbers[row][column]
-            if math.isfinite(value):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                shade = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-                # Adding 0 after rounding leaves no minus sign at a zero.
-                text = format(round(number, decimals) + 0.0 if decimals < 5 else number, form)
-                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
-
-
-def _colour_bar(figure: Any, image: Any, panels: Sequence[Any], text: str) -> Any:
-    bar = figure.colorbar(image, ax=list(panels), shrink=0.9, pad=0.02)
-    bar.set_label(text)
-    bar.outline.set_visible(False)
-    return bar
-
-
-def _ticks(axes: Any, which: str, names: Sequence[str], most: int, upright: bool = False) -> None:
-    """Labels at the cells of one axis, at most `most` of them, evenly spaced."""
-    every = max(1, -(-len(names) // most))
-    places = list(range(0, len(names), every))
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    shown = [names[place] for place in places]
-    axis.set_ticks(places, labels=shown)
-    if which == "x" and (upright or sum(len(name) for name in shown) > 40):
-        axes.tick_params(axis="x", labelrotation=90 if upright else 45)
-
-
-def _line(number: int, look: Mapping[str, Any]) -> dict[str, Any]:
-    colours = (look["first"], *_COLOURS)
-    return {
-        "color": colours[number % len(colours)], "linestyle": _LINES[number // len(colours) % len(_LINES)],
-        "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4.5, "linewidth": 1.6,
-    }  # fmt: skip
-
-
-def _legend(axes: Any, entries: int) -> None:
-    """A legend, beside the axes if it is long."""
-    if entries > 5:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + entries // 17)
-    elif entries:
-        axes.legend(loc="best")
 
 
 # Figures

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.distributed.sequence import Shards
-from attnzoo.rules import check_options
+from attnzoo.rules import check_options, is_integer
 
 
 class ShardedCache:
@@ -36,7 +37,17 @@ class ShardedCache:
         self.max_length, self.length, self.prompt = max_length, 0, 0
         capacity = -(-max_length // self.sp.size)
         self.inner = module.cache_type(batch_size, capacity, module.cache_widths(), device=device, dtype=dtype)
-        self._positions = torch.zeros(capacity, dtype=torch.long, device=device)
+        # What is made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            self._positions = torch.zeros(capacity, dtype=torch.long, device=device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
+        """A copy over the same processes: a group of them cannot be copied."""
+        copied = copy.copy(self)
+        copied.inner = copy.deepcopy(self.inner, memo)
+        with torch.inference_mode(False):
+            copied._positions = self._positions.clone()
+        return copied
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +66,9 @@ class ShardedCache:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on; those of the prompt only all together (length 0)."""
-        if length == 0:
+        if is_integer(length) and length == 0:
             self.reset()
-        elif not self.prompt <= length <= self.length:
+        elif not is_integer(length) or not self.prompt <= length <= self.length:
             raise ValueError(
                 f"length must be 0 or lie between the prompt's {self.prompt} tokens and {self.length}, got {length}"
             )
@@ -73,8 +84,17 @@ class ShardedCache:
         """Take back what was appended since the snapshot."""
         self.length, self.prompt, self.inner.length = snapshot
 
-    def append(self, shards: Shards, *states: Tensor) -> tuple[Any, ...]:
+    def append(self, shards: Any, *states: Tensor) -> tuple[Any, ...]:
         """Keep this rank's part of new states; return what queries of this call look at here, and its positions."""
+        if not isinstance(shards, Shards):
+            raise ValueError(
+                "cache must be made by init_cache of this module, which is of one process, got one that is spread over "
+                "several"
+            )
+        if self.sp is None or shards.sp.groups != self.sp.groups:  # None: unpickled
+            raise ValueError(
+                "cache must be made by init_cache after the module was parallelized, got one of another group"
+            )
         if shards.tokens > self.max_length:
             raise ValueError(
                 f"cache is full: {self.length} cached and {shards.tokens - self.length} new tokens exceed its "

@@ -81,18 +81,14 @@ def _positions(sp: SequenceParallel, tokens: int, device: torch.device) -> Tenso
         return sp.positions(tokens).to(device)
 
 
-_CHECKED: set[tuple[Any, ...]] = set()
-
-
 def _check_equal(sp: SequenceParallel, batch: int, tokens: int) -> None:
-    """Refuse shards of different sizes; asked of the other ranks under TORCH_DISTRIBUTED_DEBUG, once for each size."""
-    if not _debugging() or (sp, batch, tokens) in _CHECKED:
+    """Refuse shards of different sizes; asked of the other ranks under TORCH_DISTRIBUTED_DEBUG."""
+    if not _debugging():
         return
     for group in sp.groups:
         sizes = collectives.gather(torch.tensor([batch, tokens], device=_device_of(group)), group)
         if bool((sizes != sizes[0]).any()):
             raise ValueError(f"x must have the same batch and tokens on all ranks, got {sizes.tolist()}")
-    _CHECKED.add((sp, batch, tokens))
 
 
 def _debugging() -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from attnzoo.distributed.sequence import ring_hops
+
 
 def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
     """Bytes that one rank sends for one sequence in an attention layer, forward and backward, in contiguous layout.
@@ -16,6 +18,7 @@ def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dty
         gather   (P-1)/P T n b, of forget gates w in place of b                 the same
         ring     (P-1)/P T n b                                                  the same + T n w
                  in two sweeps (P-1)/P T (n1 + n) b, n1 what scores need         2 (P-1)/P T n b + T n w
+                 where a window W ends before: p = ceil((W-1) P/T) in place of P-1, and (p+1)/P in the last term
         heads    (P-1)/P^2 T (H D + H Dv + max(G, P) (D + Dv)) b                the same
                  of expanded keys (P-1)/P T n b + (P-1)/P^2 T H (D + Dv) b       the same
         state    (P-1) G Df (Dv + 1) w; of blocks of C tokens T/(P C) times that the same
@@ -43,13 +46,15 @@ def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dty
         sent = once * n + (P - 1) * T * (wide - b) // P * module.wide_numbers()
         return sent, sent - (P - 1) * T * wide // P * module.constant_numbers()
     (G, D), *rest = module.cache_widths()
-    if form == "ring" and module.mixes_heads:
-        return once * (module.score_numbers() + n), 2 * once * n + T * n * wide
     if form == "ring":
+        hops = ring_hops(module.sliding_window if module.causal and not module.sink_tokens else None, T // P, P)
+        far, home = hops * T * b // P, (hops + 1) * T * wide // P if hops else 0
+        if module.mixes_heads:
+            return far * (module.score_numbers() + n), 2 * far * n + n * home
         if not module.expands_states:
             # An operation reads as many keys as values.
             n = max(G, rest[0][0]) * (D + rest[0][1])
-        return once * n, once * n + T * n * wide
+        return far * n, far * n + n * home
     if form != "heads":
         raise ValueError(f"form must be 'gather', 'heads', 'ring' or 'state', got {form!r}")
     H, Dv = module.num_heads, module.v_head_dim

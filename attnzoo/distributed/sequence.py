@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from attnzoo.distributed import collectives
 from attnzoo.masks import AttentionMask
-from attnzoo.rules import check, one_of
+from attnzoo.rules import check, describe, is_integer, one_of
 
 FORMS = ("gather", "heads", "ring", "hybrid", "state")
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -44,7 +45,8 @@ class SequenceParallel:
         overlap: whether the ring starts to send a block before it computes with it.
 
     Raises:
-        ValueError: for another form or layout, or a mesh of more dimensions.
+        ValueError: for another form or layout, a mesh of more dimensions, what is not a group, a group without this
+            process, or a pair of groups that have more than this process in common.
         RuntimeError: if torch.distributed is not initialized.
     """
 
@@ -66,6 +68,12 @@ class SequenceParallel:
                 f"group must be a pair (ring, heads) for form 'hybrid' and one group otherwise, got {self.form!r}"
             )
         groups = tuple(map(_process_group, self.group)) if pair else _process_group(self.group)
+        if pair:
+            ring, heads = map(dist.get_process_group_ranks, groups)
+            if len(set(ring) & set(heads)) > 1:
+                raise ValueError(
+                    f"group must be a pair (ring, heads) with one rank in common, got ranks {ring} and {heads}"
+                )
         object.__setattr__(self, "group", groups)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,9 +110,13 @@ class SequenceParallel:
         """The runs of consecutive tokens, of T in all, that a rank (default: this) holds, in its order.
 
         Raises:
-            ValueError: if T does not divide, or the layout is not decided.
+            ValueError: if T does not divide, a rank does not exist, or the layout is not decided.
         """
         rank = self.rank if rank is None else rank
+        if not is_integer(tokens) or tokens < 0:
+            raise ValueError(f"the number of tokens must be an integer and not negative, got {tokens!r}")
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank must lie between 0 and {self.size - 1}, got {rank}")
         if self.layout == "auto":
             raise ValueError("layout must be decided before tokens are sharded: sp = sp.resolved(model); got 'auto'")
         parts = self.size if self.form != "hybrid" else dist.get_world_size(self.groups[0])
@@ -115,12 +127,13 @@ class SequenceParallel:
             raise ValueError(
                 f"the number of tokens must be a multiple of {need} for layout {self.layout!r}, got {tokens}"
             )
-        if self.layout == "striped":
-            return tuple((token, 1) for token in range(rank, tokens, parts))
         at, within = divmod(rank, heads)
+        if self.layout == "striped":
+            own = range(at, tokens, parts)[within * tokens // self.size : (within + 1) * tokens // self.size]
+            return tuple((token, 1) for token in own)
         length = tokens // chunks
-        own = [at, chunks - 1 - at] if self.layout == "zigzag" else [at]
-        runs = tuple((chunk * length, length) for chunk in own)
+        places = [at, chunks - 1 - at] if self.layout == "zigzag" else [at]
+        runs = tuple((place * length, length) for place in places)
         return runs if heads == 1 else tuple(_cut(runs, within * tokens // self.size, tokens // self.size))
 
     def positions(self, tokens: int, rank: int | None = None) -> Tensor:
@@ -140,14 +153,32 @@ class SequenceParallel:
         return replace(self, layout="zigzag" if even else "contiguous")
 
 
+def ring_hops(window: int | None, own: int, ranks: int) -> int:
+    """How many ranks of `own` tokens each a ring has to reach back, for a window of the keys before a query, or all."""
+    return ranks - 1 if window is None or not own else min(ranks - 1, -(-(window - 1) // own))
+
+
 def _process_group(group: Any) -> Any:
     if group is None:
         return dist.group.WORLD
     if hasattr(group, "get_group"):
         if group.ndim != 1:
             raise ValueError(f"group must be a one-dimensional DeviceMesh, got {group.ndim} dimensions")
-        return group.get_group()
+        group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group must have this process, rank {dist.get_rank()}, as a member, got one of others")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a ProcessGroup or a one-dimensional DeviceMesh, got {group!r}")
     return group
+
+
+def _check_shard(tensor: Any, dim: Any, sp: Any) -> None:
+    if not isinstance(sp, SequenceParallel):
+        raise ValueError(f"sp must be a SequenceParallel, got {sp!r}")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"tensor must be a tensor, got {describe(tensor)}")
+    if not is_integer(dim) or not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(f"dim must be one of the tensor's {tensor.ndim} dimensions, got {dim!r}")
 
 
 def _no_group() -> None:
@@ -168,11 +199,13 @@ def shard(tensor: Tensor, dim: int, sp: SequenceParallel) -> Tensor:
 
     Shift labels before they are sharded: the last token of a run has its target on another rank.
     """
+    _check_shard(tensor, dim, sp)
     return tensor.index_select(dim, sp.positions(tensor.shape[dim]).to(tensor.device))
 
 
 def unshard(tensor: Tensor, dim: int, sp: SequenceParallel) -> Tensor:
     """The inverse of `shard`, on every rank; the gradient of a shard is the sum of those of all ranks."""
+    _check_shard(tensor, dim, sp)
     tokens = tensor.shape[dim] * sp.size
     whole = tensor.movedim(dim, 0)
     for group in reversed(sp.groups):
@@ -185,7 +218,8 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
 
     Parameters are replicated over the group (or sharded by FSDP2 over it); each rank's gradient is a part, and their
     sum over the group is the gradient. Routers take their statistics over the group, as with `attnzoo.sync_aux_loss`,
-    unless they have a group already; in form "hybrid" give them one of all ranks by that function.
+    unless that function gave them another; in form "hybrid" give them one of all ranks by it. A model may be
+    parallelized again, over another group or in another form.
 
     Args:
         model: with attention modules of this library; changed in place.
@@ -197,6 +231,8 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     Raises:
         ValueError: if there is no attention module, or a form is not valid for one of them.
     """
+    if not isinstance(sp, SequenceParallel):
+        raise ValueError(f"sp must be a SequenceParallel, got {sp!r}")
     sp = sp.resolved(model)
     layers = attention_layers(model)
     if not layers:
@@ -204,7 +240,9 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     for layer in layers:
         form_of(layer, sp)
     for layer in layers:
-        layer.sequence_parallel = sp
+        before, layer.sequence_parallel = layer.sequence_parallel, sp
+        if before is not None and getattr(layer, "aux_loss_group", None) is before.group:
+            layer.aux_loss_group = None
         if sp.form != "hybrid" and sp.size > 1 and getattr(layer, "aux_loss_group", sp) is None:
             layer.aux_loss_group = sp.group
     return model
@@ -308,7 +346,7 @@ class Shards:
 
     def gathered(self, *states: Tensor) -> tuple[Tensor, ...]:
         """States (B, t, ..) of all tokens in their order, (B, T, ..), in one message."""
-        widths = [state[0, 0].numel() for state in states]
+        widths = [math.prod(state.shape[2:]) for state in states]
         whole = unshard(torch.cat([state.flatten(2) for state in states], -1), 1, self.sp)
         parts = zip(whole.split(widths, -1), states, strict=True)
         return tuple(part.unflatten(-1, state.shape[2:]) for part, state in parts)

@@ -52,6 +52,9 @@ class LocalHeads(ParallelStyle):
         if device_mesh.size() == 1:
             return module
         mechanism: Any = module
+        if mechanism.tensor_group is not None:
+            ranks = mechanism.tensor_group.size
+            raise ValueError(f"{type(module).__name__} must not be split over ranks yet, it is over {ranks}")
         if (obstacle := mechanism.tensor_obstacle(device_mesh.size())) is not None:
             raise ValueError(f"{type(module).__name__} cannot be split over {device_mesh.size()} ranks: {obstacle}")
         for name, dim in self.split.items():

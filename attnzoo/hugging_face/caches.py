@@ -65,7 +65,7 @@ class View:
 
     def __init__(self, attn: Any, past: Cache, index: int, tokens: int, is_masked: bool) -> None:
         self.layout = attn.cache_layout()
-        self._past, self._index = past, index
+        self._past, self._index, self._user = past, index, type(attn)
         held, offset = past.get_mask_sizes(tokens, index)
         self.held = held
         if attn.sink_tokens and _is_sliding(past, index):
@@ -88,12 +88,25 @@ class View:
         """Store new states (B, T, heads, width) in transformers' cache; return those of all tokens that it holds."""
         heads = [state.shape[2] for state in new]
         if len(new) == 2 and heads[0] == heads[1]:
-            held = self._past.update(new[0].transpose(1, 2), new[1].transpose(1, 2), self._index)
+            held = self._update(new[0].transpose(1, 2), new[1].transpose(1, 2))
             return tuple(state.transpose(1, 2) for state in held), None
         row = torch.cat([state.flatten(2) for state in new], dim=-1)[:, None]
-        row, _ = self._past.update(row, row[..., :0], self._index)
+        row, _ = self._update(row, row[..., :0])
         parts = row[:, 0].split([state.shape[2] * state.shape[3] for state in new], dim=-1)
         return tuple(part.unflatten(-1, state.shape[2:]) for part, state in zip(parts, new, strict=True)), None
+
+    def _update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self._past.update(keys, values, self._index)
+        except RuntimeError as error:
+            held: Any = getattr(self._past.layers[self._index], "keys", None)
+            if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[1::2] == keys.shape[1::2]:
+                raise
+            raise ValueError(
+                f"past_key_values must hold what {self._user.__name__} caches, {keys.shape[1]} heads of width "
+                f"{keys.shape[3]}, got {held.shape[1]} of width {held.shape[3]}: prefixes of another layout, such as "
+                "peft's prefix tuning makes from the configuration, have no meaning for it"
+            ) from error
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

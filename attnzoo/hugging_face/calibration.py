@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnzoo.conversion.calibration import InputStatistics
 from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.rules import describe
 
 Batch = dict[str, Any]
 
@@ -108,13 +109,31 @@ def _paired(attn: nn.Module) -> GroupedQueryAttention | None:
 def _inputs(batch: Any) -> Batch:
     """A batch as the model's arguments."""
     if isinstance(batch, Mapping):
+        if not isinstance(batch.get("input_ids", None), Tensor | None):
+            raise ValueError(f"calib must hold tensors as input_ids, got {describe(batch['input_ids'])}")
         return dict(batch)
     ids, mask = tokens_and_mask(batch)
     if ids is None or ids.ndim != 2:
-        raise ValueError(
-            f"calib must hold token ids (B, T), mappings or pairs (token ids, mask), got {type(batch).__name__}"
-        )
+        got = describe(batch) if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"calib must hold token ids (B, T), mappings or pairs (token ids, mask), got {got}")
+    if mask is not None and (mask.shape != ids.shape or not torch.equal(batch[1], mask.to(batch[1].dtype))):
+        raise ValueError(f"calib must have masks of 0 and 1 in the shape of the ids {tuple(ids.shape)} in its pairs")
     return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def known_ids(model: Any, calib: Iterable[Any]) -> Iterator[Any]:
+    """The batches, as they come.
+
+    Raises:
+        ValueError: for token ids that the model does not have.
+    """
+    for batch in calib:
+        ids, _ = tokens_and_mask(batch)
+        if ids is not None and ids.numel():
+            least, largest, known = int(ids.min()), int(ids.max()), model.get_input_embeddings().weight.shape[0]
+            if least < 0 or largest >= known:
+                raise ValueError(f"calib must hold token ids from 0 to {known - 1}, got {least} to {largest}")
+        yield batch
 
 
 def _moved(value: Any, model: Any) -> Any:

@@ -25,7 +25,7 @@ from attnzoo.conversion import (
 )
 from attnzoo.conversion.heads import CALIBRATED
 from attnzoo.diagnostics.configs import own_configs
-from attnzoo.hugging_face.calibration import Batch, calibrate, mean_loss
+from attnzoo.hugging_face.calibration import Batch, calibrate, known_ids, mean_loss
 from attnzoo.hugging_face.layer import AttentionLayer, every_module
 from attnzoo.hugging_face.replacement import attention_names, install, read_layers
 from attnzoo.hugging_face.report import LayerReport, ModelReport
@@ -104,7 +104,7 @@ def convert(
     if calib is not None:
         searches = not isinstance(options.get("key_weight", 1), int | float)
         plan.statistics, plan.batches = calibrate(
-            model, plan.attns, calib, pair_norms=callable(mechanism) or mechanism == "mla",
+            model, plan.attns, known_ids(model, calib), pair_norms=callable(mechanism) or mechanism == "mla",
             kept_tokens=SEARCH_TOKENS if searches else 0,
         )  # fmt: skip
     chosen: dict[str, Any] = {}
@@ -135,6 +135,10 @@ def convert(
 
 def _check_options(mechanism: str | LayerConversion, options: Mapping[str, Any], calibrated: bool) -> None:
     """Refuse unknown mechanisms and options before anything is read or run."""
+    if isinstance(mechanism, type):
+        raise ValueError(
+            f"mechanism must be a name or a function (attn, index, calib) -> attn, got the class {mechanism.__name__}"
+        )
     if callable(mechanism):
         if options:
             raise ValueError(f"options must not be given with a function, got {', '.join(options)}")
@@ -186,8 +190,13 @@ def _module_and_report(result: Any, attn: Any) -> tuple[nn.Module, Any]:
     """What a function of the user returned for the module `attn`, checked."""
     made, report = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(made, nn.Module) or not is_mechanism(made) or made.embed_dim != attn.embed_dim:
-        raise ValueError(f"the function must return an attention module of width {attn.embed_dim}, got {made!r}")
+        raise ValueError(f"the function must return an attention module of width {attn.embed_dim}, got {_shown(made)}")
     return made, report if isinstance(report, LatentReport) else None
+
+
+def _shown(made: Any) -> str:
+    width = f" of width {made.embed_dim}" if isinstance(made, nn.Module) and is_mechanism(made) else ""
+    return f"a {type(made).__name__}{width}" if isinstance(made, nn.Module) else describe(made)
 
 
 def _latent_layers(

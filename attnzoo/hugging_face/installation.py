@@ -17,6 +17,7 @@ from attnzoo.rules import FLOATS, describe, is_integer
 
 def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The attnzoo modules of a model with the names of the layers that hold them, as `install` takes them."""
+    _check_model(model)
     return [(name, module.attn) for name, module in model.named_modules() if isinstance(module, AttentionLayer)]
 
 
@@ -31,8 +32,7 @@ def attention_names(model: nn.Module, layers: Sequence[int] | None = None) -> li
         ValueError: if the model has none, if an index is out of range or repeated, or if weights are not plain
             floating-point tensors of this process, or those of a module that has several places in the model.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model of transformers, got {describe(model)}")
+    _check_model(model)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -47,6 +47,11 @@ def attention_names(model: nn.Module, layers: Sequence[int] | None = None) -> li
     for name in names:
         check_weights(name, found[name])
     return names
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model of transformers, got {describe(model)}")
 
 
 def _check_places(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -139,14 +144,18 @@ def _refuse_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__name__.endswith("Attention") and not _is_left_alone(module):
             kind = type(module).__name__
-            raise ValueError(
-                f"layer {name!r}: {kind} is not known; register_family teaches it, set_attn_implementation('attnzoo') "
-                "needs no mapping"
-            )
+            around = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+            other = ", set_attn_implementation('attnzoo') needs no mapping" if _asks_the_interface(around) else ""
+            raise ValueError(f"layer {name!r}: {kind} is not known; register_family teaches it{other}")
     raise ValueError(
         f"model must contain attention of a known class ({', '.join(FAMILIES)}; register_family adds others), got "
         f"{type(model).__name__}"
     )
+
+
+def _asks_the_interface(model: Any) -> bool:
+    """Whether a model of transformers takes another attention function."""
+    return model is not None and bool(model._can_set_attn_implementation())
 
 
 def check_weights(name: str, module: nn.Module) -> None:

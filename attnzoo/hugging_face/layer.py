@@ -20,6 +20,7 @@ from attnzoo.hugging_face.masks import (
     reads_pairs_alone,
     takes_single_pairs,
 )
+from attnzoo.hugging_face.offloading import is_dispatched, loaded
 from attnzoo.masks import AttentionMask, CompleteMask
 from attnzoo.tracing import is_readable
 
@@ -98,6 +99,19 @@ class AttentionLayer(nn.Module):
             ValueError: for a mask or positions of another form, and for what the module refuses.
         """
         past = layer_past if past_key_values is None else past_key_values
+        if not is_dispatched(self.attn):
+            return self._attend(hidden_states, attention_mask, position_ids, past, is_causal)
+        with loaded(self.attn):
+            return self._attend(hidden_states, attention_mask, position_ids, past, is_causal)
+
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: Any,
+        is_causal: bool | None,
+    ) -> tuple[Tensor, None]:
         positions = self._positions(position_ids)
         visible, bias = (None, None) if attention_mask is None else read_mask(attention_mask)
         has_window = self.attn.sliding_window is None or self.attn.sliding_window == self._window

@@ -36,10 +36,16 @@ def read_mask(mask: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def is_padding(visible: Tensor, real: Tensor, causal: bool) -> bool:
-    """Whether real queries see the real ones of these keys (B, 1, T, T), and if causal only those up to their own."""
-    expected = real[:, None].expand(-1, real.shape[1], -1)
+    """Whether all heads see real keys (B, H, T, T) alone, and real queries all of them, if causal up to their own."""
+    T = real.shape[1]
+    expected = real[:, None].expand(-1, T, -1)
     expected = expected.tril() if causal else expected
-    return bool((visible[:, 0, :, : real.shape[1]] == expected)[real].all())
+    return bool(((visible[..., :T] == expected[:, None]) | _of_padding(visible[..., :T], real)).all())
+
+
+def _of_padding(visible: Tensor, real: Tensor) -> Tensor:
+    """The rows of queries that are padding (B, H, T, T), where they see no key that is."""
+    return ~real[:, None, :, None] & (real[:, None, None] | ~visible)
 
 
 def takes_single_pairs(attn: Any) -> bool:
@@ -91,7 +97,7 @@ def packed_mask(
     """The mask of documents that begin at these tokens; None where transformers' mask is another.
 
     Args:
-        visible: (B, 1, T, T).
+        visible: (B, H, T, T).
         real: (B, T), which tokens are not padding.
         starts: from `packed_documents`.
         causal: of the module.
@@ -105,7 +111,7 @@ def packed_mask(
     if window is not None:
         index = torch.arange(real.shape[1], device=real.device)
         expected = expected & ((index[:, None] - index).abs() < window)
-    if not bool((visible == expected[:, None])[real[:, None].expand(-1, visible.shape[1], -1)].all()):
+    if not bool(((visible == expected[:, None]) | _of_padding(visible, real)).all()):
         return None
     ends = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
     return AttentionMask(

@@ -142,9 +142,11 @@ def _groups_in_config(model: Any, attns: Mapping[str, Any]) -> Iterator[None]:
     """The number of key/value heads as the layers have it now in the model's configurations, unless the block fails."""
     undo, key = own_configs(every_module(model)), "num_key_value_heads"
     try:
-        configs = {id(config): config for config in (model.get_submodule(name).config for name in attns)}
+        # Classes that do not share key/value heads may have a configuration that says otherwise.
+        layers = [layer for layer in map(model.get_submodule, attns) if hasattr(layer.skeleton, "num_key_value_groups")]
+        configs = {id(layer.config): layer.config for layer in layers}
         known = [config for config in configs.values() if getattr(config, key, None) is not None]
-        groups = {_groups_made(attn) for attn in attns.values()}
+        groups = {_groups_made(layer.attn) for layer in layers}
         if any({getattr(config, key)} != groups for config in known) and (
             len(groups) > 1 or len(attns) < len(attention_names(model))
         ):

@@ -8,9 +8,11 @@ type "attnzoo". A folder holds no code and names only attnzoo's public mechanism
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto import modeling_auto
 
 import attnzoo
+from attnzoo.diagnostics.layers import attention_layers
+from attnzoo.diagnostics.pruning.hugging_face import PRUNABLE, prune_module
 from attnzoo.hugging_face.families import family_of
 from attnzoo.hugging_face.installation import install, modules
 
@@ -44,6 +48,16 @@ def adopt(model: nn.Module) -> None:
             each.hf_quantizer = None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+    _mark_parts(model)
+
+
+def _mark_parts(model: nn.Module) -> None:
+    """Give models inside that have a configuration of their own a class that is saved alone with its attention."""
+    whole = {id(each) for each in _models(model)}
+    for each in model.modules():
+        made = isinstance(each, SavedModel | SavedPart)
+        if isinstance(each, PreTrainedModel) and id(each) not in whole and not made and modules(each):
+            each.__class__ = _listed(part_class_of(type(each)), each.config)
 
 
 def release(model: nn.Module) -> None:
@@ -52,7 +66,7 @@ def release(model: nn.Module) -> None:
     Layers that are still replaced are described again instead.
     """
     for each in model.modules():
-        if isinstance(each, SavedModel) and not modules(each):
+        if isinstance(each, SavedModel | SavedPart) and not modules(each):
             each.__class__ = each.base_class
             config: Any = each.config
             if isinstance(config, SavedConfig):
@@ -104,6 +118,17 @@ def _unpickled(base: type[Any], config_base: type[Any] | None) -> Any:
     return cls.__new__(cls)
 
 
+def _unpickled_part(base: type[Any]) -> Any:
+    cls: Any = part_class_of(base)
+    return cls.__new__(cls)
+
+
+REFUSED = "attnzoo: import attnzoo.hugging_face, and load this folder with an Auto class"
+"""In place of a number in the file of a configuration: transformers' own classes refuse it, and ignore no attention."""
+NUMBER = "initializer_range"
+"""That number, which every family has and only new weights need; the file has it under another name."""
+
+
 class SavedConfig(_Made):
     """What the configurations of model type "attnzoo" have in common.
 
@@ -120,6 +145,32 @@ class SavedConfig(_Made):
     attnzoo_layers: dict[str, Any]
     attnzoo_version: str
 
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """As transformers', but its own classes cannot read the file: they would leave out the attention."""
+        settings = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
+        for each in self._with_inner(settings):
+            if NUMBER in each:
+                each[f"base_{NUMBER}"] = each[NUMBER]
+            each[NUMBER] = REFUSED
+        Path(json_file_path).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', and of what `to_json_file` wrote."""
+        config_dict = copy.deepcopy(config_dict)
+        for each in cls._with_inner(config_dict):
+            if isinstance(each.get(NUMBER), str):
+                del each[NUMBER]
+                if f"base_{NUMBER}" in each:
+                    each[NUMBER] = each.pop(f"base_{NUMBER}")
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _with_inner(cls, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Settings and those of the configurations inside."""
+        inside = (settings.get(name) for name in cls.sub_configs)  # type: ignore[attr-defined]
+        return [settings, *(each for each in inside if isinstance(each, dict))]
+
 
 class SavedModel(_Made):
     """What the models of model type "attnzoo" have in common."""
@@ -130,11 +181,14 @@ class SavedModel(_Made):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some heads have a base model that an Auto class made, with these layers in it.
-        for name, description in ({} if modules(self.base_model) else config.attnzoo_layers).items():
-            _put(self.base_model, name, description)
+        if not modules(self.base_model):
+            _prune(self, getattr(config, "attnzoo_pruned_heads", None) or {})  # type: ignore[arg-type]
+            for name, description in config.attnzoo_layers.items():
+                _put(self.base_model, name, description)
         for each in _models(self):  # type: ignore[arg-type]
             if not isinstance(each, SavedModel):
                 each.__class__ = _listed(model_class_of(type(each), type(config)), config)
+        _mark_parts(self)  # type: ignore[arg-type]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', without frequencies: the configuration has them, as numbers that no dtype rounds."""
@@ -169,6 +223,21 @@ class SavedModel(_Made):
         return (model, found) if wanted else model
 
 
+class SavedPart(_Made):
+    """What models with replaced attention have in common that are part of another one, with its own configuration."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled_part, (self.base_class,), self.__dict__
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As a model of model type "attnzoo", which the part is without the model around it."""
+        alone: Any = copy.copy(self)
+        alone.config = copy.deepcopy(alone.config)
+        alone.__class__ = self.base_class
+        adopt(alone)
+        return alone.save_pretrained(*args, **kwargs)
+
+
 def _once(make: Callable[..., Any]) -> Callable[..., Any]:
     """`functools.cache` for functions of classes."""
     return cache(make)
@@ -178,12 +247,17 @@ def _once(make: Callable[..., Any]) -> Callable[..., Any]:
 def config_class_of(base: Any) -> Any:
     """The configuration of model type "attnzoo" made from a class; the Auto classes that know that class know it."""
     own: Any = type(f"Attnzoo{base.__name__}", (SavedConfig, base), _names(base) | {"model_type": MODEL_TYPE})
+    _register(own)
+    return own
+
+
+def _register(own: Any) -> None:
+    """Tell the Auto classes that know the class of a configuration by now which model goes with it."""
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-        model = None if mapping is None else mapping.get(base, None)
+        model = None if mapping is None else mapping.get(own.base_class, None)
         if isinstance(model, type) and issubclass(model, PreTrainedModel):
-            auto.register(own, model_class_of(model, own))
-    return own
+            auto.register(own, model_class_of(model, own), exist_ok=True)
 
 
 @_once
@@ -191,6 +265,12 @@ def model_class_of(base: Any, config_class: Any) -> Any:
     """The class of a model with replaced attention, made from the class that transformers has for it."""
     names = _names(base) | {"config_class": config_class, "config_base": config_class.base_class}
     return type(f"Attnzoo{base.__name__}", (SavedModel, base), names)
+
+
+@_once
+def part_class_of(base: Any) -> Any:
+    """The class of a model with replaced attention inside another model that has another configuration."""
+    return type(f"Attnzoo{base.__name__}", (SavedPart, base), _names(base))
 
 
 def _names(base: type[Any]) -> dict[str, Any]:
@@ -224,7 +304,9 @@ class AttnzooConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if not (isinstance(layers, dict) and layers and all(isinstance(layer, dict) for layer in layers.values())):
             raise ValueError(f"attnzoo_layers must map names of layers to descriptions, got {layers!r:.80}")
         _check_version(config_dict.get("attnzoo_version"))
-        return config_class_of(CONFIG_MAPPING[kind]).from_dict(config_dict, **kwargs)
+        own = config_class_of(CONFIG_MAPPING[kind])
+        _register(own)  # again: its classes may be younger than this one
+        return own.from_dict(config_dict, **kwargs)
 
 
 def _check_version(version: Any) -> None:
@@ -234,6 +316,17 @@ def _check_version(version: Any) -> None:
             f"attnzoo_version must be at most that of the package, {attnzoo.__version__}, got {version!r:.80}: install "
             "a newer attnzoo"
         )
+
+
+def _prune(model: nn.Module, heads: Any) -> None:
+    """Remove the heads that were removed from a model before its attention was replaced, for `restore`."""
+    if not isinstance(heads, dict) or not all(str(index).isdecimal() for index in heads):
+        raise ValueError(f"attnzoo_pruned_heads must map numbers of layers to heads, got {heads!r:.80}")
+    layers = attention_layers(model) if heads else []
+    for index, numbers in heads.items():
+        if int(index) >= len(layers) or layers[int(index)].family not in PRUNABLE:
+            raise ValueError(f"attnzoo_pruned_heads must name layers whose heads can be pruned, got {index}")
+        prune_module(model, layers[int(index)], numbers)
 
 
 def _put(model: nn.Module, name: str, description: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from attnzoo.hugging_face.layer import AttentionLayer, without_hooks
 
@@ -25,6 +26,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def random_inputs(model: Any) -> dict[str, Tensor]:
     """Two rows of 16 random ids, or fewer where the model has fewer positions, the first of them left-padded."""
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise ValueError(
+            f"verify must hold the arguments of a {type(model).__name__}, or be False: they are known of whole models "
+            "of transformers alone"
+        )
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     vocabulary = config.vocab_size if embedding is None else embedding.weight.shape[0]

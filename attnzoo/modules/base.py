@@ -12,13 +12,20 @@ from attnzoo.backends import check_name
 from attnzoo.cache import CacheLayout, KeyValueCache
 from attnzoo.masks import AttentionMask
 from attnzoo.modules.call import Positions, rotary_tables
-from attnzoo.modules.checks import check_groups, derive_head_dim
+from attnzoo.modules.checks import (
+    check_groups,
+    check_prunable,
+    counted_tokens,
+    derive_head_dim,
+    named_options,
+    starting_stds,
+)
 from attnzoo.modules.heads import HeadLayout, keep_columns, keep_rows
 from attnzoo.modules.hints import HintedCall
 from attnzoo.modules.parallel import Parallel
 from attnzoo.modules.recorded import Recorded
 from attnzoo.ops.head_mixing import HeadMap
-from attnzoo.ops.submodules import matrix_of, own_shapes, place_of
+from attnzoo.ops.submodules import matrix_of, own_shapes, place_of, start_layer
 from attnzoo.rotary import Rotary, RotaryTable, as_rotary
 from attnzoo.rules import check_options, check_sizes
 
@@ -46,10 +53,11 @@ class Mechanism(Recorded, HintedCall, Parallel):
         dropout: probability of dropping an attention weight in training.
         init_std: standard deviation of the projections' normal initialisation.
         backend: name of a backend.
-        options: what `attnzoo.rules.check_options` checks beside these.
+        options: what `attnzoo.rules.check_options` checks beside these, named by the subclass, which reads them.
 
     Raises:
         ValueError: for an argument outside its rule, naming argument, rule and value.
+        TypeError: for an option that no constructor of the subclass names, since it would have no effect.
     """
 
     aux_loss: Tensor | None = None
@@ -94,7 +102,7 @@ class Mechanism(Recorded, HintedCall, Parallel):
         super().__init__()
         check_options(
             dropout=dropout, sliding_window=sliding_window, sink_tokens=sink_tokens, scale=scale, causal=causal,
-            init_std=init_std, **options,
+            init_std=init_std, **named_options(type(self), options),
         )  # fmt: skip
         if sink_tokens and sliding_window is None:
             raise ValueError(f"sink_tokens needs sliding_window, got sink_tokens {sink_tokens} without a window")
@@ -133,16 +141,9 @@ class Mechanism(Recorded, HintedCall, Parallel):
 
         std defaults to the constructor's init_std, out_std to std.
         """
-        std = self.init_std if std is None else std
+        std, out_std = starting_stds(self.init_std, std, out_std)
         for name, module in self.named_children():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=out_std if name == "o_proj" and out_std is not None else std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-            elif callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+            start_layer(module, out_std if name == "o_proj" else std)
 
     def rotation_tables(
         self, x: Tensor, source: Tensor, positions: Positions, mask: AttentionMask | None, **options: Any
@@ -234,7 +235,7 @@ class Mechanism(Recorded, HintedCall, Parallel):
         Every multiply-add of a matrix product counts 2; pairs that causality or a window hides do not count. A
         cross-attending module projects S context tokens.
         """
-        return sum(self.flops_by_part(T, S).values())
+        return sum(self.flops_by_part(*counted_tokens(T, S, causal=self.causal)).values())
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:  # noqa: ARG002
         """The same by part, such as "projections" and "attention"."""
@@ -303,17 +304,10 @@ class Mechanism(Recorded, HintedCall, Parallel):
                 projections were replaced (merge adapters first).
         """
         layout = self.heads.prune(indices)
-        self.check_prunable()
+        check_prunable(self)
         self.keep_heads(*self.heads.places(layout))
         self.heads = layout
         self.num_heads, self.num_kv_heads = len(layout.kept), len(layout.groups)
-
-    def check_prunable(self) -> None:
-        """Raise ValueError if a projection was replaced, whose rows cannot be cut."""
-        for name, module in self.named_children():
-            linear = hasattr(module, "in_features") or name.endswith(("_proj", "router", "noise"))
-            if linear and type(module) is not nn.Linear:
-                raise ValueError(f"{name} must be a plain Linear layer to be pruned, got {type(module).__name__}")
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:  # noqa: ARG002
         """Cut the weights down to these places of query heads and of key/value heads."""

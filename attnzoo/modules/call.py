@@ -277,5 +277,7 @@ def _check(name: str, positions: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must be an integer tensor, got {describe(positions)}")
     if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
         raise ValueError(f"{name} must have shape ({tokens},) or ({batch}, {tokens}), got {tuple(positions.shape)}")
+    if positions.is_meta and not x.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the device meta")
     if positions.numel() and is_readable(positions) and int(positions.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {int(positions.min())}")

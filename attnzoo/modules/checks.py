@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -11,7 +13,51 @@ from attnzoo.cache import StatefulCache
 from attnzoo.masks import AttentionMask
 from attnzoo.ops.precision import has_autocast
 from attnzoo.ops.submodules import is_plain
-from attnzoo.rules import check_sizes, describe
+from attnzoo.rules import COUNT, NOT_NEGATIVE, check, check_sizes, describe
+
+
+def named_options(cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options; raises TypeError for one that no constructor of a class names, since nothing would read it."""
+    for name in options:
+        if name not in _constructor_arguments(cls):
+            raise TypeError(f"{cls.__name__} has no option {name!r}: name it in the constructor that reads it")
+    return options
+
+
+@functools.cache
+def _constructor_arguments(cls: type) -> frozenset[str]:
+    """Names of the arguments of a class's constructor and of those of its bases."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    return frozenset(name for one in constructors for name in inspect.signature(one).parameters)
+
+
+def check_prunable(module: Any) -> None:
+    """Raise ValueError where heads are split over ranks, or a projection was replaced, whose rows cannot be cut."""
+    if module.tensor_group is not None:
+        raise ValueError(f"prune_heads needs all heads on one rank, got those of {type(module).__name__} split")
+    for name, child in module.named_children():
+        linear = hasattr(child, "in_features") or name.endswith(("_proj", "router", "noise"))
+        if linear and type(child) is not nn.Linear:
+            raise ValueError(f"{name} must be a plain Linear layer to be pruned, got {type(child).__name__}")
+
+
+def starting_stds(init_std: float, std: float | None, out_std: float | None) -> tuple[float, float]:
+    """Standard deviations of the projections and of the last one; refuses negative ones."""
+    for name, given in (("std", std), ("out_std", out_std)):
+        if given is not None:
+            check(name, given, NOT_NEGATIVE)
+    std = init_std if std is None else std
+    return std, std if out_std is None else out_std
+
+
+def counted_tokens(T: Any, S: Any = None, *, causal: bool) -> tuple[int, int | None]:
+    """Numbers of queries and keys to count FLOPs of; refuses keys that are fewer than their own queries."""
+    for name, count in (("T", T), ("S", S)):
+        if count is not None or name == "T":
+            check(name, count, COUNT)
+    if causal and S is not None and S < T:
+        raise ValueError(f"S must be at least T, whose keys are among the S, got {S} and {T}")
+    return T, S
 
 
 def derive_head_dim(embed_dim: int, num_heads: int, head_dim: int | None, kind: str = "") -> int:

@@ -41,7 +41,7 @@ class ComplexAttention(GroupedQueryAttention):
         num_heads: query heads H.
         num_kv_heads: key/value heads G; must divide H. Default: H.
         head_dim: width D of a head, even. Default: E / H.
-        rope: positions' frequencies, or None.
+        rope: positions' frequencies, or None; of the whole head and in style "half", as the parts are stored.
         rope_theta: shorthand for the base of these frequencies.
         softmax_scale: factor of the scores: 1 in the authors' code, D ** -0.5 elsewhere.
         eps: added to the squared moduli.
@@ -80,6 +80,10 @@ class ComplexAttention(GroupedQueryAttention):
         )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        if self.rope is not None and (self.rope.style != "half" or self.rope_dim != self.head_dim):
+            raise ValueError(
+                f"rope must turn the whole head in style 'half': imaginary parts are the second half, got {self.rope}"
+            )
         self.eps = eps
         self.phase_init = phase_init
         like = self.q_proj.weight
@@ -126,8 +130,11 @@ class ComplexAttention(GroupedQueryAttention):
     def turn(self, z: Tensor, shift: Tensor | None = None) -> Tensor:
         """|z| e^(i (phase_scale angle(z) + shift)) of z (B, T, H, D), before positions."""
         re, im = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=-1)
-        modulus = (re.square() + im.square() + self.eps).sqrt()
-        angle = local(self.phase_scale).to(re.dtype) * torch.atan2(im, re)
+        tiny = torch.finfo(re.dtype).tiny
+        square = (re.square() + im.square()).clamp(min=tiny)
+        modulus = (square + self.eps).sqrt()
+        # Where the square underflows, as for a token of zeros, no number holds the gradient of the angle.
+        angle = local(self.phase_scale).to(re.dtype) * torch.atan2(im, re.masked_fill(square <= tiny, 1.0))
         angle = angle if shift is None else angle + shift.to(re.dtype)
         return torch.cat([modulus * angle.cos(), modulus * angle.sin()], dim=-1).to(z.dtype)
 

@@ -168,7 +168,9 @@ class ForgettingAttention(Mechanism):
         if self.forget_gate == "bias":
             start = torch.zeros(self.heads.total)
             if self.decay_times is not None:
-                start = -torch.tensor(self.times(), dtype=torch.float64).reciprocal().expm1().log()
+                # -log(expm1(1 / t)), whose exponential overflows at short times.
+                slopes = torch.tensor(self.times(), dtype=torch.float64).reciprocal()
+                start = -slopes - (-torch.expm1(-slopes)).log()
             with torch.no_grad():
                 self.forget_bias.copy_(start[list(self.heads.kept)])
 

@@ -68,7 +68,9 @@ class GatedAttention(GroupedQueryAttention):
         headwise = gate_type == "headwise"
         if headwise and gate == "dense":
             raise ValueError("gate_type must be 'elementwise' with gate 'dense', which has no heads, got 'headwise'")
-        if headwise and qk_norm is True and gate in ("query", "key"):
+        # A joint norm of one head is that head's.
+        alone = {"query": self.num_heads, "key": self.num_kv_heads}.get(gate) == 1
+        if headwise and gate in ("query", "key") and qk_norm and (qk_norm is True or alone):
             raise ValueError(
                 f"gate_type must be 'elementwise' with gate {gate!r} and qk_norm, which cancels a factor of a head, "
                 "got 'headwise'"

@@ -13,9 +13,11 @@ from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.heads import attention_pairs, keep_entries
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import alibi_slopes, constant, softmax_attention
-from attnzoo.ops.submodules import local
+from attnzoo.ops.submodules import local, start_layer
 from attnzoo.rotary import Rotary
-from attnzoo.rules import SWITCH_OR_JOINT, check, check_sizes
+from attnzoo.rules import SWITCH, SWITCH_OR_JOINT, check, check_sizes, is_integer
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class GroupedQueryAttention(Mechanism):
@@ -90,6 +92,7 @@ class GroupedQueryAttention(Mechanism):
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         check("qk_norm", qk_norm, SWITCH_OR_JOINT)
+        check("causal", causal, SWITCH)
         if causal and (kdim is not None or vdim is not None):
             raise ValueError(f"kdim and vdim need causal=False, got kdim={kdim} and vdim={vdim}")
         super().__init__(
@@ -118,11 +121,14 @@ class GroupedQueryAttention(Mechanism):
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """Initialise: projections normal with `std` (the last with `out_std`), biases and sinks 0, norms 1.
 
-        Without arguments std is the constructor's init_std, or `init="xavier"` does what
+        Without arguments std is the constructor's init_std, or `init="xavier"` does to the four projections what
         torch.nn.MultiheadAttention does, draw by draw.
         """
         if self.init == "xavier" and std is None and out_std is None:
             xavier_projections(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+            for name, module in self.named_children():
+                if name not in PROJECTIONS:
+                    start_layer(module, self.init_std)
         else:
             super().reset_parameters(std, out_std)
         if self.sinks is not None:
@@ -199,6 +205,13 @@ class GroupedQueryAttention(Mechanism):
             self.sinks = keep_entries(self.sinks, heads)
         if self.alibi_slopes is not None:
             self.alibi_slopes = tuple(self.alibi_slopes[head] for head in heads)
+
+
+def take_groups(options: dict[str, Any], groups: int, words: str, hint: str = "") -> None:
+    """Take num_kv_heads out of the options of a mechanism that has so many, in words; refuses any other number."""
+    given = options.pop("num_kv_heads", None)
+    if given is not None and not (is_integer(given) and given == groups):
+        raise ValueError(f"num_kv_heads must be {words}, got {given!r}{hint}")
 
 
 def xavier_projections(q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear) -> None:

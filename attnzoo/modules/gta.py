@@ -39,7 +39,7 @@ class GroupedTiedAttention(Mechanism):
         rope_head_dim: width Dr of the rotary part; even, less than D. Default: D // 2, or 0 if rope is None.
         bias: whether the q, kv and output projections have one.
         o_bias: whether the output projection has one. Default: bias.
-        k_rope_bias: whether the rotary key has one. Default: bias. The authors' code always has it.
+        k_rope_bias: whether the rotary key, which needs rope, has one. Default: bias. The authors' code always has it.
         v_head_dim: refused unless D: the value is the tied state.
         qk_norm: refused: normalising the key would break the tie.
         kdim: width of the context. Default: E.
@@ -96,6 +96,8 @@ class GroupedTiedAttention(Mechanism):
             raise ValueError("qk_norm must be False: normalising the key would break its tie to the value")
         self.rope = as_rotary(rope)
         self.rope_head_dim = self.rope_dim = _rope_width(self.rope, rope_head_dim, self.head_dim)
+        if k_rope_bias and not self.rope_head_dim:
+            raise ValueError("k_rope_bias needs rope, got k_rope_bias=True and rope=None")
         self.nope_head_dim = self.head_dim - self.rope_head_dim
         self.logit_softcap = logit_softcap
         self.sink = sink

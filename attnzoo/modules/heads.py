@@ -143,5 +143,7 @@ def attention_pairs(queries: int, keys: int, *, causal: bool, window: int | None
         first, last = 0, i if causal else keys - 1
         if window is not None:
             first, last = max(0, i - window + 1), last if causal else min(last, i + window - 1)
-        pairs += max(0, last - first + 1) + min(sink_tokens, max(first, 0))
+        # Sinks before the window, and without causality those after it.
+        sinks = min(sink_tokens, first) + (0 if causal else max(0, min(sink_tokens, keys) - last - 1))
+        pairs += max(0, last - first + 1) + sinks
     return pairs

@@ -56,13 +56,19 @@ class KnockingHeads(Mechanism):
         return [parameter for m in maps if m is not None for parameter in m.parameters()]
 
     def folded_into(self, base: Base, projections: dict[str, dict[str, Tensor]]) -> Base:
-        """`base`, newly made, with this module's state and these projections in place of its own."""
+        """`base`, newly made, with this module's state and these projections in place of its own.
+
+        It also runs as this module does now, whatever the constructor was told.
+        """
         base.prune_heads(self.pruned_heads)
         state = {name: value for name, value in self.state_dict().items() if "_knock." not in name}
         for layer, values in projections.items():
             state |= {f"{layer}.{name}": value.detach() for name, value in values.items()}
         weight = self.o_proj.weight
         base.to(device=weight.device, dtype=weight.dtype).load_state_dict(state)
+        for name in ("dropout", "backend", "absorb", "depth"):
+            if name in vars(self):
+                setattr(base, name, getattr(self, name))
         return base.train(self.training)
 
 

@@ -13,6 +13,7 @@ from attnzoo.modules.gta import GroupedTiedAttention
 from attnzoo.modules.kha import KnockingHeads, composes, folded, knock_kinds, map_flops, projected
 from attnzoo.ops.head_mixing import HeadMap, head_map
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
+from attnzoo.rules import check, one_of
 
 
 class KnockingHeadsTiedAttention(KnockingHeads, GroupedTiedAttention):
@@ -52,8 +53,7 @@ class KnockingHeadsTiedAttention(KnockingHeads, GroupedTiedAttention):
                 f"variant must be 'mlp' or 'linear_v': the tied state has one map, got {variant!r}, which maps "
                 "queries and keys"
             )
-        if knock_scope not in ("tied", "value"):
-            raise ValueError(f"knock_scope must be 'tied' or 'value', got {knock_scope!r}")
+        check("knock_scope", knock_scope, one_of("tied", "value", words="be 'tied' or 'value'"))
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, **options)
         self._base_arguments = ((embed_dim, num_heads, num_kv_heads, head_dim), options)
         self.knock_scope = knock_scope

@@ -55,7 +55,7 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
             raise ValueError(
                 f"kinds must be linear over latent attention, which never makes queries and keys, got {kinds}"
             )
-        if options.get("rope_mode") == "pre":
+        if isinstance(mode := options.get("rope_mode"), str) and mode == "pre":
             raise ValueError("rope_mode must not be 'pre': maps act on expanded keys, got 'pre'")
         super().__init__(embed_dim, num_heads, kv_lora_rank, q_lora_rank, **options)
         self._base_arguments = ((embed_dim, num_heads, kv_lora_rank, q_lora_rank), options)
@@ -89,24 +89,24 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
         maps = (self.k_knock, self.v_knock)
         return super().can_absorb() and all(m is None or is_plain(m, HeadMap) for m in maps)
 
-    def expansion(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As the base's, with the maps multiplied in."""
-        key, value, bias = super().expansion()
-        if self.k_knock is not None:
-            key = self.k_knock.weight @ key
-        if self.v_knock is not None:
-            value = self.v_knock.weight @ value
-            bias = None if bias is None else self.v_knock(bias)
-        return key, value, bias
+    def absorbed_queries(self, q: Tensor) -> Tensor:
+        """The keys' map on queries, which are fewer than cached tokens."""
+        return q if self.k_knock is None else q @ self.k_knock.weight
+
+    def absorbed_outputs(self, out: Tensor) -> Tensor:
+        """The values' map on outputs."""
+        return out if self.v_knock is None else self.v_knock(out)
 
     def fold(self) -> MultiHeadLatentAttention:
         """An equal module without the maps, which go into the expansion and the queries' projection."""
-        key, value, bias = self.expansion()
-        expansion = {"weight": torch.cat([key, value], dim=1).flatten(0, 1)}
-        if bias is not None:
-            key_bias = self.kv_b_proj.bias.view(self.num_kv_heads, -1)[:, : self.qk_nope_head_dim]
-            key_bias = key_bias if self.k_knock is None else self.k_knock(key_bias)
-            expansion["bias"] = torch.cat([key_bias, bias], dim=1).flatten()
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        expansion = {}
+        for name, rows in self.kv_b_proj.state_dict().items():
+            columns = rows.shape[1] if rows.ndim > 1 else 1
+            key, value = rows.view(self.num_kv_heads, sum(widths), columns).split(widths, 1)
+            key = key if self.k_knock is None else self.k_knock.weight @ key
+            value = value if self.v_knock is None else self.v_knock.weight @ value
+            expansion[name] = torch.cat([key, value], 1).view(rows.shape)
         name = "q_proj" if self.q_lora_rank is None else "q_b_proj"
         queries = {key: self._mapped_rows(rows) for key, rows in self.get_submodule(name).state_dict().items()}
         sizes, options = self._base_arguments
@@ -133,9 +133,10 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
         return key, value if self.v_knock is None else self.v_knock.weight.detach() @ value
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """As the base's, and every expanded head through its map."""
-        keys = T if S is None else S
+        """As the base's, and every expanded head through its map; in the absorbed form every query and output."""
+        S = T if S is None else S
+        mapped = T * self.num_heads if self.counts_absorbed(T, S) else S * self.num_kv_heads
         q = T * self.num_heads * map_flops(self.q_knock, self.qk_nope_head_dim)
-        k = keys * self.num_kv_heads * map_flops(self.k_knock, self.qk_nope_head_dim)
-        v = keys * self.num_kv_heads * map_flops(self.v_knock, self.v_head_dim)
+        k = mapped * map_flops(self.k_knock, self.qk_nope_head_dim)
+        v = mapped * map_flops(self.v_knock, self.v_head_dim)
         return {**super().flops_by_part(T, S), "head maps": q + k + v}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.ops.submodules import matrix_of
+from attnzoo.rules import check, one_of
 
 
 class LatentCircuits(Mechanism):
@@ -39,8 +40,7 @@ class LatentCircuits(Mechanism):
         """
         nope = self.qk_nope_head_dim
         parts = {"full": slice(None), "nope": slice(nope), "rope": slice(nope, None)}
-        if part not in parts:
-            raise ValueError(f"part must be 'full', 'nope' or 'rope', got {part!r}")
+        check("part", part, one_of(*parts, words="be 'full', 'nope' or 'rope'"))
         if part != "full" and not self.qk_rope_head_dim:
             raise ValueError(f"part must be 'full' for a module without a rotary key of its own, got {part!r}")
         wq, (key, _), (down, rope) = self.query_weights(), self.expansion_weights(), self.compression_weights()

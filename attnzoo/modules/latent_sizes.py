@@ -68,9 +68,13 @@ class LatentSizes:
         return None if given is None else frequency_rows("rope_inv_freq", given, (rope_kv_heads, self.rotary // 2))
 
 
-def check_latent_options(sizes: LatentSizes, H: int, G: int, rope_kv_heads: int, q_lora_rank: int | None) -> None:
+def check_latent_options(
+    sizes: LatentSizes, H: int, G: int, rope_kv_heads: int, q_lora_rank: int | None, q_bias: bool
+) -> None:
     """Refuse what `MultiHeadLatentAttention` does not take."""
     check_sizes(q_lora_rank=1 if q_lora_rank is None else q_lora_rank, rope_kv_heads=rope_kv_heads)
+    if q_bias and q_lora_rank is not None:
+        raise ValueError(f"q_bias needs q_lora_rank=None: it is that of q_proj, got True and q_lora_rank {q_lora_rank}")
     if rope_kv_heads not in (1, G):
         raise ValueError(f"rope_kv_heads must be 1 or num_kv_heads {G}, got {rope_kv_heads}")
     if sizes.mode == "pre" and (G < H or rope_kv_heads > 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnzoo.cache_state import StateCache
 from attnzoo.modules.call import Mask, Positions
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
-from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.linear_attention import linear_attention, normalised
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary
@@ -134,7 +134,7 @@ class LinearAttention(FeatureAttention):
             if self.normalize:
                 sums = None if sums is None else sums[..., None]
                 bottom, _ = linear_attention(plain_q, plain_k, v.new_ones(*v.shape[:3], 1), state=sums, **options)
-                out = out / (bottom + self.normalizer_eps)
+                out = normalised(out, bottom, self.normalizer_eps)
         gate = None if self.g_proj is None else self.g_proj(x)
         y = self.project_heads(norm_and_gate(out, self.norm, gate, dtype=v.dtype, backend=self.backend))
         if cache is not None and state is not None:

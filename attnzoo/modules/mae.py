@@ -17,7 +17,7 @@ from attnzoo.ops.head_routing import Routing
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.ops.softmax_attention import constant, softmax_attention
 from attnzoo.ops.submodules import precise_linear
-from attnzoo.rules import check, check_sizes, one_of
+from attnzoo.rules import INTEGER, check, check_sizes, one_of
 from attnzoo.tracing import is_exported
 
 GATE_INPUTS = ("causal_mean", "mean", "token")
@@ -228,16 +228,14 @@ class MixtureOfAttentiveExperts(GroupedQueryAttention):
         """Take the "mixture", one drawn "expert" in training (or always the one of expert_index), or the "argmax"."""
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(map(repr, PHASES))}, got {phase!r}")
+        if expert_index is not None:
+            check("expert_index", expert_index, INTEGER)
         if expert_index is not None and not (phase == "expert" and 0 <= expert_index < self.gate_fc2.out_features):
             raise ValueError(
                 f"expert_index must lie between 0 and {self.gate_fc2.out_features - 1} and needs phase 'expert', got "
                 f"{expert_index} and {phase!r}"
             )
         self.phase, self.expert_index = phase, expert_index
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left."""
-        return {**self.__dict__, "routing": None}
 
     def cache_layout(self) -> CacheLayout:
         """As the base's, and the width of the running mean."""

@@ -93,9 +93,9 @@ class StaticContextAttention(GroupedQueryAttention):
         """
         lacking = ("sliding_window", "logit_softcap", "alibi_slopes", "sink", "pruned_heads")
         plain = type(module).forward is GroupedQueryAttention.forward and not any(getattr(module, o) for o in lacking)
-        one_width = module.kdim == module.vdim == module.embed_dim and module.v_head_dim == module.head_dim
-        biases = {layer.bias is None for layer in (module.q_proj, module.o_proj)}
-        if not (plain and one_width and len(biases) == 1):
+        one_width = plain and module.kdim == module.vdim == module.embed_dim and module.v_head_dim == module.head_dim
+        biases = {layer.bias is None for layer in (module.q_proj, module.o_proj)} if plain else set()
+        if not (one_width and len(biases) == 1):
             raise ValueError(
                 "module must be grouped-query attention with one width, all biases or none, and without "
                 f"{', '.join(lacking)}, got {module!r}"
@@ -110,7 +110,7 @@ class StaticContextAttention(GroupedQueryAttention):
         )  # fmt: skip
         state = module.state_dict()
         made.load_state_dict(state | ({f"static_{k}": v for k, v in state.items()} if separate_static else {}))
-        return made
+        return made.train(module.training)
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """Initialise as the base does, static projections too."""
@@ -175,7 +175,7 @@ class StaticContextAttention(GroupedQueryAttention):
         with Call((x, x), view, cache=cache if states else None).remember(*states) as known:
             if not states:
                 assert cache is not None
-                known = tuple(buffer[:, :, :S].transpose(1, 2) for buffer in cache.buffers)
+                known = _static_states(cache, k)
             keys, values = known if self.causal else (torch.cat([a, b], 1) for a, b in zip(known, (k, v), strict=True))
             y: Tensor = self.o_proj(self._attend(q, keys, values, view))
             if num_static:
@@ -230,6 +230,17 @@ class StaticContextAttention(GroupedQueryAttention):
             keep_rows(self._part(f"static_{name}_proj"), places, self.head_dim)
         if self.separate_static:
             keep_columns(self._part("static_o_proj"), heads, self.head_dim)
+
+
+def _static_states(cache: StaticContextCache, k: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values (B, S, G, D) of a cache's static tokens; refuses keys k of another batch, dtype or device."""
+    own = cache.buffers[0]
+    if (k.shape[0], k.dtype, k.device) != (cache.batch_size, own.dtype, own.device):
+        raise ValueError(
+            f"cache was made for states of {cache.batch_size} sequences in {own.dtype} on {own.device}, got "
+            f"{k.shape[0]} in {k.dtype} on {k.device}"
+        )
+    return tuple(buffer[:, :, : cache.num_static].transpose(1, 2) for buffer in cache.buffers)
 
 
 def _visible(mask: Mask, shape: tuple[int, int, int, int], S: int) -> Tensor | None:

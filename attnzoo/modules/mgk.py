@@ -185,7 +185,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             k = k.unflatten(3, (self.cached_keys, self.head_dim))
             k = self.shifted(k) if self.rope is None else k
             pi = self.weights(call, 0, k.shape[1], x)
-            self.assign(q, k, pi, call)
+            prior = self.next_prior(q, k, pi, call)
             k, v = self.heads.spread(k, v)
             out = mixture_attention(
                 q, k, v, call.view, precision=constant(self.precision, x.device),
@@ -194,6 +194,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
                 hard=self.assignment == "hard", eps=self.eps, dropout=self.weight_dropout, backend=self.backend,
             )  # fmt: skip
             y: Tensor = self.o_proj(out.flatten(2))
+            if prior is not None and self.pi is not None:
+                self.pi.copy_(prior)
             return y
 
     def project(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,18 +226,15 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             raise ValueError(f"x must end within max_positions {self.max_positions}, got {longest} tokens")
         return index if packed is None else packed
 
-    def assign(self, q: Tensor, k: Tensor, pi: Tensor | None, call: Call) -> None:
-        """Set the buffer to the mean responsibilities of this batch, if it is one of training."""
+    def next_prior(self, q: Tensor, k: Tensor, pi: Tensor | None, call: Call) -> Tensor | None:
+        """What the buffer is after this batch, its mean responsibilities, if it is one of training; or None."""
         if self.assignment != "soft" or not self.training or call.cache is not None or pi is None or self.pi is None:
-            return
-        with torch.no_grad():
-            self.pi.copy_(
-                mean_responsibilities(
-                    q, k, pi, self.pi, constant(self.precision, q.device), reads=self.heads.reads,
-                    places=self.places(call, 0, k.shape[1], q) if self.prior == "position" else None,
-                    real=(call.real_tokens(call.source), call.keys_within_lengths()), group=self.aux_loss_group,
-                )
-            )  # fmt: skip
+            return None
+        return mean_responsibilities(
+            q, k, pi, self.pi, constant(self.precision, q.device), reads=self.heads.reads,
+            places=self.places(call, 0, k.shape[1], q) if self.prior == "position" else None,
+            real=(call.real_tokens(call.source), call.keys_within_lengths()), group=self.aux_loss_group,
+        )  # fmt: skip
 
     def attend_linearly(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """The output by sums of features of queries (B, T, H, D) and keys (B, S, G, R, D)."""
@@ -316,17 +315,17 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """Forward FLOPs of "projections" and "attention", 2 H (R D + Dv) a visible pair, of "linear" by the state."""
-        S = T if S is None else S
-        keys = T if self.causal else S
+        S, keys = (T, T) if S is None else (S, T if self.causal else S)
         H, G, D, Dv, R = self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim, self.num_mixtures
-        rows = G * D * (1 if self.shared_key else R)
-        projections = 2 * T * self.embed_dim * H * (D + Dv) + 2 * keys * (self.kdim * rows + self.vdim * G * Dv)
+        rows = self.kdim * D * (1 if self.shared_key else R) + self.vdim * Dv
+        projections = 2 * T * self.embed_dim * H * (D + Dv) + 2 * keys * G * rows
         if self.has_patterns:
             attention = 2 * H * (R * D + Dv) * attention_pairs(T, S, causal=self.causal)
         else:
-            padded = -(-T // CHUNK) * CHUNK if self.causal and T > 1 else T
-            within = padded * CHUNK * H * (D + Dv + 1) if padded > 1 and self.causal else 0
-            attention = 2 * (D * (Dv + 1) * (max(padded, keys) * G + padded * H) + within)
+            chunk = CHUNK if self.causal and T > 1 else 0
+            padded, keys = (-(-T // CHUNK) * CHUNK,) * 2 if chunk else (T, keys)
+            sums = D * (Dv + 1) * (self.heads.groups_read * keys + H * padded)
+            attention = 2 * (sums + padded * chunk * H * (D + Dv + 1))
         return {"projections": projections, "attention": attention}
 
     def no_weight_decay(self) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gqa import GroupedQueryAttention, take_groups
 
 
 class MultiHeadAttention(GroupedQueryAttention):
@@ -27,6 +27,5 @@ class MultiHeadAttention(GroupedQueryAttention):
         bias: bool = True,
         **options: Any,
     ) -> None:  # fmt: skip
-        if (groups := options.pop("num_kv_heads", num_heads)) not in (None, num_heads) or isinstance(groups, bool):
-            raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups!r}: see GroupedQueryAttention")
+        take_groups(options, num_heads, f"num_heads {num_heads}", ": see GroupedQueryAttention")
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **options)

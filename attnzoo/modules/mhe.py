@@ -12,7 +12,7 @@ from attnzoo.cache import KeyValueCache
 from attnzoo.masks import Visibility
 from attnzoo.modules.base import Factors, per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gqa import GroupedQueryAttention, take_groups
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.ops.submodules import local, matrix_of
@@ -71,8 +71,7 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         for name in ("qk_norm",) if mode == "mul" else ("qk_norm", "logit_softcap", "sink"):
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} cannot be had with mode {mode!r}, got {given!r}")
-        if (groups := options.pop("num_kv_heads", None)) not in (None, 1) or isinstance(groups, bool):
-            raise ValueError(f"num_kv_heads must be 1, got {groups!r}")
+        take_groups(options, 1, "1")
         super().__init__(embed_dim, num_heads, 1, head_dim, rope=rope, **options)
         self.mode = mode
         self.embed_init_std = embed_init_std

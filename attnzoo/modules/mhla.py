@@ -14,7 +14,7 @@ from attnzoo.cache_state import BlockStateCache, StateCache
 from attnzoo.modules.call import Call, Mask
 from attnzoo.modules.heads import head_rows, keep_entries
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
-from attnzoo.ops.linear_attention import linear_attention, slot_sums
+from attnzoo.ops.linear_attention import linear_attention, normalised, slot_sums
 from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing, leading
 from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
@@ -233,10 +233,10 @@ class MultiHeadLinearAttention(FeatureAttention):
             if self.normalizer == "mixed":
                 sums = None if sums is None else sums[..., None]
                 bottom, _ = linear_attention(plain_q, plain_k, v.new_ones(*v.shape[:3], 1), state=sums, **options)
-                out = out / (bottom + self.normalizer_eps)
+                out = normalised(out, bottom, self.normalizer_eps)
             elif self.normalizer == "compat":
                 below = slot_sums(plain_q, plain_k, options["mixing"], size=self.block_size, order=order)
-                out = out / (below + self.normalizer_eps)
+                out = normalised(out, below, self.normalizer_eps)
             if self.lepe is not None and self.num_heads:
                 out = out + self.local_values(v.to(out.dtype))
         gate = None if self.g_proj is None else self.g_proj(x)

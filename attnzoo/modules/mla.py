@@ -58,7 +58,7 @@ class MultiHeadLatentAttention(LatentCircuits):
             in the state dict. For converted models.
         kv_norm: whether the latent is normalised.
         kv_b_bias: whether the expansion has a bias.
-        q_bias: whether q_proj has one.
+        q_bias: whether q_proj has one; needs q_lora_rank=None.
         norm_eps: of both latent norms.
         bias: whether the output projection and the first ones of queries and latents have one.
         scale: factor of the scores. Default: (dn + dr) ** -0.5, with a yarn scaling times (0.1 mscale_all_dim
@@ -117,7 +117,7 @@ class MultiHeadLatentAttention(LatentCircuits):
             scale=scale, causal=causal, dropout=dropout, init_std=init_std, backend=backend, absorb=absorb, bias=bias,
             kv_norm=kv_norm, kv_b_bias=kv_b_bias, q_bias=q_bias, norm_eps=norm_eps, device=device, dtype=dtype,
         )  # fmt: skip
-        check_latent_options(sizes, num_heads, self.num_kv_heads, rope_kv_heads, q_lora_rank)
+        check_latent_options(sizes, num_heads, self.num_kv_heads, rope_kv_heads, q_lora_rank, q_bias)
         features = self.num_kv_heads * (sizes.nope + sizes.value)
         if kv_lora_rank is not None and kv_lora_rank >= min(features, self.kdim + 1):
             made = f"keys and values have {features} features, made from {self.kdim}"
@@ -172,16 +172,24 @@ class MultiHeadLatentAttention(LatentCircuits):
             elif self.absorbs(x, call.past) and (call.view.shards is None or self.kv_b_proj.bias is None):
                 # The same as attention of H queries of width R + Gr dr over one key, which is the value too.
                 key, value, bias = self.expansion()
-                query = self.heads.products(q, key)
+                query = self.heads.products(self.absorbed_queries(q), key)
                 u = latent_attention(query, q_rope, latent, call.view, latent_width=self.kv_lora_rank, **options)
                 out = self.heads.products(u, value.transpose(1, 2))
-                out = out if bias is None else out + self._seen_bias(bias, out, latent, call)
+                out = self.absorbed_outputs(out if bias is None else out + self._seen_bias(bias, out, latent, call))
             else:
                 k, v, *rope = self.expanded(latent)
                 k_rope = rope[0] if rope else None
                 out = softmax_attention(q, k, v, call.view, q_rope=q_rope, k_rope=k_rope, **options)
             y: Tensor = self.o_proj(out.flatten(2))
             return y
+
+    def absorbed_queries(self, q: Tensor) -> Tensor:
+        """Queries (B, T, H, dn) as the expansion's keys meet them in the absorbed form."""
+        return q
+
+    def absorbed_outputs(self, out: Tensor) -> Tensor:
+        """Outputs (B, T, H, Dv) made of the expansion's values in the absorbed form."""
+        return out
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries (B, T, H, dn + dr) before rotation."""
@@ -211,7 +219,7 @@ class MultiHeadLatentAttention(LatentCircuits):
         if self.rope_kv_heads > 1:
             # Each head's rotary query goes to the slot of its key, zeros elsewhere.
             slots = tuple(tuple(float(n == slot) for n in range(self.rope_kv_heads)) for slot in self.rope_slots())
-            own = constant(slots, q.device, q.dtype)
+            own = constant(slots, q.device, q.dtype).view(-1, self.rope_kv_heads)
             q_rope = (own[:, :, None] * q_rope[..., None, :]).flatten(-2)
         return q, q_rope, torch.cat([c, k_rope.flatten(2)], dim=-1).unsqueeze(2)
 
@@ -244,7 +252,7 @@ class MultiHeadLatentAttention(LatentCircuits):
         widths = [self.qk_nope_head_dim, self.v_head_dim]
         weight, bias = self.kv_b_proj.weight, self.kv_b_proj.bias
         key, value = weight.view(self.num_kv_heads, sum(widths), self.kv_lora_rank).split(widths, dim=1)
-        return key, value, None if bias is None else bias.view(self.num_kv_heads, -1)[:, widths[0] :]
+        return key, value, None if bias is None else bias.view(-1, sum(widths))[:, widths[0] :]
 
     def rotation_tables(
         self, x: Tensor, source: Tensor, positions: Positions, mask: AttentionMask | None, **options: Any
@@ -308,12 +316,16 @@ class MultiHeadLatentAttention(LatentCircuits):
         else:
             projections += 2 * keys * self.kdim * (R + shared)
         pairs = attention_pairs(T, S, causal=self.causal)
-        cheaper = self.absorb == "auto" and self.causal and S > T and self.absorbed_is_cheaper(T)
-        if self.absorb is True or cheaper:
+        if self.counts_absorbed(T, S):
             expansion, attention = 2 * T * H * R * width, 2 * H * (2 * R + shared) * pairs
         else:
             expansion, attention = 2 * S * R * G * width, 2 * H * (self.qk_nope_head_dim + shared + Dv) * pairs
         return {"projections": projections, "expansion": expansion, "attention": attention}
+
+    def counts_absorbed(self, T: int, S: int) -> bool:
+        """Whether FLOPs of T new tokens that look at S are those of the absorbed form."""
+        cheaper = self.absorb == "auto" and self.causal and S > T and self.absorbed_is_cheaper(T)
+        return self.absorb is True or cheaper
 
     def tensor_splits(self) -> dict[str, Any]:
         """Queries and the expansion by head; latents are whole."""

@@ -14,6 +14,7 @@ from attnzoo.cache import KeyValueCache
 from attnzoo.distributed.collectives import reduced
 from attnzoo.modules.base import Factors, Mechanism, per_head
 from attnzoo.modules.call import Mask, Positions, begin
+from attnzoo.modules.checks import check_prunable, starting_stds
 from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_entries, keep_rows
 from attnzoo.ops.expert_projection import Routes, expert_linear_pieces
 from attnzoo.ops.head_routing import Routing, router_losses
@@ -170,10 +171,10 @@ class MixtureOfAttentionHeads(Mechanism):
 
         The router too: with zeros every token would take the same experts.
         """
-        std = self.init_std if std is None else std
+        std, out_std = starting_stds(self.init_std, std, out_std)
         for layer in (self.router, self.q_experts, self.k_proj, self.v_proj):
             nn.init.normal_(layer.weight, std=std)
-        nn.init.normal_(self.o_experts.weight, std=std if out_std is None else out_std)
+        nn.init.normal_(self.o_experts.weight, std=out_std)
         noise = None if self.noise is None else self.noise.weight
         for zero in (self.k_proj.bias, self.v_proj.bias, self.o_bias, noise):
             if zero is not None:
@@ -283,10 +284,6 @@ class MixtureOfAttentionHeads(Mechanism):
             weighted = [self.coefficients[name] * terms[name] for name in AUX_LOSSES[self.aux_loss_kind]]
             self.aux_loss, self.routing = sum(weighted[1:], weighted[0]) if weighted else None, routing.detach()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left, which belongs to its graph, and without a process group."""
-        return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
-
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """Forward FLOPs, with grouped projections, of "projections", "router" and "attention"."""
         S = T if S is None else S
@@ -326,7 +323,7 @@ class MixtureOfAttentionHeads(Mechanism):
         if len(left.kept) < k:
             raise ValueError(f"indices must leave at least num_experts_per_tok {k} experts, got {len(left.kept)}")
         routers = [router for router in (self.router, self.noise) if router is not None]
-        self.check_prunable()
+        check_prunable(self)
         places, _ = self.experts.places(left)
         for router in routers:
             keep_rows(router, places)

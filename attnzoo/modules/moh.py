@@ -65,7 +65,8 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         router: "two_stage" or "query_norm".
         gate_form: "scaled" (as the authors' code runs it) or "paper" (as printed) for two_stage; "binary" for
             query_norm.
-        ste: gradient of query_norm's selection: through "all" routed gates, the "active" ones, or "none".
+        ste: gradient of query_norm's selection: through "all" routed gates, the "active" ones, or "none". two_stage
+            has none.
         aux_loss_coef: of the load balance.
         sparse: "auto", True (always in self-attention without a cache) or False. With our kernels, so on GPUs, "auto"
             is sparse wherever the sparse form can serve the call.
@@ -128,8 +129,12 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         if active == 0 and routed:
             raise ValueError(f"num_routed_active must be at least 1 unless all heads are shared, got 0 of {routed}")
         gate_form = ROUTERS[router][0] if gate_form is None else gate_form
-        if gate_form not in ROUTERS[router]:
+        if not isinstance(gate_form, str) or gate_form not in ROUTERS[router]:
             raise ValueError(f"gate_form of router {router!r} must be one of {ROUTERS[router]}, got {gate_form!r}")
+        if router != "query_norm" and ste != "all":
+            raise ValueError(
+                f"ste needs router 'query_norm', whose selection has a gradient, got {ste!r} and {router!r}"
+            )
         if router == "query_norm" and routed < 2:
             raise ValueError(f"router 'query_norm' needs at least 2 routed heads, got {routed}")
         self.num_shared_heads = self._shared_factor = shared
@@ -197,10 +202,6 @@ class MixtureOfHeadAttention(GroupedQueryAttention):
         if self.training and probability.shape[-1]:
             routing = Routing.of(active, probability, real, self.aux_loss_group)
             self.aux_loss, self.routing = self.aux_loss_coef * load_balance_loss(routing), routing.detach()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left, which belongs to its graph, and without a process group."""
-        return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
 
     def _runs_sparse(self, q: Tensor, v: Tensor, call: Call) -> bool:
         if self.sparse is False or call.cache is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gqa import GroupedQueryAttention, take_groups
 
 
 class MultiQueryAttention(GroupedQueryAttention):
@@ -20,6 +20,5 @@ class MultiQueryAttention(GroupedQueryAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int | None = None, **options: Any) -> None:
-        if (groups := options.pop("num_kv_heads", 1)) not in (None, 1) or isinstance(groups, bool):
-            raise ValueError(f"num_kv_heads must be 1, got {groups!r}: see GroupedQueryAttention")
+        take_groups(options, 1, "1", ": see GroupedQueryAttention")
         super().__init__(embed_dim, num_heads, 1, head_dim, **options)

@@ -36,6 +36,11 @@ class Parallel(nn.Module):
     expands_states = False
     """Whether keys and values are made from smaller states, which travel in their place."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last forward left, which belongs to its graph, and without a process group."""
+        left = ("aux_loss", "routing", "aux_loss_group")
+        return {name: None if name in left else value for name, value in self.__dict__.items()}
+
     # Sharded sequences
 
     def sequence_obstacle(self) -> str | None:

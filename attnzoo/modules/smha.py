@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnzoo.cache import ComposedCache
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.modules.call import Call, Mask, Positions, begin
-from attnzoo.modules.gqa import GroupedQueryAttention
+from attnzoo.modules.gqa import GroupedQueryAttention, take_groups
 from attnzoo.modules.heads import keep_entries, keep_rows
 from attnzoo.ops.head_routing import Routing, load_balance_loss, top_heads
 from attnzoo.ops.observation import current_observer
@@ -84,8 +84,7 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         for name in LACKS:
             if (given := options.get(name)) is not None and given is not False:
                 raise ValueError(f"{name} is no option of selective multi-head attention, got {given!r}")
-        if (groups := options.pop("num_kv_heads", None)) not in (None, num_heads) or isinstance(groups, bool):
-            raise ValueError(f"num_kv_heads must be num_heads {num_heads}, got {groups!r}")
+        take_groups(options, num_heads, f"num_heads {num_heads}")
         super().__init__(embed_dim, num_heads, num_heads, head_dim, bias=bias, **{"o_bias": False} | options)
         k = max(self.num_heads // 2, 1) if num_active is None else num_active
         (k,) = check_sizes(num_active=k)
@@ -172,9 +171,9 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
             self.aux_loss = self.aux_loss_coef / self.num_active * load_balance_loss(routing)
             self.routing = routing.detach()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what the last forward left, which belongs to its graph, and without a process group."""
-        return {**self.__dict__, "aux_loss": None, "routing": None, "aux_loss_group": None}
+    def no_weight_decay(self) -> set[str]:
+        """The output biases of heads, which are a matrix."""
+        return set() if self.o_head_bias is None else {"o_head_bias"}
 
     def tensor_splits(self) -> dict[str, Any]:
         """As the base's; the router is whole."""
@@ -228,8 +227,11 @@ class SelectiveMultiHeadAttention(GroupedQueryAttention):
         return *super().cache_widths(), (1, self.num_heads)
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
-        """As the base's, with all pairs as in the dense form; and "router"."""
-        return {**super().flops_by_part(T, S), "router": 2 * T * self.embed_dim * self.num_heads}
+        """As the base's, with all pairs as in the dense form, and output biases of heads; and "router"."""
+        parts, product = super().flops_by_part(T, S), 2 * T * self.embed_dim * self.num_heads
+        if self.o_head_bias is not None:
+            parts["projections"] += product
+        return {**parts, "router": product}
 
     def keep_heads(self, heads: list[int], groups: list[int]) -> None:
         """As the base's, and of the router: as if the other heads' logits were -inf, not a mask of their outputs.

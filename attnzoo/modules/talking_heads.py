@@ -45,8 +45,8 @@ class TalkingHeadsAttention(Mechanism):
         v_head_dim: width Dv of values. Default: E / Hv.
         kdim: width of the context. Default: E.
         bias: whether the projections have one.
-        mix_init: "identity" or "fan_in" (truncated normal, std 1 / sqrt(source heads)). Default: the identity where
-            the numbers of heads agree.
+        mix_init: "identity" or "fan_in" (normal with std 1 / sqrt(source heads), truncated at two of them). Default:
+            the identity where the numbers of heads agree.
         rope: rotary position embedding, or None.
         sliding_window: a query sees this many keys at most, itself included.
         causal: no query sees a later key.
@@ -117,7 +117,8 @@ class TalkingHeadsAttention(Mechanism):
             if self.mix_init == "identity":
                 nn.init.eye_(mix)
             else:
-                nn.init.trunc_normal_(mix, std=mix.shape[0] ** -0.5)
+                std_of_mix = mix.shape[0] ** -0.5
+                nn.init.trunc_normal_(mix, std=std_of_mix, a=-2 * std_of_mix, b=2 * std_of_mix)
 
     def no_weight_decay(self) -> set[str]:
         """The mixes: weight decay would pull them to 0 and not to their start."""

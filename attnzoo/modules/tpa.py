@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnzoo.cache import FactorCache
 from attnzoo.modules.base import Factors, Mechanism, per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
+from attnzoo.modules.checks import starting_stds
 from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
 from attnzoo.ops.factored_attention import factored_attention, factors_are_cheaper, tensor_product
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
@@ -113,6 +114,7 @@ class TensorProductAttention(Mechanism):
         std is that of the plain query projection (Xavier's bounds if None), out_std that of the output projection,
         which is 0 if None.
         """
+        starting_stds(0.0, std, out_std)
         for a, b, rank, width in self.factor_layers():
             for layer, size in ((a, rank), (b, width)):
                 bound = math.sqrt(6 / max(1, layer.out_features + size * layer.in_features))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.masks import Visibility
-from attnzoo.tracing import is_exported
+from attnzoo.tracing import is_exported, is_traced
 
 Result = TypeVar("Result")
 
@@ -27,6 +29,38 @@ def chunks_of(queries: int, chunk_size: int | None) -> Iterator[slice | None]:
         return
     for first in range(0, queries, chunk_size):
         yield slice(first, min(queries, first + chunk_size))
+
+
+def is_recomputed(queries: int, chunk_size: int | None) -> bool:
+    """Whether the backward pass will do again what is done in these chunks."""
+    # Asked first, since an exported program must not compare its lengths.
+    if is_traced() or not torch.is_grad_enabled():
+        return False
+    return chunk_size is not None and chunk_size < queries
+
+
+def view_now(view: Visibility) -> Visibility:
+    """The view with a mask of its own: until the backward pass, callers may refill the tensors of theirs."""
+    mask = view.mask
+    if mask is None:
+        return view
+    own = copy.copy(mask)
+    for name in ("lengths", "cu_seqlens", "dense_mask"):
+        if (part := getattr(mask, name)) is not None:
+            setattr(own, name, tensor_now(part))
+    return replace(view, mask=own)
+
+
+def tensor_now(tensor: Tensor) -> Tensor:
+    """A tensor with what it holds now, which nobody overwrites until the backward pass.
+
+    What has a gradient is left as it is: autograd watches over it.
+    """
+    if tensor.requires_grad:
+        return tensor
+    # Not larger than what is stored, where a mask was expanded.
+    stored = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    return tensor[stored].clone().expand_as(tensor)
 
 
 def recomputed(form: Callable[..., Result], rows: slice | None, *carried: Tensor) -> Result:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import Visibility
-from attnzoo.ops.chunks import in_chunks
+from attnzoo.ops.chunks import in_chunks, is_recomputed, view_now
 from attnzoo.ops.observation import Observation, ScoreMap, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
@@ -214,6 +214,8 @@ def composed_attention(
     if chunk_size is not None and chunk_size < T and is_readable(q):
         of_a_query = B * max(H, softmax_heads, targets) * S
         chunk_size = min(chunk_size, max(FEWEST_AT_ONCE, CACHED_SCORES // max(of_a_query, 1)))
+    if is_recomputed(T, chunk_size):
+        view = view_now(view)
     return in_chunks(form, T, chunk_size, k, v, view=view)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attnzoo.rules import describe, is_integer
+
 TIE = 1e-12
 """Distances closer than this count as equal: rounding must not separate heads that have the same weights."""
 
@@ -23,7 +25,9 @@ def cosine_distance(pattern: Tensor, probe_tokens: int | None = None) -> Tensor:
         pattern: (B, H, T, T) or (H, T, T).
         probe_tokens: use the pattern of this many first tokens only. Default: all.
     """
-    f = torch.nn.functional.normalize(pattern_features(pattern, probe_tokens), dim=-1)
+    # A sink leaves weights as small as one likes, so that only zeros count as zeros.
+    f = pattern_features(pattern, probe_tokens)
+    f = torch.nn.functional.normalize(f, dim=-1, eps=torch.finfo(f.dtype).tiny)
     distance = 1 - f @ f.mT
     return distance if pattern.ndim == 4 else distance[0]
 
@@ -43,11 +47,12 @@ def cluster_heads(pattern: Tensor, num_clusters: int, probe_tokens: int | None =
     Raises:
         ValueError: for a pattern of another shape, or a number outside its range.
     """
-    distance = cosine_distance(pattern, probe_tokens)
+    # Weights that are no numbers are as far as can be from all others: they must not spoil other examples.
+    distance = cosine_distance(pattern, probe_tokens).nan_to_num(nan=2.0)
     distance = distance if pattern.ndim == 4 else distance[None]
     heads = distance.shape[-1]
-    if not 1 <= num_clusters <= heads:
-        raise ValueError(f"num_clusters must lie between 1 and the {heads} heads, got {num_clusters}")
+    if not is_integer(num_clusters) or not 1 <= num_clusters <= heads:
+        raise ValueError(f"num_clusters must lie between 1 and the {heads} heads, got {num_clusters!r}")
     owner = torch.arange(heads, device=pattern.device).expand(distance.shape[0], heads)
     for keep, drop in average_linkage(distance, heads - num_clusters):
         owner = torch.where(owner == drop[:, None], keep[:, None], owner)
@@ -96,12 +101,14 @@ def pattern_features(pattern: Tensor, probe_tokens: int | None = None) -> Tensor
     Raises:
         ValueError: for a pattern of another shape, or more tokens than it has.
     """
+    if not isinstance(pattern, Tensor):
+        raise ValueError(f"pattern must be a tensor (B, H, T, T) or (H, T, T), got {describe(pattern)}")
     if pattern.ndim not in (3, 4) or pattern.shape[-1] != pattern.shape[-2]:
         raise ValueError(f"pattern must have shape (B, H, T, T) or (H, T, T), got {tuple(pattern.shape)}")
     n, tokens = probe_tokens, pattern.shape[-1]
     if n is None:
         n = tokens
-    if not 1 <= n <= tokens:
-        raise ValueError(f"probe_tokens must lie between 1 and the {tokens} tokens of the pattern, got {n}")
+    if not is_integer(n) or not 1 <= n <= tokens:
+        raise ValueError(f"probe_tokens must lie between 1 and the {tokens} tokens of the pattern, got {n!r}")
     f = pattern.detach()[..., :n, :n].double().flatten(-2)
     return f if f.ndim == 3 else f[None]

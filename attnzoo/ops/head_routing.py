@@ -67,8 +67,9 @@ def query_norm_gates(norms: Tensor, *, active: int, num_shared: int, ste: str) -
         Gates (B, T, Hs + R), selected (B, T, R), probabilities (B, T, R).
     """
     centred = norms - norms.mean(-1, keepdim=True)
-    # Unbiased; torch's own std warns about an empty batch, and its root has no gradient at 0.
-    spread = (centred.square().sum(-1, keepdim=True) / (norms.shape[-1] - 1)).clamp(min=1e-24).sqrt()
+    # Unbiased, but of one head, which pruning may leave. torch's own std warns about an empty batch, and its root has
+    # no gradient at 0.
+    spread = (centred.square().sum(-1, keepdim=True) / max(norms.shape[-1] - 1, 1)).clamp(min=1e-24).sqrt()
     probability, selected = (norms / spread).softmax(-1), top_heads(norms, active)
     gate = selected.to(norms.dtype)
     if ste != "none":
@@ -199,12 +200,17 @@ def routed_attention(
         (B, T, H, Dv).
 
     Raises:
-        ValueError: for a view with anything else in it, or one that does not fit.
+        ValueError: for a view with anything else in it, or one that does not fit, and for active pairs that do not.
         BackendUnavailable: if a named backend cannot serve the call.
     """
     B, T, H, _ = q.shape
     if not view.causal or view.window is not None or view.start(T, k.shape[1]) or k.shape[1] != T:
         raise ValueError("view must be causal, without a window, of as many queries as keys, to be routed")
+    if active.dtype != torch.bool or active.shape[:2] != (B, T) or active.shape[2] > H:
+        raise ValueError(
+            f"active must be boolean (B, T, R) of at most {H} heads for q of shape {tuple(q.shape)}, got "
+            f"{active.dtype} of shape {tuple(active.shape)}"
+        )
     observer = current_observer()
     if observer is not None:
         observer(Observation("routed_attention", q, k, v, view, ScoreRules(scale)))

@@ -250,6 +250,13 @@ def read_states(q: Tensor, weights: Tensor, states: Tensor) -> Tensor:
     return torch.einsum("bncgrd,bngrdv->bncgrv", q, before)
 
 
+def normalised(out: Tensor, sums: Tensor, eps: float) -> Tensor:
+    """Outputs (B, T, H, Dv) over sums of weights that cannot be negative, (B, T, H, 1), and eps; 0 where that is 0."""
+    sums = sums + eps
+    # With eps, no sum is 0.
+    return out / (sums if eps else sums + (sums == 0))
+
+
 def slot_sums(q: Tensor, k: Tensor, mixing: Tensor, *, size: int, order: Tensor | None = None) -> Tensor:
     """sum_j m_ij q_jc . z_j with z_j = sum_c k_jc, for slot c of block i: (B, T, H, 1).
 

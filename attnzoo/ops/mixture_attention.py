@@ -12,10 +12,11 @@ from torch import Tensor
 from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.feature_maps import elu_plus_one
-from attnzoo.ops.observation import Observation, current_observer
+from attnzoo.ops.observation import Observation, current_observer, observing
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules
 from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo.tracing import is_traced
 
 
 def mixture_attention(
@@ -58,20 +59,10 @@ def mixture_attention(
         BackendUnavailable: if a named backend cannot serve the call.
     """
     if view.shards is not None:
-        outs = []
-        for rows, stop, own in view.shards.ops.query_runs(view, k.shape[1], False):
-            if own.mask is not None and own.mask.cu_seqlens is not None:
-                visible = own.dense((q.shape[0], 1, rows.stop - rows.start, stop), q.device)
-                assert visible is not None
-                own = Visibility(False, mask=AttentionMask.dense(visible))
-            prior = log_prior if log_prior is None or log_prior.shape[1] == 1 else log_prior[:, :stop]
-            outs.append(
-                mixture_attention(
-                    q[:, rows], k[:, :stop], v[:, :stop], own, precision=precision, log_prior=prior, hard=hard, eps=eps,
-                    dropout=dropout, backend=backend,
-                )
-            )  # fmt: skip
-        return torch.cat(outs, 1)
+        return _of_shards(
+            q, k, v, view, precision=precision, log_prior=log_prior, hard=hard, eps=eps, dropout=dropout,
+            backend=backend,
+        )  # fmt: skip
     # A size is a tensor while a program is traced, and a power of that is float32.
     T, D, dtype = q.shape[1], int(q.shape[3]), v.dtype
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -106,6 +97,22 @@ def mixture_attention(
         v = v[:, None].expand(-1, k.shape[3], -1, -1, -1).flatten(1, 2)
         k = k.permute(0, 3, 1, 2, 4).flatten(1, 2)
         return softmax_attention(q, k, v, view, scale=D**-0.5, sinks=sinks, backend=backend).to(dtype)
+
+
+def _of_shards(
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, *, log_prior: Tensor | None, **options: Any
+) -> Tensor:  # fmt: skip
+    """Runs of a shard's queries over the keys up to each run's end, whose patterns are shown to nobody."""
+    outs = []
+    for rows, stop, own in view.shards.ops.query_runs(view, k.shape[1], False):
+        if own.mask is not None and own.mask.cu_seqlens is not None:
+            visible = own.dense((q.shape[0], 1, rows.stop - rows.start, stop), q.device)
+            assert visible is not None
+            own = Visibility(False, mask=AttentionMask.dense(visible))
+        prior = log_prior if log_prior is None or log_prior.shape[1] == 1 else log_prior[:, :stop]
+        with observing(None):
+            outs.append(mixture_attention(q[:, rows], k[:, :stop], v[:, :stop], own, log_prior=prior, **options))
+    return torch.cat(outs, 1)
 
 
 def mixture_scores(q: Tensor, k: Tensor, precision: Tensor, log_prior: Tensor | None = None) -> Tensor:
@@ -183,7 +190,15 @@ def mean_responsibilities(
         places: (1 or B, S) index of each key in the last axis of prior, where it has one.
         real: which queries (B, T) and which keys (B, S) count; None: all.
         group: processes to sum over.
+
+    Raises:
+        ValueError: in a backward pass, where a checkpoint repeats a forward pass that has moved the prior already.
     """
+    if not is_traced() and torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "assignment 'soft' must not be recomputed in the backward pass, since its prior has moved on: switch "
+            "activation checkpointing off"
+        )
     B, T = q.shape[:2]
     S, G, R = k.shape[1:4]
     dtype = torch.promote_types(q.dtype, torch.float32)

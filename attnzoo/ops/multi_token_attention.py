@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, Visibility
-from attnzoo.ops.chunks import in_chunks
+from attnzoo.ops.chunks import in_chunks, is_recomputed, tensor_now, view_now
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
@@ -99,8 +99,8 @@ def multi_token_attention(
         o = mix(conv(p, post_kernel) where `view` allows, post_heads) v
 
     A convolution reads earlier queries of the same document, each with the keys that it sees itself. Rows of weights do
-    not add up to 1 and may be negative. Without kernels this is `composed_attention`, with its backends. Scores and
-    weights are float32, or float64 for float64.
+    not add up to 1 and may be negative. Without kernels this is `composed_attention`, with its backends, unless
+    `pre_heads` mixes scores that a mask hides from some heads. Scores and weights are float32, or float64 for float64.
 
     Args:
         q: queries (B, T, H, D).
@@ -121,7 +121,8 @@ def multi_token_attention(
         BackendUnavailable: if a named backend cannot serve the call.
     """
     pre, post = (None if mix is None else Composition(mix, residual=False) for mix in (maps.pre_heads, maps.post_heads))
-    if maps.pre_kernel is None and maps.post_kernel is None:
+    kernels = maps.pre_kernel is not None or maps.post_kernel is not None
+    if not kernels and not (pre is not None and _tells_heads_apart(view.mask)):
         return composed_attention(
             q, k, v, pre, post, view, scale=scale, dropout=dropout, chunk_size=chunk_size, backend=backend
         )
@@ -173,7 +174,16 @@ def multi_token_attention(
             value = v[:, keys].repeat_interleave(H // max(G, 1), dim=2) if H != G else v[:, keys]
             return torch.einsum("bhts,bshd->bthd", p, value)
 
-    return in_chunks(form, T, None if backend == "eager" else chunk_size)
+    chunk_size = None if backend == "eager" else chunk_size
+    if is_recomputed(T, chunk_size):
+        k, v, view = tensor_now(k), tensor_now(v), view_now(view)
+    return in_chunks(form, T, chunk_size)
+
+
+def _tells_heads_apart(mask: AttentionMask | None) -> bool:
+    """Whether a mask may hide a pair from some heads only: no mask of the mixed scores says so."""
+    dense = None if mask is None else mask.dense_mask
+    return dense is not None and dense.ndim > 2 and dense.shape[-3] > 1
 
 
 def _of_all_queries(mask: AttentionMask | None) -> AttentionMask | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import AttentionMask, Visibility
-from attnzoo.ops.chunks import recomputed
+from attnzoo.ops.chunks import recomputed, view_now
 from attnzoo.ops.observation import current_observer
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.tracing import has_values
@@ -53,6 +53,8 @@ def pruned_attention(
     firsts = [first_keys(q, k, view, rows, decay.detach(), scale, tolerance) for rows in chunks]
     if not any(map(any, firsts)):
         return softmax_attention(q, k, v, view, decay=decay, scale=scale, **options)
+    if mask is not None and torch.is_grad_enabled():
+        view = view_now(view)
     groups = 1 if all(len(set(of_chunk)) == 1 for of_chunk in firsts) else G
     # Split once, since each slice has a gradient of the size of what it is taken from.
     parts = zip(*(x.chunk(groups, 2) for x in (q, k, v)), decay.chunk(groups, 1), strict=True)

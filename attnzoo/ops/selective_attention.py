@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import Visibility
-from attnzoo.ops.chunks import chunks_of, recomputed
+from attnzoo.ops.chunks import chunks_of, is_recomputed, recomputed, tensor_now, view_now
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, masked_softmax
@@ -124,7 +124,11 @@ def selective_attention(
             rules = ScoreRules(scale, bias=bias, dropout=dropout)
         observer(Observation("selective_attention", q, k, v, view, rules))
     outs, ends = [], [start[:, None]]
-    for rows in chunks_of(T, None if backend == "eager" else chunk_size):
+    chunk_size = None if backend == "eager" else chunk_size
+    if is_recomputed(T, chunk_size):
+        k, v, view = tensor_now(k), tensor_now(v), view_now(view)
+        real = None if real is None else tensor_now(real)
+    for rows in chunks_of(T, chunk_size):
         out, after = recomputed(form, rows, ends[-1][:, -1])
         outs.append(out)
         ends[-1:] = [ends[-1][:, :-1], after] if kept else [after]

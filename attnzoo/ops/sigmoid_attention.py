@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import Visibility
-from attnzoo.ops.chunks import in_chunks
+from attnzoo.ops.chunks import in_chunks, is_recomputed, tensor_now, view_now
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, sigmoid_weights
@@ -88,10 +90,15 @@ def sigmoid_attention(
             q, k, v, logit_bias=logit_bias, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, **options
         )
 
+    chunk_size = None if backend == "eager" else chunk_size
+    if is_recomputed(q.shape[1], chunk_size):
+        k, v, view = tensor_now(k), tensor_now(v), view_now(view)
+        rules = rules if bias is None else replace(rules, bias=tensor_now(bias))
+
     def form(rows: slice | None) -> Tensor:
         return sigmoid_attention_reference(q, k, v, view, rules, rows)
 
-    return in_chunks(form, q.shape[1], None if backend == "eager" else chunk_size)
+    return in_chunks(form, q.shape[1], chunk_size)
 
 
 def sigmoid_attention_reference(

@@ -22,7 +22,7 @@ from attnzoo.ops.flash import flash_attention, flash_obstacle
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import HALF, ScoreRules, decay_of_pairs, join_decay, join_rope, masked_softmax
-from attnzoo.tracing import is_traced
+from attnzoo.tracing import in_forward_mode, is_traced
 
 MAX_HEAD_DIM = 256
 """Widest head that the kernels take."""
@@ -299,12 +299,16 @@ def _obstacles(
     def sdpa() -> str | None:
         if rules.softcap is not None:
             return "scaled_dot_product_attention has no soft-cap"
-        if isinstance(rules.sinks, Tensor) and rules.sinks.requires_grad and torch.is_grad_enabled():
+        # With dropout whether gradients are wanted now or not: a checkpoint has to draw the same weights both times.
+        trained = isinstance(rules.sinks, Tensor) and rules.sinks.requires_grad
+        if trained and (torch.is_grad_enabled() or rules.dropout):
             return "scaled_dot_product_attention gives no gradient to learned sinks without storing all scores"
         if q.is_cuda and q.dtype in HALF and _needs_bias(rules):
             return f"scaled_dot_product_attention reads a float32 bias beside {q.dtype} queries wrongly on a GPU"
         if 0 in q.shape or 0 in k.shape:
             return f"an empty call is left to eager, got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        if in_forward_mode():
+            return "scaled_dot_product_attention has no forward-mode derivative"
         return None
 
     plain = _is_plain(q, k, v, view, rules)

@@ -80,3 +80,15 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
             if tensor.is_floating_point():
                 return tensor.device, tensor.dtype
     return torch.device("cpu"), torch.float32
+
+
+def start_layer(module: nn.Module, std: float) -> None:
+    """The start of a layer beside the projections: normal with `std` and biases 0, norms 1, others as they do it."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        nn.init.ones_(module.weight)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()

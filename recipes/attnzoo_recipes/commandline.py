@@ -26,8 +26,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from attnzoo import BackendUnavailable
 from attnzoo.diagnostics.plots import FORMATS
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, check_arguments
-from attnzoo_recipes.callbacks.memory import OUT_OF_MEMORY, MemoryEstimate, is_out_of_memory, out_of_memory
-from attnzoo_recipes.callbacks.metrics import Metrics, outlive_failing_disks
+from attnzoo_recipes.callbacks.memory import MemoryEstimate, out_of_memory
+from attnzoo_recipes.callbacks.metrics import Metrics, NothingLeft, outlive_failing_disks
 from attnzoo_recipes.callbacks.progress import (
     Checkpoints,
     LossCurve,
@@ -43,7 +43,7 @@ from attnzoo_recipes.checkpointing import AtomicCheckpointIO
 from attnzoo_recipes.data.module import TextDataModule, check_endless
 from attnzoo_recipes.files import Unbreakable, is_failing_disk
 from attnzoo_recipes.optimisers import OptimiserMaker, ScheduleMaker
-from attnzoo_recipes.options import one_sentence, take_allowed_imports
+from attnzoo_recipes.options import OUT_OF_MEMORY, is_out_of_memory, one_sentence, take_allowed_imports
 from attnzoo_recipes.sharding import ShardedStrategy
 from attnzoo_recipes.signals import Stop
 from attnzoo_recipes.trainer import LOST_PROCESS, check_strategy, is_lost_process, lost_process
@@ -126,11 +126,13 @@ class PretrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, which always logs to CSV and writes checkpoints atomically."""
         trainer = self._get(self.config_init, "trainer")
-        loggers = [Metrics(trainer["default_root_dir"] or "runs"), *_listed(trainer["logger"])]
+        metrics = Metrics(trainer["default_root_dir"] or "runs")
+        loggers = [metrics, *_listed(trainer["logger"])]
         samples, kind = (self._get(self.config_init, name) for name in ("samples", "format"))
         report = Report(samples.prompt, samples.temperature, self.allowed)
         always = [
             RandomStates(), Throughput(), LossCurve(kind), Record(), report, MemoryEstimate(), GracefulStop(self.stop),
+            NothingLeft(metrics),
         ]  # fmt: skip
         if trainer["enable_model_summary"] is not False:
             always.append(Sizes())

@@ -100,6 +100,11 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.stdout.write(f"written to {given.out}: import attnzoo.hugging_face before loading it\n")
 
 
+_OWN_WORDS = {
+    "model": "it is the first word", "mechanism": "use --to", "layers": "use --layers", "calib": "use --calib",
+}  # fmt: skip
+"""Arguments of `convert` that the command line has otherwise."""
+_FACTOR_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -109,6 +114,8 @@ def convert_and_compare(
     """Convert the model in place; the report, and perplexities "before" and "after" if there is a text "eval"."""
     from attnzoo.hugging_face import convert
 
+    if isinstance(name := options.get("factor_dtype"), str):
+        options = {**options, "factor_dtype": _FACTOR_DTYPES.get(name, name)}
     perplexities = {}
     if "eval" in texts:
         perplexities["before"] = perplexity(model, texts["eval"], "perplexity before")
@@ -148,7 +155,7 @@ def conversion_options(given: argparse.Namespace) -> dict[str, Any]:
     """The keyword options of `attnzoo.hugging_face.convert` from the command line.
 
     Raises:
-        ValueError: for a --set that is not NAME=VALUE.
+        ValueError: for a --set that is not NAME=VALUE, or whose name another word has.
     """
     options = {}
     for word in _OPTIONS:
@@ -159,6 +166,8 @@ def conversion_options(given: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip().isidentifier():
             raise ValueError(f"--set must be followed by NAME=VALUE, got {text!r}")
+        if name.strip() in _OWN_WORDS:
+            raise ValueError(f"--set must name an option of the conversion, got {text!r}: {_OWN_WORDS[name.strip()]}")
         options[name.strip()] = plain_value(value)
     if given.to == "mla":
         options.setdefault("rope_select", "high")

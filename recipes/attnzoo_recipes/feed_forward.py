@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from attnzoo.modules.checks import check_input
 from attnzoo.modules.moa import Experts
 from attnzoo.ops.expert_projection import Routes
 from attnzoo.ops.head_routing import Routing, router_losses
 from attnzoo.ops.submodules import precise_linear
-from attnzoo.rules import COUNT, INTEGER, NUMBER, check, check_sizes, one_of
+from attnzoo.rules import COUNT, INTEGER, NUMBER, SWITCH, check, check_options, check_sizes, describe, one_of
 from attnzoo.tracing import is_exported
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
@@ -39,6 +40,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         mlp_dim = default_mlp_dim(embed_dim) if mlp_dim is None else mlp_dim
         check_sizes(embed_dim=embed_dim, mlp_dim=mlp_dim)
+        self.embed_dim = embed_dim
         self.gate_proj = nn.Linear(embed_dim, mlp_dim, bias=False)
         self.up_proj = nn.Linear(embed_dim, mlp_dim, bias=False)
         self.down_proj = nn.Linear(mlp_dim, embed_dim, bias=False)
@@ -51,6 +53,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, E) -> (B, T, E)."""
+        _check_tokens(x, self.embed_dim, self.up_proj)
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
@@ -107,9 +110,7 @@ class FeedForward(nn.Module):
         activation = _checked_activation(depth, activation)
         if depth == 1 and hidden_dim is not None:
             raise ValueError(f"hidden_dim must not be given with depth 1, which has no hidden layer, got {hidden_dim}")
-        check("dropout", dropout, NUMBER)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_options(bias=bias, dropout=dropout, device=device, dtype=dtype)
         if hidden_dim is None:
             hidden_dim = 8 * math.ceil(embed_dim / 3) if activation == "swiglu" else 4 * embed_dim
         check_sizes(hidden_dim=hidden_dim)
@@ -144,6 +145,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, E) -> (B, T, E)."""
+        _check_tokens(x, self.embed_dim, self.proj if self.depth == 1 else self.up_proj)
         gated = self.activation == "swiglu"
         phi = F.silu if gated else ACTIVATIONS[self.activation]
         if self.depth == 1:
@@ -180,9 +182,10 @@ def hidden_dim_for(embed_dim: int, depth: int, activation: str, parameters: int)
     activation = _checked_activation(depth, activation)
     if depth == 1:
         raise ValueError("depth must be 2 or 3 to have a hidden width, got 1")
-    outer = (3 if activation == "swiglu" else 2) * embed_dim
+    check("parameters", parameters, NUMBER)
+    outer, most = (3 if activation == "swiglu" else 2) * embed_dim, max(parameters, 0)
     # Depth 3: F^2 + outer F = parameters.
-    width = parameters / outer if depth == 2 else (math.sqrt(outer**2 + 4 * parameters) - outer) / 2
+    width = most / outer if depth == 2 else (math.sqrt(outer**2 + 4 * most) - outer) / 2
     if round(width) < 1:
         raise ValueError(f"parameters must allow a hidden width of at least 1, got {parameters}")
     return round(width)
@@ -257,6 +260,8 @@ class MultiHeadMixtureOfExperts(nn.Module):
         check("aux_count", aux_count, one_of("first", "all"))
         check("backend", backend, one_of("auto", "eager", "triton"))
         check("shared_dim", shared_dim, COUNT)
+        check("inner_residual", inner_residual, SWITCH)
+        check_options(bias=bias, device=device, dtype=dtype)
         for name, value in (("aux_loss_coef", aux_loss_coef), ("init_std", init_std)):
             check(name, value, NUMBER)
             if value < 0:
@@ -316,8 +321,9 @@ class MultiHeadMixtureOfExperts(nn.Module):
             x: input.
             mask: (B, T) boolean, True = real token; only those count in the balance loss.
         """
-        if x.ndim != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"x must have shape (B, T, {self.embed_dim}), got {tuple(x.shape)}")
+        check_input("x", x, self.embed_dim, self.head_proj)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"mask must be a boolean tensor (B, T), got {describe(mask)}")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             raise ValueError(f"mask must be boolean (B, T) {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         (B, T, E), h, k = x.shape, self.num_heads, self.num_experts_per_tok
@@ -412,6 +418,7 @@ def mh_moe_parity(
         ValueError: if less than a hidden width of 1 is left.
     """
     check_sizes(embed_dim=embed_dim, num_heads=num_heads, k=k, base_experts=base_experts, base_k=base_k)
+    check("base_hidden", base_hidden, NUMBER)
     check("activation", activation, one_of("swiglu", "relu", "gelu"))
     layers = 2 * embed_dim / 3 if activation == "swiglu" else float(embed_dim)
     hidden = (base_k * base_hidden - layers) / k
@@ -426,6 +433,10 @@ def _usual_sizes(embed_dim: int, num_heads: int, k: int, activation: str) -> tup
     gated = activation == "swiglu"
     if gated and num_heads == k == 2:
         return embed_dim, 40
+    if k > (most := (2 if gated else 3) * embed_dim):
+        raise ValueError(
+            f"num_experts_per_tok must be at most {most} unless hidden_dim and num_experts are given, got {k}"
+        )
     return mh_moe_parity(embed_dim, num_heads, k, embed_dim * (8 / 3 if gated else 4), 8, 1, activation)[:2]
 
 
@@ -442,6 +453,14 @@ def _checked_activation(depth: int, activation: str | None) -> str:
     if depth == 1 and activation == "swiglu":
         raise ValueError('activation must not be "swiglu" with depth 1, whose single layer has no gate')
     return activation
+
+
+def _check_tokens(x: Tensor, width: int, layer: nn.Module) -> None:
+    """Raise ValueError unless x (B, T, width), or with other axes before the last, fits the layer."""
+    if not isinstance(x, Tensor) or x.ndim == 3:
+        check_input("x", x, width, layer)
+    elif x.shape[-1:] != (width,):
+        raise ValueError(f"x must have shape (B, T, {width}), got {tuple(x.shape)}")
 
 
 def _matrix_flops(module: nn.Module, T: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,17 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
-    try:
-        with mistakes_in_one_sentence("attnzoo-generate"):
-            words, allowed = take_allowed_imports(command_line(args))
-            generate_text(build_parser().parse_args(words), allowed)
-    except _ReaderLeft:
-        # Python would complain when it closes the pipe; nobody reads what is still to be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class _ReaderLeft(Exception):  # noqa: N818  # nothing is wrong
-    """The reader of the output has closed it."""
+    with mistakes_in_one_sentence("attnzoo-generate"):
+        words, allowed = take_allowed_imports(command_line(args))
+        generate_text(build_parser().parse_args(words), allowed)
 
 
 def generate_text(options: argparse.Namespace, allowed: tuple[str, ...]) -> None:
@@ -91,7 +82,10 @@ def generate_text(options: argparse.Namespace, allowed: tuple[str, ...]) -> None
 def read_prompt(text: str | None, path: str | None) -> str:
     """The prompt: the text, or what a file or, for "-", standard input holds."""
     if path is None:
-        return text or ""
+        text = text or ""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"--prompt must be text that UTF-8 can write, got {text!r:.80}")
+        return text
     if text is not None:
         raise ValueError(f"--prompt and --prompt-file must not both be given, got {text!r:.80} and {path!r}")
     try:
@@ -101,11 +95,8 @@ def read_prompt(text: str | None, path: str | None) -> str:
 
 
 def _show(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise _ReaderLeft from None
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,11 @@ from jsonargparse import DefaultHelpFormatter
 
 from attnzoo import BackendUnavailable
 from attnzoo_recipes.allowlist import ALLOWED, SUMMARY, added_packages, enforce
+
+OUT_OF_MEMORY = 5
+"""Exit code of a command that had no memory left."""
+
+_WORDS = ("not enough memory", "out of memory", "cannot allocate memory", "failed to allocate", "bad_alloc")
 
 
 def command_line(args: Sequence[str] | None) -> list[str]:
@@ -160,16 +166,54 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def mistakes_in_one_sentence(command: str) -> Iterator[None]:
+def mistakes_in_one_sentence(command: str, stopped: str = "") -> Iterator[None]:
     """Turn a ValueError, an OSError or an error of the parser into one sentence on stderr and exit code 2.
 
-    A backend that cannot run here is the user's choice as well, or that of the checkpoint.
+    A backend that cannot run here is the user's choice as well, or that of the checkpoint. Ctrl-C is one sentence and
+    exit code 130. Where the reader of the output has left (`| head`), the command ends as if it had read all of it.
+
+    Args:
+        command: name of the command.
+        stopped: what the sentence of Ctrl-C says besides.
     """
     try:
         yield
+    except BrokenPipeError:
+        pass
     except (ArgumentError, ValueError, OSError, BackendUnavailable) as error:
         sys.stderr.write(f"{command}: error: {one_sentence(error)}\n")
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = one_sentence(error) or type(error).__name__
+        sys.stderr.write(f"{command}: error: out of memory ({reason:.200})\n")
+        raise SystemExit(OUT_OF_MEMORY) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{command}: stopped{stopped and f'; {stopped}'}\n")
+        raise SystemExit(130) from None
+    finally:
+        _flush_output(command)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, of whatever kind, says that there is no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+
+
+def _flush_output(command: str) -> None:
+    """Write what standard output still holds back, which otherwise fails when Python ends, with its own message."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"{command}: error: standard output could not be written: {one_sentence(error)}\n")
+            raise SystemExit(2) from None
 
 
 def one_sentence(error: BaseException) -> str:

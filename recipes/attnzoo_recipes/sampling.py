@@ -86,7 +86,9 @@ def stream(
             logits = model(tokens, caches=caches)[:, -1]
             if penalty != 1.0:
                 seen.scatter_(1, tokens, True)
-                logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+                largest = torch.finfo(logits.dtype).max
+                penalised = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-largest, largest)
+                logits = torch.where(seen, penalised, logits)
             drawn = choose(logits, temperature, *cuts, randoms, sampling.get("min_p"))
             tokens = drawn[:, None]
             yield drawn
@@ -105,13 +107,15 @@ def choose(
     """One token id for each row of logits (B, V) -> (B,). `random` is a CPU generator, or one for each row.
 
     Raises:
-        ValueError: for logits that are not numbers.
+        ValueError: for logits that are not numbers, or infinite.
     """
-    if bool(logits.isnan().any()):
-        raise ValueError("the model's logits must be numbers to sample from, got NaN: its weights are damaged")
+    if not bool((logits < torch.inf).all()):
+        got = "NaN: its weights are damaged" if bool(logits.isnan().any()) else f"infinity in {logits.dtype}"
+        raise ValueError(f"the model's logits must be numbers to sample from, got {got}")
     if temperature == 0:
         return logits.argmax(-1)
-    ranked, order = (logits.double().cpu() / temperature).sort(dim=-1, descending=True)
+    ranked, order = logits.double().cpu().sort(dim=-1, descending=True)
+    ranked = (ranked - ranked[:, :1]) / temperature  # of which none is too large, however low the temperature
     if top_k is not None:
         ranked[:, top_k:] = -torch.inf
     probabilities = ranked.softmax(-1)

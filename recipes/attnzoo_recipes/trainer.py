@@ -90,6 +90,19 @@ def log_is_due(trainer: L.Trainer, batch_idx: int, step: int) -> bool:
     return ends_step(trainer, batch_idx) and step % log_interval(trainer) == 0
 
 
+def recount_batches(checkpoint: dict[str, Any], batches_per_step: int) -> None:
+    """Make a checkpoint count the batches that its optimiser steps would have had with so many batches each.
+
+    Steps end, and validation begins, at multiples of these counts, which a run that continues with another gradient
+    accumulation would miss. Only for data without epochs.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (loop.get("total"), loop.get("current")):
+        if counts is not None:
+            shift = checkpoint["global_step"] * batches_per_step - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
+
+
 def is_dry_run(trainer: L.Trainer) -> bool:
     """Whether the trainer only tries a few batches (`fast_dev_run`)."""
     untyped: Any = trainer

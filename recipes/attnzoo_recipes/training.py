@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.distributed import SequenceParallel, shard
+from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.feed_forward import SwiGLU
 from attnzoo_recipes.initial_weights import start_from
 from attnzoo_recipes.lm import DecoderLM
@@ -40,7 +41,7 @@ from attnzoo_recipes.optimisers import (
     settings_of_groups,
 )
 from attnzoo_recipes.sharding import ShardedStrategy, clip_gradients
-from attnzoo_recipes.trainer import check_strategy, ends_step, is_sharded, log_is_due
+from attnzoo_recipes.trainer import check_strategy, ends_step, is_sharded, log_is_due, recount_batches
 
 
 class Pretraining(L.LightningModule):
@@ -49,7 +50,9 @@ class Pretraining(L.LightningModule):
     A batch is {"tokens": (B, T) int64, "targets": (B, T) int64 with -100 = not predicted} and, if documents are
     packed, "cu_seqlens" as `AttentionMask.packed` takes it. Logs train_loss (nats per token, the mean over all batches
     of an optimiser step and all processes), lr, val_loss and val_bits_per_byte (total nats / total UTF-8 bytes / ln 2,
-    which makes tokenizers comparable) of each validation set, test_loss and test_bits_per_byte.
+    which makes tokenizers comparable) of each validation set, test_loss and test_bits_per_byte. Data of another kind
+    than `TextDataModule` have no bits per byte unless their module has `token_bytes`, and their sets after the first
+    are val_1_loss, val_2_loss, ...
 
     Args:
         attention: the mechanism; makes an attention module from embed_dim.
@@ -207,7 +210,10 @@ class Pretraining(L.LightningModule):
         if "model" in self._modules:
             return
         if self.vocab_size is None:
-            self.vocab_size = int(self._data().tokenizer.vocab_size)
+            tokenizer = getattr(self._data(), "tokenizer", None)
+            if tokenizer is None:
+                raise ValueError("vocab_size must be given where the trainer's data module has no tokenizer, got None")
+            self.vocab_size = int(tokenizer.vocab_size)
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             self.model, self._spread = strategy.decoder(self.vocab_size, self.attention, self.feed_forwards, self.sizes)
@@ -262,6 +268,8 @@ class Pretraining(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             before = saved.get("optimizer", settings_of_groups(checkpoint.get("optimizer_states")))
             check_continued(before if isinstance(before, dict) else {}, self._continued_settings())
+            if isinstance(self._data(), TextDataModule):
+                recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def _continued_settings(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -415,9 +423,9 @@ class Pretraining(L.LightningModule):
         """Start counting."""
         self._start_totals("test")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count nats, predicted tokens and bytes."""
-        self._count(batch, 0)
+        self._count(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log test_loss and test_bits_per_byte."""
@@ -425,11 +433,16 @@ class Pretraining(L.LightningModule):
 
     def _start_totals(self, stage: str) -> None:
         data = self._data()
-        sets = list(getattr(data, "validation", [""])) if stage == "val" else [""]
+        loaders = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        sets = [str(number or "") for number in range(len(loaders))]
+        if stage == "val":
+            sets = list(getattr(data, "validation", sets))
         self._evaluated = [f"{stage}_{name}" if name else stage for name in sets]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._totals = torch.zeros(len(sets), 3, dtype=dtype, device=self.device)
-        self._token_bytes = data.token_bytes.to(self.device)
+        known = getattr(data, "token_bytes", None)
+        lengths = torch.zeros(self.model.vocab_size, dtype=torch.int64) if known is None else known
+        self._token_bytes = lengths.to(self.device)
 
     def _count(self, batch: dict[str, Tensor], index: int) -> None:
         batch = self._own_tokens(batch)
@@ -441,8 +454,9 @@ class Pretraining(L.LightningModule):
     def _log_totals(self) -> None:
         totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
         for name, (nats, predicted, text_bytes) in zip(self._evaluated, totals.tolist(), strict=True):
-            if text_bytes:
+            if predicted:
                 self.log(f"{name}_loss", nats / predicted)
+            if text_bytes:
                 self.log(f"{name}_bits_per_byte", nats / text_bytes / math.log(2), prog_bar=True)
 
     # optimiser
@@ -521,7 +535,7 @@ class Pretraining(L.LightningModule):
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        if math.isinf(steps) or steps < 1:  # Lightning answers -1 where the data have no end
             raise ValueError("trainer.max_steps must be given: the learning rate's cosine ends there, got no end")
         return int(steps)
 

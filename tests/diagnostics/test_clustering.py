@@ -174,6 +174,12 @@ def test_causal_cosines_are_high_and_correlations_are_not():
         (lambda: cluster_heads(patterns(), 2, 0), "probe_tokens must lie between 1 and the 5 tokens"),
         (lambda: elbow(torch.ones(2, 2)), "error must be a vector"),
         (lambda: elbow(torch.ones(0)), "error must be a vector"),
+        (lambda: elbow(None), "error must be a vector of finite numbers, got None"),
+        (lambda: elbow(["a"]), "error must be a vector of finite numbers"),
+        (lambda: head_correlation([1.0]), r"pattern must be a tensor, got \[1.0\]"),
+        (lambda: head_correlation(patterns(), 2.5), "probe_tokens must be an integer, got 2.5"),
+        (lambda: chai_cluster_error(patterns(), True), "probe_tokens must be an integer, got True"),
+        (lambda: chai_cluster_error(patterns() * math.nan), "pattern must be finite"),
         (lambda: elbow(torch.tensor([1.0, math.nan])), "error must be a vector of finite numbers"),
     ],
 )

@@ -1,6 +1,7 @@
 """Gates over heads: stored figures, limits, training."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,6 +116,9 @@ def test_gates_find_heads_that_do_not_matter(decoder, batch):
         ({"high": 1.0}, "high must be above 1, got 1"),
         ({"temperature": 0.0}, "temperature must be positive, got 0"),
         ({"eps": 0.5}, "eps must lie between 0 and 0.5, got 0.5"),
+        ({"temperature": "a"}, "temperature must be a finite number, got 'a'"),
+        ({"init": math.nan}, "init must be a finite number, got nan"),
+        ({"low": -math.inf}, "low must be a finite number, got -inf"),
     ],
 )
 def test_refusals(options, message):
@@ -125,3 +129,5 @@ def test_refusals(options, message):
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"noise must have shape \(2, 3\), got \(3, 2\)"):
         HeadGates(2, 3)(torch.full((3, 2), 0.5))
+    with pytest.raises(ValueError, match="noise must be a floating-point tensor, got 'a'"):
+        HeadGates(2, 3)("a")

@@ -229,6 +229,35 @@ def test_composed_weights_have_cosines_alone(name):
     assert set(layer.measures) == set(MEASURES)
 
 
+def test_a_head_without_weights_in_an_example_has_its_cosines_of_the_others():
+    model = attnzoo.SelectiveMultiHeadAttention(32, 4, bias=False).double().eval()
+    x = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with capture(model) as captured, torch.no_grad():
+        model(x)
+    (pattern,) = captured.last("patterns")
+    assert bool((pattern.flatten(2).norm(dim=-1) == 0).any())
+    found = head_report(model, [x[:1], x[1:]]).layers[0].pair_cosine
+    assert found.diagonal().tolist() == pytest.approx([1.0] * 4)
+    torch.testing.assert_close(found, s.attention_cosine(pattern))
+
+
+def test_weights_that_are_not_finite_leave_no_figures():
+    model = _lm()
+    with torch.no_grad():
+        attention_layers(model)[1].module.q_proj.weight[0, 0] = math.nan
+    first, second = head_report(model, [_tokens()]).layers
+    assert not first.note
+    assert second.note == "weights are not finite, so heads have no figures"
+    assert all(bool(values.isnan().all()) for values in second.measures.values())
+    assert math.isnan(second.sink_rate)
+    assert all(bool(first.measure(name).isfinite().all()) for name in MEASURES)
+
+
+def test_one_head_is_like_no_other():
+    report = head_report(attnzoo.MultiHeadAttention(8, 1), [torch.randn(2, 5, 8)])
+    assert bool(report.pair_cosine_mean().isnan().all())
+
+
 def test_windows_count_visible_keys():
     """Uniform rows of a window have normalised entropy 1."""
     module = attnzoo.GroupedQueryAttention(32, 4, 2, sliding_window=5)

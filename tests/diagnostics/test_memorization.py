@@ -1,6 +1,7 @@
 """Memorisation: stored figures of the official code, ranks and residuals on both sides of the bound, training."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,28 @@ def test_more_heads_memorise_more_examples():
             r"targets must have shape \(5,\), got \(4,\)",
         ),
         (lambda: memorization_curve((1,), (1,), steps=0), "steps must be at least 1, got 0"),
+        (lambda: MemorizationTask(2.5), "num_examples must be an integer, got 2.5"),
+        (lambda: MemorizationTask(5, seed=-1), r"seed must lie in \[0, 2\^32\), got -1"),
+        (lambda: MemorizationTask(5, classification="yes"), "classification must be True or False, got 'yes'"),
+        (lambda: MemorizationModel(baseline_attention(1), 0), "input_dim must be at least 1, got 0"),
+        (lambda: MemorizationModel(3), "attention must make a layer from a width, got 3"),
+        (lambda: spread(1)(torch.ones(2, 1, 16)), r"x must have shape \(N, n \+ 1, 16\) .*, got \(2, 1, 16\)"),
+        (lambda: memorization_rank(spread(1), MemorizationTask(5, 3, 16), 2.0), r"rtol must lie in \[0, 1\), got 2.0"),
+        (
+            lambda: memorization_rank(spread(1), MemorizationTask(5, 3, 16), num_examples=6),
+            "num_examples must be at most the task's 5, got 6",
+        ),
+        (
+            lambda: memorization_rank(spread(1), MemorizationTask(5, 3, 16), num_examples=-1),
+            "num_examples must be at least 1, got -1",
+        ),
+        (
+            lambda: memorization_rank(spread(1), MemorizationTask(5, 3, 16), targets=torch.full((5,), math.nan)),
+            "targets must be finite",
+        ),
+        (lambda: memorization_curve((1,), (-1,)), "loads must be positive, got -1"),
+        (lambda: memorization_curve(3, (1,)), "heads must be several numbers, got 3"),
+        (lambda: memorization_curve((1,), (1,), lr=0), "lr must be positive, got 0"),
     ],
 )
 def test_refusals(call, message):

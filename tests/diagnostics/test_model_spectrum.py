@@ -8,9 +8,11 @@ import torch
 
 import attnzoo
 from attnzoo.diagnostics import analyze_attention, analyze_matrix
+from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf, product_edge
 from attnzoo.diagnostics.spectra.models import analyze_model, stacked_variances
 from attnzoo.diagnostics.spectra.spectrum import product_pdf, product_singular_values, variance_of
+from tests.diagnostics.test_attention_layers import _hf
 from tests.zoo import MECHANISMS, names
 
 FIGURES = (
@@ -216,4 +218,29 @@ def test_weights_that_are_not_finite_are_refused():
     with torch.no_grad():
         model["other"].k_proj.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="matrix must be finite"):
+        analyze_model(model)
+
+
+def test_a_matrix_is_analysed_once():
+    model = planted()
+    assert analyze_model(model, matrices=("qk", "qk", "ov")) == analyze_model(model, matrices=("qk", "ov"))
+
+
+def test_computed_weights_are_analysed_as_computed():
+    model = attnzoo.MultiHeadAttention(32, 4, bias=False)
+    expected = analyze_model(model, matrices=["weights"])
+    torch.nn.utils.parametrizations.weight_norm(model.q_proj)
+    # torch registers such a module's parameters last.
+    found = sorted(analyze_model(model, matrices=["weights"]), key=lambda record: record.matrix)
+    assert [record.matrix for record in found] == sorted(record.matrix for record in expected)
+    for one, other in zip(found, sorted(expected, key=lambda record: record.matrix), strict=True):
+        assert one.lambda_max == pytest.approx(other.lambda_max, rel=1e-5)
+        assert one.hard_rank == other.hard_rank
+
+
+def test_a_hugging_face_layer_that_is_not_finite_is_named():
+    model = _hf("llama")
+    with torch.no_grad():
+        next(layer for layer in attention_layers(model) if layer.index == 1).module.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layer '.*1.self_attn' must have finite weights to be read"):
         analyze_model(model)

@@ -1,5 +1,6 @@
 """Pictures: what is drawn at which place, in both themes; records over training; refusals."""
 
+import dataclasses
 import io
 import math
 import warnings
@@ -246,6 +247,7 @@ def test_saving_is_in_one_piece(tmp_path):
         (lambda: plots.head_map(noise(3)), r"values must have shape \(L, H\), got \(3,\)"),
         (lambda: plots.head_map(torch.full((2, 2), math.nan)), "values must hold at least one finite number, got none"),
         (lambda: plots.similarity_matrix(noise(3, 4)), r"matrices must have shape \(H, H\), got \(3, 4\)"),
+        (lambda: plots.similarity_matrix(noise(1, 1)), "matrices must hold at least one finite entry off their diagon"),
         (lambda: plots.attention_maps(noise(4)), r"pattern must have shape .* got \(4,\)"),
         (lambda: plots.attention_maps(pattern(), ["a"]), "tokens must hold one text a key, got 1 for 7 keys"),
         (lambda: plots.attention_maps(pattern(), heads=[1]), r"heads must hold one number a head .* got 1 for 3"),
@@ -255,6 +257,74 @@ def test_saving_is_in_one_piece(tmp_path):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def drawn_numbers(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def extents(figure, texts):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return [text.get_window_extent(canvas.get_renderer()) for text in texts]
+
+
+def test_long_titles_stay_inside():
+    name = "model.decoder.transformer.layers.17.self_attention.attention.module.wrapped.by.an.adapter"
+    record = dataclasses.replace(planted(), layer=name, head=12, matrix="parametrizations.q_proj.weight")
+    figure = plots.esd(record)
+    (extent,) = extents(figure, [figure.axes[0].title])
+    assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
+    assert figure.axes[0].get_title().replace("\n", "").replace(" ", "") == f"{name},head12,{record.matrix}"
+
+
+def test_many_models_are_drawn_in_rows():
+    models = {f"model number {i}": rows() for i in range(9)}
+    for figure in (plots.heatmap(models, "stable_rank"), plots.head_map({name: noise(6, 8) for name in models})):
+        panels = [axes for axes in figure.axes if axes.get_title()]
+        titles = extents(figure, [axes.title for axes in panels])
+        assert [axes.get_subplotspec().rowspan.start for axes in panels] == [0] * 4 + [1] * 4 + [2]
+        assert not any(one.overlaps(other) for i, one in enumerate(titles) for other in titles[:i])
+        assert all(axes.get_ylabel() == "layer" for axes in panels[::4])
+
+
+def test_long_legends_leave_the_curves_their_room():
+    short = plots.trajectory({"a": rows()}, "stable_rank")
+    long = plots.trajectory({f"a model with a very long name and number {i}": rows() for i in range(20)}, "stable_rank")
+    (alone,), (beside,) = (extents(figure, [figure.axes[0].patch]) for figure in (short, long))
+    assert beside.width > 0.8 * alone.width
+    (legend,) = extents(long, [long.axes[0].get_legend()])
+    assert legend.x0 > beside.x1
+    assert legend.x1 <= long.bbox.width
+
+
+def test_numbers_of_every_size_are_readable():
+    table = torch.tensor([[1e-6, 1.0], [1e3, 1e6]])
+    made = [{"layer": i, "step": j, "m": float(table[i, j])} for i in range(2) for j in range(2)]
+    assert drawn_numbers(plots.heatmap(made, "m", log=True).axes[0]) == ["1e-06", "1", "1e+03", "1e+06"]
+    assert drawn_numbers(plots.head_map(table * 1e6).axes[0]) == ["1", "1e+06", "1e+09", "1e+12"]
+    assert drawn_numbers(plots.head_map(torch.tensor([[0.25, 1.0]])).axes[0]) == ["0.25", "1.00"]
+
+
+def test_a_layer_without_the_figure_has_no_line():
+    some = [{**row, "stable_rank": math.nan} if row["layer"] == "blocks.1.attn" else row for row in rows()]
+    figure = plots.trajectory(some, "stable_rank", by="layer")
+    assert [line.get_label() for line in figure.axes[0].lines] == ["layer 0", "layer 2"]
+    with pytest.raises(ValueError, match="records must hold the figure 'stable_rank'"):
+        plots.trajectory([{**row, "stable_rank": None} for row in rows()], "stable_rank", by="layer")
+
+
+def test_weights_below_zero_are_not_missing():
+    figure = plots.attention_maps(torch.tensor([[[0.25, -0.25], [1.44, 0.0]]]))
+    image = figure.axes[0].images[0]
+    assert image.get_array().tolist() == [[0.5, -0.5], [pytest.approx(1.2), 0.0]]
+    assert image.get_clim() == pytest.approx((-1.2, 1.2))
+    assert drawn_numbers(figure.axes[0]) == ["0.2", "-0.2", "1.4", "0.0"]
+    ticks = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert ticks == ["-1", "-0.5", "-0.2", "0", "0.2", "0.5", "1"]
+    assert plots.attention_maps(pattern()).axes[0].images[0].get_clim() == (0.0, 1.0)
 
 
 # Records

@@ -380,6 +380,22 @@ def test_protected_heads_stay(decoder, batch):
             assert sum(at == layer for at, _ in curve.order) == 2
 
 
+def test_a_given_order_leaves_as_many_heads(decoder, batch):
+    def curve(order, **options):
+        return head_pruning_curve(
+            decoder, [batch], next_token_losses, order=order, percents=[50, 100], min_heads_per_layer=2, **options
+        )
+
+    whole = [(layer, head) for head in (1, 3, 0, 2) for layer in range(3)]
+    assert curve(whole).order == tuple(whole[:6])
+    assert curve(whole).baselines["reverse"].order == tuple(whole[::-1][:6])
+    # Three heads of layer 0 are named, so that the fourth and the last of these stay.
+    found = curve([(0, 3), (1, 0), (0, 1), (0, 0)], baselines=["reverse"])
+    assert found.order == ((0, 3), (1, 0), (0, 1))
+    assert found.counts == (3, 3)
+    assert found.baselines["reverse"].order == ((0, 0), (0, 1), (1, 0))
+
+
 def test_heads_that_are_gone_are_never_chosen(stored, decoder, batch):
     pruned = copy.deepcopy(decoder)
     pruned.layers[1]["attn"].prune_heads([0, 2])
@@ -441,7 +457,45 @@ def nan_losses(model, batch):
     return losses * torch.tensor([1.0, math.nan, 1.0, 1.0])
 
 
+def second(score):
+    """Losses with second scores made from them."""
+    return lambda model, batch: (losses := next_token_losses(model, batch), score(losses))
+
+
 REFUSED = [
+    (lambda m, b: ablate_heads(m, b, second(lambda x: x[:3])), r"a score for each of the 4 examples, got \(3,\)"),
+    (lambda m, b: ablate_heads(m, b, second(lambda x: 1.0)), "a score for each of the 4 examples, got float"),
+    (lambda m, b: ablate_heads(m, b, second(lambda x: x * math.nan)), "loss_fn must return finite scores"),
+    (lambda m, b: ablate_heads(m, b, lambda m, b: (next_token_losses(m, b),)), "a pair of losses and scores, got 1"),
+    (lambda m, b: head_pruning_curve(m, b, next_token_losses, order=[(0, 0)], granularity="x"), "granularity must be"),
+    (lambda m, b: head_pruning_curve(m, b, next_token_losses, baselines=None), "baselines must be some of .* got None"),
+    (lambda m, b: head_pruning_curve(m, b, next_token_losses, seeds=[2**70]), "seeds must be an integer of 64 bits"),
+    (lambda m, b: head_importance(m, b, next_token_losses, coupled="no"), "coupled must be True or False, got 'no'"),
+    (lambda m, b: head_importance(None, b, next_token_losses), "model must be a module, got None"),
+    (lambda m, b: head_mask([(0, 0)], (3,)), r"shape must be two integers, got \(3,\)"),
+    (
+        lambda m, b: head_importance(
+            m, b, next_token_losses, granularity="token", valid=lambda pair: torch.full(pair[0].shape, 0.5)
+        ),
+        r"valid must give a mask \(B, T\) of True and False",
+    ),
+    (
+        lambda m, b: head_importance(
+            m, b, next_token_losses, granularity="token", valid=lambda pair: torch.zeros(pair[0].shape).bool()
+        ),
+        "valid must mark at least one token",
+    ),
+    (
+        lambda m, b: stats.paired_bootstrap(torch.ones(3), torch.ones(3), resamples=torch.full((2, 3), -1)),
+        "resamples must lie between 0 and 2",
+    ),
+    (
+        lambda m, b: stats.paired_bootstrap(torch.ones(3), torch.ones(3), resamples=torch.full((2, 3), 0.7)),
+        "resamples must be a tensor of indices",
+    ),
+    (lambda m, b: stats.paired_bootstrap(torch.ones(3), torch.ones(3), 1.5), "n_resamples must be an integer, got 1.5"),
+    (lambda m, b: stats.paired_t_test("a", torch.ones(3)), "a and b must hold numbers, got 'a' and"),
+    (lambda m, b: stats.ablation_tests(None), "ablation must be what ablate_heads returns, got None"),
     (lambda m, b: head_importance(m, b, next_token_losses, granularity="layer"), "granularity must be one of"),
     (lambda m, b: head_importance(m, b, next_token_losses, normalize="l1"), "normalize must be one of"),
     (lambda m, b: head_importance(m, b, next_token_losses, unit="layer"), "unit must be one of"),

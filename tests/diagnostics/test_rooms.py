@@ -18,11 +18,12 @@ BELOW = {
     "layers": {"attention_layer", "layer_probe", "projections"},
     "batches": set(),
     "training_records": set(),
-    "heads": {"layers", "batches", "arguments"},
+    "heads": {"layers", "batches", "arguments", "configs"},
     "pruning": {"layers", "batches", "layer_probe", "projections", "arguments", "configs"},
-    "spectra": {"layers"},
-    "capacity": {"heads", "batches"},
-    "plots": {"spectra", "training_records"},
+    "spectra": {"layers", "arguments"},
+    "capacity": {"heads", "batches", "arguments"},
+    "drawing": set(),
+    "plots": {"drawing", "spectra", "training_records"},
 }
 """The rooms that a room may import from."""
 

@@ -182,9 +182,102 @@ def test_three_dimensions_are_one_example():
     assert s.labels(1, 2) == ["L0H0", "L0H1"]
 
 
+def test_what_is_not_defined_in_an_example_is_left_out():
+    p = patterns(3)
+    silent, short = p.clone(), torch.tensor([[True] * 7, [True] * 7, [True] + [False] * 6])
+    silent[0, 1] = 0
+    cosine, whole = s.attention_cosine(silent), s.attention_cosine(p)
+    torch.testing.assert_close(cosine[1], torch.stack([s.attention_cosine(p[1:])[1, h] for h in range(3)]))
+    torch.testing.assert_close(cosine[0, 2], whole[0, 2])
+    assert cosine.diagonal().tolist() == pytest.approx([1.0] * 3)
+    # One token has one entry, which correlates with nothing.
+    torch.testing.assert_close(s.attention_correlation(p, short), s.attention_correlation(p[:2]))
+    none = torch.zeros(3, 7, dtype=torch.bool)
+    for figure in (s.attention_cosine(p, none), s.attention_correlation(p, none), s.attention_entropy(p, none)):
+        assert bool(figure.isnan().all())
+    assert math.isnan(s.sink_rate(p, none))
+    assert math.isnan(s.head_diversity(torch.ones(1, 1)))
+
+
+def test_a_head_that_never_changes_has_no_directions():
+    outputs = torch.randn(2, 3, 9, 4, generator=torch.Generator().manual_seed(0))
+    expected = s.svcca(outputs)
+    outputs[:, 1] = 0.3
+    found = s.svcca(outputs)
+    assert bool(found[1].isnan().all())
+    assert bool(found[:, 1].isnan().all())
+    torch.testing.assert_close(found[0, 2], expected[0, 2])
+
+
+def test_numbers_at_padding_may_be_anything():
+    p, mask = patterns(), torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    spoilt = p.clone()
+    spoilt[1, :, 4:] = math.nan
+    torch.testing.assert_close(s.attention_entropy(spoilt, mask), s.attention_entropy(p, mask))
+    outputs = torch.randn(2, 3, 7, 4, generator=torch.Generator().manual_seed(0))
+    expected = [measure(outputs, mask) for measure in (s.output_cosine, s.linear_cka, s.svcca)]
+    outputs[1, :, 4:] = math.nan
+    for measure, figure in zip((s.output_cosine, s.linear_cka, s.svcca), expected, strict=True):
+        torch.testing.assert_close(measure(outputs, mask), figure)
+
+
+TENSORS = {
+    "pattern": [
+        s.attention_entropy, s.normalized_entropy, s.attention_distance, s.attention_distance_argmax, s.head_confidence,
+        s.attention_sink, s.sink_rate, s.previous_token_score, s.current_token_score, s.attention_cosine,
+        s.attention_correlation, s.attention_kl, s.attention_js,
+    ],
+    "outputs": [s.output_cosine, s.value_cosine, s.linear_cka, s.svcca],
+    "pairs": [s.head_diversity],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "measure"), [(name, one) for name, some in TENSORS.items() for one in some])
+def test_other_things_than_tensors_are_refused(name, measure):
+    for given in (None, "x", [[1.0]], 1.0):
+        with pytest.raises(ValueError, match=f"{name} must be a tensor, got "):
+            measure(given)
+    complex_ones = torch.ones((2, 3, 3, 3) if name != "pairs" else (3, 3), dtype=torch.complex64)
+    with pytest.raises(ValueError, match=f"{name} must hold real numbers, got torch.complex64"):
+        measure(complex_ones)
+    if name == "pattern":
+        with pytest.raises(ValueError, match="pattern must be finite where tokens are real"):
+            measure(torch.full((2, 3, 3), math.nan))
+        with pytest.raises(ValueError, match="mask must be a tensor, got "):
+            measure(patterns(), [True] * 7)
+
+
+FACTORS = (torch.ones(2, 8, 4), torch.ones(2, 4, 8))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: s.attention_sink(patterns(), k=7), "k must be one of the 7 keys, got 7"),
+        (lambda: s.attention_sink(patterns(), k=-1), "k must not be negative, got -1"),
+        (lambda: s.sink_rate(patterns(), eps=math.nan), "eps must be a finite number, got nan"),
+        (lambda: s.induction_score(patterns(), 2.5), "period must be an integer, got 2.5"),
+        (
+            lambda: s.detect_head(patterns(), torch.zeros(1, 7).long(), "induction_head"),
+            r"tokens must be integers of shape \(2, 7\), got torch.int64 \(1, 7\)",
+        ),
+        (lambda: s.detect_head(patterns(), torch.zeros(2, 7), "induction_head"), "tokens must be integers of shape"),
+        (
+            lambda: s.detect_head(patterns(), torch.zeros(2, 7).long(), "induction_head", exclude_bos="no"),
+            "exclude_bos must be True or False, got 'no'",
+        ),
+        (lambda: s.svcca(torch.ones(1, 2, 3, 4), variance=2), r"variance must lie in \(0, 1\], got 2"),
+        (lambda: s.head_diversity(torch.ones(2, 3)), r"pairs must have shape \(H, H\), got \(2, 3\)"),
+        (lambda: s.value_weighted_pattern(patterns(), torch.ones(2, 1, 7, 4)), r"value must have shape \(2, 3, 7\)"),
+        (
+            lambda: s.copying_score(*FACTORS, torch.ones(5, 7), torch.ones(5, 8)),
+            r"embed must have shape \(5, 8\), got \(5, 7\)",
+        ),
+        (lambda: s.copying_score(FACTORS[0], None, torch.ones(5, 8), torch.ones(5, 8)), "w_v must be a tensor, got N"),
+        (lambda: s.composition_scores(FACTORS, FACTORS, "Q"), "later must be 4 tensors"),
+        (lambda: s.composition_scores(FACTORS, FACTORS * 2, "Q"), "later must be .* of one model, got"),
+        (lambda: s.linear_cka(torch.full((1, 2, 5, 4), math.inf)), "outputs must be finite where tokens are real"),
         (lambda: s.attention_entropy(torch.ones(2, 3, 3)), "pattern must hold distributions"),
         (lambda: s.attention_kl(-patterns()), "pattern must hold distributions"),
         (lambda: s.attention_entropy(torch.ones(3, 3)), "pattern must have shape"),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import attnzoo
+from attnzoo.diagnostics.heads.report import head_report
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.pruning.importance import head_importance
 from attnzoo.diagnostics.pruning.masks import head_mask, head_slots, masked_heads
@@ -351,13 +352,44 @@ def test_other_attention_is_refused(name, message):
     ("options", "message"),
     [
         ({"fractions": [1.5]}, "fractions must lie between 0 and 1"),
+        ({"fractions": 0.5}, "fractions must lie between 0 and 1, got 0.5"),
+        ({"fractions": ["a"]}, r"fractions must lie between 0 and 1, got \['a'\]"),
+        ({"fractions": [True]}, r"fractions must lie between 0 and 1, got \[True\]"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"call": lambda m: (m(TOKENS),)}, "call must return a tensor to compare"),
+        ({"call": None}, "call must run the model, got None"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"order": [(0, 0)]}, "order must name at least 6 heads, got 1"),
     ],
 )
 def test_speed_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        pruning_speed(zoo_decoder("gqa"), lambda m: m(TOKENS), **options)
+        pruning_speed(zoo_decoder("gqa"), **{"call": lambda m: m(TOKENS), "rounds": 1, "warmup": 0, **options})
+
+
+@pytest.mark.parametrize("several", [torch.tensor, iter])
+def test_speed_takes_shares_in_any_form(several):
+    found = pruning_speed(zoo_decoder("gqa"), lambda m: m(TOKENS), fractions=several([0.0, 0.5]), rounds=1, warmup=0)
+    assert found.fractions == (0.0, 0.5)
+    assert found.removed[0] == 0 < found.removed[1]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_heads_of_uneven_groups_are_reported(name):
+    pytest.importorskip("transformers")
+    with families.quiet():
+        model = families.model_of(name)
+    tokens = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with masked_heads(model, head_mask([(0, 1)], (2, 4))):
+        expected = head_report(model, [tokens])
+    prune_heads(model, {0: [1]})
+    found = head_report(model, [tokens])
+    for layer, kept in enumerate(([0, 2, 3], [0, 1, 2, 3])):
+        for measure, values in found.layers[layer].measures.items():
+            torch.testing.assert_close(values, expected.layers[layer].measure(measure)[kept], atol=1e-6, rtol=1e-6)
+        pairs = expected.layers[layer].output_cosine[kept][:, kept]
+        torch.testing.assert_close(found.layers[layer].output_cosine, pairs, atol=1e-6, rtol=1e-6)
 
 
 # Tried before it is handed back

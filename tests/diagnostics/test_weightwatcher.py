@@ -134,6 +134,31 @@ def test_refusals(matrix):
         assert list(ww_dataframe(model)["longname"]) == ["good"]
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ww_details([[1.0]]), r"matrix must be a tensor, got \[\[1.0\]\]"),
+        (lambda: ww_details(torch.eye(9), randomize=True, seed=1.5), "seed must be an integer, got 1.5"),
+        (lambda: ww_details(torch.eye(9), randomize="yes"), "randomize must be True or False, got 'yes'"),
+        (lambda: ww_dataframe(None), "model must be a module, got None"),
+    ],
+)
+def test_wrong_types(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_computed_weights_are_read_as_computed_and_tied_ones_once():
+    model = torch.nn.ModuleList([torch.nn.Linear(9, 10), torch.nn.Embedding(12, 9), torch.nn.Linear(9, 12)])
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(torch.arange(1.0, 11.0)[:, None])
+    model[2].weight = model[1].weight
+    frame = ww_dataframe(model)
+    assert list(frame["longname"]) == ["0", "1"]
+    assert frame["lambda_max"][0] == ww_details(model[0].weight)["lambda_max"]
+
+
 def test_a_model_without_matrices_has_no_rows_but_columns():
     frame = ww_dataframe(torch.nn.LayerNorm(9))
     assert len(frame) == 0

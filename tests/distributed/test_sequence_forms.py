@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 
+import attnzoo
 from attnzoo import AttentionMask
+from attnzoo.diagnostics import capture
 from attnzoo.distributed import SequenceParallel, counting_traffic, parallelize, shard
 from attnzoo.distributed.sequence import form_of
 from tests.distributed.comparison import (
@@ -19,6 +22,7 @@ from tests.distributed.comparison import (
     LAYOUTS,
     MADE,
     STATE,
+    E,
     assert_equal,
     group_of,
     inputs,
@@ -106,6 +110,29 @@ def test_four_processes(name, four):
         assert {"hybrid zigzag", "hybrid contiguous"} <= lines
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "mla", "moa"])
+def test_stripes_in_the_hybrid_form(name, four):
+    assert four.run(check_forms, name, ("hybrid",), ("striped",), {})[0] == ["hybrid striped"]
+
+
+def check_pairs(layout: str) -> None:
+    whole = dist.group.WORLD
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    x, w = inputs(28)
+    expected = results(made("gqa"), x, w)
+    for pair in ((whole, alone), (alone, whole)):
+        sp = SequenceParallel(pair, form="hybrid", layout=layout)
+        held = [sp.positions(28, rank) for rank in range(2)]
+        assert sorted(torch.cat(held).tolist()) == list(range(28))
+        assert_equal(sharded_results(parallelize(made("gqa"), sp), sp, x, w), expected, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_hybrid_form_of_a_pair(layout, two):
+    two.run(check_pairs, layout)
+
+
 def check_auto(name: str) -> str:
     module = made(name)
     x, w = inputs(tokens_for(name))
@@ -171,6 +198,68 @@ def check_routers(name: str, form: str) -> None:
 @pytest.mark.parametrize("name", ["moh", "moh-norm", "moa", "smha"])
 def test_routers_balance_over_the_sequence(name, two):
     two.run(check_routers, name, "gather")
+
+
+def check_empty(name: str) -> None:
+    for form in sorted(FORMS[name]):
+        module = parallelize(made(name), SequenceParallel(None, form=form, layout="zigzag"))
+        for batch, tokens in ((0, 20), (2, 0)):
+            x = torch.zeros(batch, tokens, E, dtype=torch.float64, requires_grad=True)
+            y = module(x)
+            y.sum().backward()
+            assert y.shape == x.shape, (name, form)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "dcmha", "talking-heads", "linear", "mhla-heads", "tpa"])
+def test_nothing_stays_nothing(name, two):
+    two.run(check_empty, name)
+
+
+def check_observed(name: str, form: str) -> None:
+    module = parallelize(made(name), SequenceParallel(None, form=form, layout="zigzag"))
+    x = shard(inputs(28)[0], 1, module.sequence_parallel)
+    with capture(module, ["outputs"]) as captured, torch.no_grad():
+        module(x)
+    assert captured.last("outputs")[0].shape == (2, 4, x.shape[1], 8)
+    for what in ("patterns", "queries", "keys"):
+        with pytest.raises(ValueError, match=rf"has no .*{what}"), capture(module, [what]):
+            module(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("gqa", "gather"),
+        ("gqa", "heads"),
+        ("gqa", "ring"),
+        ("mla", "heads"),
+        ("dcmha", "gather"),
+        ("sigmoid", "gather"),
+        ("mgk", "gather"),
+    ],
+)
+def test_patterns_of_some_tokens_do_not_pass_for_the_module(name, form, two):
+    """A rank's calls are over some of the queries, or some of the heads."""
+    two.run(check_observed, name, form)
+
+
+def check_again() -> None:
+    whole, pair = dist.group.WORLD, dist.new_group([0, 1])
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = nn.Sequential(made("moh"), made("gqa"), made("mgk"))
+    for group, expected in ((whole, whole), (pair, pair), (alone, None), (pair, pair)):
+        parallelize(model, SequenceParallel(group, form="gather"))
+        assert model[0].aux_loss_group is model[2].aux_loss_group is expected
+        copied = copy.deepcopy(model)
+        assert copied[0].aux_loss_group is copied[2].aux_loss_group is None
+        assert all(layer.sequence_parallel.group is group for layer in model)
+    attnzoo.sync_aux_loss(model)
+    parallelize(model[:2], SequenceParallel(pair, form="ring"))
+    assert model[0].aux_loss_group is whole
+
+
+def test_a_model_is_parallelized_again(two):
+    two.run(check_again)
 
 
 def check_repeatable(name: str, form: str) -> None:

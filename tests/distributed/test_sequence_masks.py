@@ -62,6 +62,7 @@ STRUCTURED = ("padding", "documents", "documents and padding")
         ("mla", "ring", {}, STRUCTURED),
         ("mla", "heads", {}, STRUCTURED),
         ("mgk", "gather", {}, ("documents",)),
+        ("mgk", "gather", {"causal": False}, ("padding", "documents and padding", "dense keys")),
         ("smha", "gather", {}, STRUCTURED),
         ("moa", "gather", {}, STRUCTURED),
         ("forgetting", "gather", {}, STRUCTURED),
@@ -79,6 +80,30 @@ STRUCTURED = ("padding", "documents", "documents and padding")
 )
 def test_masks_of_the_whole_sequence(name, form, layout, options, kinds, two):
     two.run(check_masks, name, form, layout, options, kinds)
+
+
+def check_one_query(name: str, form: str, layout: str) -> None:
+    """A dense mask of one row on each rank is that of its query; one row for all is the same on all ranks."""
+    T = dist.get_world_size()
+    x, w = inputs(T)
+    dense = torch.tensor([[True, False], [True, True]])
+    heads = made(name).score_heads
+    for causal, whole in ((False, dense.expand(2, heads, T, T)), (False, dense.T), (True, dense), (False, dense[:1])):
+        module = made(name, causal=causal)
+        expected = results(module, x, w, mask=AttentionMask.dense(whole))
+        own = parallelize(copy.deepcopy(module), SequenceParallel(None, form=form, layout=layout))
+        sp = own.sequence_parallel
+        local = whole if whole.shape[-2] == 1 else shard(whole, whole.ndim - 2, sp)
+        found = sharded_results(own, sp, x, w, mask=AttentionMask.dense(local))
+        assert_equal(found, expected, (name, form, causal, tuple(whole.shape)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+@pytest.mark.parametrize(
+    ("name", "form"), [("gqa", "heads"), ("mla", "heads"), ("dcmha by groups", "heads"), ("gqa", "gather")]
+)
+def test_dense_masks_of_one_query_a_rank(name, form, layout, two):
+    two.run(check_one_query, name, form, layout)
 
 
 def check_documents(form: str, layout: str) -> None:

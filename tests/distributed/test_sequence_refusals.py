@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import attnzoo
 from attnzoo import AttentionMask
-from attnzoo.distributed import SequenceParallel, parallelize
+from attnzoo.distributed import SequenceParallel, parallelize, shard, unshard
 from attnzoo.distributed.sequence import forms_of
 from tests.distributed.comparison import (
     E,
@@ -71,6 +72,7 @@ def check_other_sizes() -> str:
     dist.set_debug_level(dist.DebugLevel.INFO)
     try:
         module = parallelize(made("gqa"), SequenceParallel(None, form="gather", layout="contiguous"))
+        module(torch.zeros(1, 4, E, dtype=torch.float64))  # one of the ranks has this size again
         module(torch.zeros(1 + dist.get_rank(), 4, E, dtype=torch.float64))
     except ValueError as error:
         return str(error)
@@ -81,6 +83,55 @@ def check_other_sizes() -> str:
 
 def test_different_sizes_are_named_in_debug_mode(two):
     assert all("same batch and tokens on all ranks" in text for text in two.run(check_other_sizes))
+
+
+def check_groups() -> None:
+    ranks, whole = [dist.new_group([rank]) for rank in range(2)], dist.group.WORLD
+    others = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    for group, options, message in (
+        (5, {}, "a ProcessGroup or a one-dimensional DeviceMesh, got 5"),
+        ("world", {}, "a ProcessGroup or a one-dimensional DeviceMesh, got 'world'"),
+        (others, {}, "one-dimensional DeviceMesh, got 2 dimensions"),
+        (ranks[1 - dist.get_rank()], {}, f"rank {dist.get_rank()}, as a member"),
+        (DeviceMesh("cpu", [1 - dist.get_rank()], _init_backend=False), {}, f"rank {dist.get_rank()}, as a member"),
+        ((3, whole), {"form": "hybrid"}, "got 3"),
+        ((whole, whole), {"form": "hybrid"}, r"one rank in common, got ranks \[0, 1\] and \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SequenceParallel(group, **options)
+    assert SequenceParallel((whole, ranks[dist.get_rank()]), form="hybrid").size == 2
+    for sp in (None, whole):
+        with pytest.raises(ValueError, match="sp must be a SequenceParallel, got"):
+            parallelize(made("gqa"), sp)
+
+
+def test_groups_that_are_none(two):
+    two.run(check_groups)
+
+
+def check_shard_arguments() -> None:
+    sp, x = SequenceParallel(None, layout="zigzag"), torch.zeros(2, 8, E)
+    for work in (shard, unshard):
+        for arguments, message in (
+            ((x, 3, sp), "dim must be one of the tensor's 3 dimensions, got 3"),
+            ((x, 1.0, sp), "dim must be one of the tensor's 3 dimensions, got 1.0"),
+            ((x.tolist(), 1, sp), "tensor must be a tensor"),
+            ((x, 1, None), "sp must be a SequenceParallel, got None"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                work(*arguments)
+    for tokens, rank, message in (
+        (16.0, 0, "must be an integer and not negative, got 16.0"),
+        (-16, 0, "must be an integer and not negative, got -16"),
+        (16, 2, "rank must lie between 0 and 1, got 2"),
+        (16, -1, "rank must lie between 0 and 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sp.positions(tokens, rank)
+
+
+def test_arguments_of_shards(two):
+    two.run(check_shard_arguments)
 
 
 def test_it_needs_processes():

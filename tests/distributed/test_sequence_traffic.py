@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 import attnzoo
@@ -19,9 +20,9 @@ from tests.distributed.comparison import (
 )
 
 
-def check_bytes(name: str, form: str, sent: dict[str, int]) -> None:
+def check_bytes(name: str, form: str, sent: dict[str, int], **options: Any) -> None:
     """Bytes sent against formulas of P, T, b and the mechanism's sizes."""
-    module = parallelize(made(name), SequenceParallel(None, form=form, layout="contiguous"))
+    module = parallelize(made(name, **options), SequenceParallel(None, form=form, layout="contiguous"))
     sp, T = module.sequence_parallel, 28 if "mhla" not in name else 40
     x, w = inputs(T, batch=1)
     own = shard(x, 1, sp).requires_grad_()
@@ -38,6 +39,27 @@ def test_bytes_are_those_of_the_formulas(name, two):
     for form in sorted(FORMS.get(name, ALL)):
         sent = bytes_sent(made(name), form, T, 2, torch.float64)
         two.run(check_bytes, name, form, dict(zip(("forward", "backward"), sent, strict=True)))
+
+
+def check_windows(name: str, windows: tuple[int, ...]) -> None:
+    for window in windows:
+        for options in ({}, {"sink_tokens": 1}, {"causal": False}):
+            if options and name == "dcmha":
+                continue
+            own: dict[str, Any] = {"sliding_window": window, **options}
+            sent = bytes_sent(made(name, **own), "ring", 28, dist.get_world_size(), torch.float64)
+            check_bytes(name, "ring", dict(zip(("forward", "backward"), sent, strict=True)), **own)
+
+
+@pytest.mark.parametrize("name", ["gqa", "gated", "dcmha"])
+def test_a_ring_sends_no_farther_than_a_window_reaches(name, two):
+    two.run(check_windows, name, (1, 2, 28))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "dcmha"])
+def test_windows_of_four(name, four):
+    four.run(check_windows, name, (1, 2, 8, 9, 16, 28))
 
 
 def test_formulas_in_numbers():

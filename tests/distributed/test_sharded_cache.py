@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 
 from attnzoo.distributed import SequenceParallel, parallelize, shard, unshard
@@ -65,3 +67,51 @@ def check_decoding(name: str, form: str, layout: str, options: dict[str, Any]) -
 )  # fmt: skip
 def test_decoding_from_a_sharded_cache(name, form, options, layout, two):
     two.run(check_decoding, name, form, layout, options)
+
+
+def check_copies() -> None:
+    """A copy of a cache continues alone, and one made in inference mode continues outside it."""
+    x, _ = inputs(20)
+    module = parallelize(made("gqa").eval(), SequenceParallel(None, form="gather", layout="zigzag"))
+    expected = made("gqa").eval()(x)
+    with torch.inference_mode():
+        cache = module.init_cache(2, 20)
+        module(shard(x[:, :16], 1, module.sequence_parallel), cache=cache)
+        copied = copy.deepcopy(cache)
+    with torch.no_grad():
+        for one in (cache, copied, copy.deepcopy(copied)):
+            for at in range(one.length, 20):
+                y = module(x[:, at : at + 1], cache=one)
+                assert_equal({"y": y}, {"y": expected[:, at : at + 1]}, at)
+            assert one.length == 20
+            one.truncate(16)
+            module(x[:, :1], cache=one)
+
+
+def test_copies_go_on(two):
+    two.run(check_copies)
+
+
+def check_other_processes() -> None:
+    """A cache is of the processes that its module had; refused, it stays as it was."""
+    x, _ = inputs(16)
+    module = parallelize(made("gqa").eval(), SequenceParallel(None, form="gather", layout="zigzag"))
+    cache = module.init_cache(2, 20)
+    with torch.no_grad():
+        module(shard(x, 1, module.sequence_parallel), cache=cache)
+        with pytest.raises(ValueError, match="of one process, got one that is spread over several"):
+            copy.deepcopy(module)(x[:, :1], cache=cache)
+        other = SequenceParallel(dist.new_group([0, 1]), form="gather", layout="zigzag")
+        with pytest.raises(ValueError, match="after the module was parallelized, got one of another group"):
+            parallelize(copy.deepcopy(module), other)(x[:, :1], cache=cache)
+        with pytest.raises(ValueError, match="after the module was parallelized, got one of another group"):
+            module(x[:, :1], cache=pickle.loads(pickle.dumps(cache)))
+        for length in ("16", 16.5, True, None):
+            with pytest.raises(ValueError, match="length must be 0 or lie between"):
+                cache.truncate(length)  # type: ignore[arg-type]
+        assert cache.length == 16
+        assert module(x[:, :1], cache=cache).shape == (2, 1, x.shape[2])
+
+
+def test_a_cache_of_other_processes_is_refused(two):
+    two.run(check_other_processes)

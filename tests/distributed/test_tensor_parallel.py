@@ -119,6 +119,26 @@ def refusal(name: str) -> str:
     return "nothing was refused"
 
 
+def check_once(name: str) -> None:
+    module = made(name)
+    plan = module.tensor_parallel_plan()
+    parallelize_module(module, mesh(), plan)
+    heads, x = module.num_heads, inputs(20)[0]
+    y = module(x)
+    with pytest.raises(ValueError, match="must not be split over ranks yet, it is over 2"):
+        parallelize_module(module, mesh(), module.tensor_parallel_plan())
+    if name != "linear":
+        with pytest.raises(ValueError, match="prune_heads needs all heads on one rank"):
+            module.prune_heads([0])
+    assert module.num_heads == heads
+    assert torch.equal(module(x), y)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "moa", "linear"])
+def test_heads_are_split_once(name, two):
+    two.run(check_once, name)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name, two):
     assert all(REFUSED[name] in text for text in two.run(refusal, name))

@@ -146,6 +146,18 @@ def test_a_cache_that_another_layer_has_filled_is_refused():
         model(IDS, past_key_values=cache)
 
 
+@pytest.mark.parametrize(("name", "held"), [("mla", "1 heads of width"), ("talking-heads", "4 heads of width")])
+def test_a_prefix_of_another_layout_is_refused(name, held):
+    model = with_mechanism(name, "plain")
+    cache = transformers.DynamicCache(config=model.config)
+    prefix = torch.randn(2, 3, 5, 7).double()
+    cache.update(prefix, prefix, 0)
+    with pytest.raises(
+        ValueError, match=f"past_key_values must hold what .* caches, {held} .*, got 3 of width 7: pref"
+    ):
+        model(IDS[:2], past_key_values=cache)
+
+
 STATEFUL = [
     name for name, make in MECHANISMS.items() if issubclass(make().cache_type, StatefulCache | StaticContextCache)
 ]

@@ -102,6 +102,10 @@ def test_the_model_is_left_as_it_was():
         (["text"], r"calib must hold token ids \(B, T\), mappings or pairs \(token ids, mask\), got str"),
         ([torch.randn(2, 3)], r"calib must hold token ids \(B, T\)"),
         ([torch.zeros(3, dtype=torch.long)], r"calib must hold token ids \(B, T\)"),
+        ([torch.randn(2, 3)], "got a torch.float32 tensor of 2 dimensions"),
+        ([{"input_ids": [[1, 2]]}], r"calib must hold tensors as input_ids, got \[\[1, 2\]\]"),
+        ([(ids(), ids())], r"calib must have masks of 0 and 1 in the shape of the ids \("),
+        ([(ids(), torch.ones(1, 2))], r"calib must have masks of 0 and 1 in the shape of the ids \("),
     ],
 )
 def test_what_calibration_cannot_read_is_refused(calib, message):

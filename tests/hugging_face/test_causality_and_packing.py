@@ -200,3 +200,25 @@ def test_other_masks_of_documents_are_refused():
     mask[..., 9, 1] = True
     with pytest.raises(ValueError, match="must hold causality, padding and packed documents alone for Mixture"):
         logits(model, attention_mask=mask, use_cache=False)
+
+
+def of_one_head():
+    """Causal in all heads but the last, which sees one key less."""
+    visible = torch.ones(1, 4, 12, 12, dtype=torch.bool).tril()
+    visible[:, 3, 9, 1] = False
+    return visible
+
+
+def without_itself():
+    """No token but the first sees itself, which is not padding: later ones see it."""
+    visible = torch.ones(12, 12, dtype=torch.bool).tril(-1)
+    visible[0, 0] = True
+    return visible[None, None]
+
+
+@pytest.mark.parametrize("mask", [of_one_head(), without_itself()], ids=["of one head", "without itself"])
+@pytest.mark.parametrize("name", ["linear", "mta", "mhla"])
+def test_masks_that_only_look_like_padding_are_refused(name, mask):
+    model = converted(MECHANISMS[name], max_position_embeddings=48)
+    with pytest.raises(ValueError, match="must hold causality, padding and packed documents alone for "):
+        logits(model, attention_mask=mask, use_cache=False)

@@ -254,6 +254,17 @@ class Own(attnzoo.GroupedQueryAttention):
         ("gated", {"gate": "input"}, FIRST + "gate must be one of"),
         (lambda *_: None, {}, FIRST + "the function must return an attention module of width 32"),
         (Own.of, {}, "layer 'model.layers.0.self_attn' cannot be saved: attn must be a mechanism"),
+        (
+            lambda *_: attnzoo.LinearAttention(16, 4), {},
+            FIRST + "the function must return an attention module of width 32, got a LinearAttention of width 16$",
+        ),
+        (attnzoo.LinearAttention, {}, "mechanism must be a name or a function .*, got the class LinearAttention$"),
+        ("kha", {"knock_scope": "value"}, FIRST + "knock_scope needs grouped-tied attention, got 'value' with Grouped"),
+        ("dcmha", {"rope": None}, FIRST + "rope must be that of module, Rotary.* for an equal layer, got None"),
+        (
+            "gqa", {"num_kv_heads": 1, "calib": [torch.tensor([[5, 67]])]},
+            "calib must hold token ids from 0 to 66, got 5 to 67",
+        ),
         (lambda *_: None, {"rank": 2}, "options must not be given with a function, got rank"),
     ],
 )  # fmt: skip

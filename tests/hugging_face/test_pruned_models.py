@@ -64,6 +64,40 @@ def test_a_pruned_and_replaced_model_is_saved_and_loaded(tmp_path):
     assert pruned_heads(loaded) == {0: (0,), 1: (1, 3)}
 
 
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_pruned_model_is_restored_after_loading(name, layers, tmp_path):
+    model = small(name, dtype=torch.float32)
+    prune_heads(model, PRUNED[name])
+    expected, removed = logits(model), pruned_heads(model)
+    hf.replace(model, layers=layers).save_pretrained(tmp_path / "replaced")
+    auto = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "replaced")
+    assert torch.equal(logits(loaded), logits(model))
+    hf.restore(loaded).save_pretrained(tmp_path / "restored")
+    assert type(loaded).__name__ == type(small(name)).__name__
+    assert_same(logits(loaded), expected)
+    assert pruned_heads(loaded) == removed
+    assert_same(logits(load_pruned(tmp_path / "restored")), expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ([0], r"attnzoo_pruned_heads must map numbers of layers to heads, got \[0\]"),
+        ({"-1": [0]}, "attnzoo_pruned_heads must map numbers of layers to heads"),
+        ({"7": [0]}, "attnzoo_pruned_heads must name layers whose heads can be pruned, got 7"),
+        ({"0": [9]}, "9"),
+    ],
+)
+def test_wrong_pruned_heads_of_a_folder_are_refused(heads, message, tmp_path):
+    model = hf.replace(small("llama", dtype=torch.float32), verify=False)
+    model.config.attnzoo_pruned_heads = heads
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_heads_that_were_pruned_later_cannot_be_restored():
     model = hf.replace(small("llama"))
     prune_heads(model, {1: [0, 2]})

@@ -337,6 +337,129 @@ def test_without_attnzoo_transformers_says_that_it_does_not_know_the_type(folder
     assert "model type `attnzoo`" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "llama, kha"])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_plain_class_refuses_the_folder(folders, name, known):
+    plain = {"gemma3": "Gemma3ForCausalLM", "gpt2": "GPT2LMHeadModel"}.get(name, "LlamaForCausalLM")
+    words = "attnzoo: import attnzoo.hugging_face, and load this folder with an Auto class"
+    if known:
+        for cls in (plain, "BertModel"):
+            with pytest.raises(Exception, match=words):
+                getattr(transformers, cls).from_pretrained(folders / name)
+        return
+    child = f"import sys, transformers; transformers.{plain}.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", child, folders / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
+def test_the_settings_of_the_model_are_read_as_they_were(tmp_path):
+    model = hf.replace(small("qwen3", dtype=torch.float32, initializer_range=0.25), verify=False)
+    model.save_pretrained(tmp_path)
+    for config in (transformers.AutoConfig.from_pretrained(tmp_path), type(model.config).from_pretrained(tmp_path)):
+        assert config.initializer_range == 0.25
+        expected = model.config.to_dict()
+        assert {key: config.to_dict()[key] for key in expected if key != "_name_or_path"} == {
+            key: value for key, value in expected.items() if key != "_name_or_path"
+        }
+    # Folders that an earlier version wrote say it themselves.
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["initializer_range"] = settings.pop("base_initializer_range")
+    path.write_text(json.dumps(settings))
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.config.initializer_range == 0.25
+    assert torch.equal(read(IDS).logits, model(IDS).logits)
+
+
+# Models inside others
+
+
+def image_model():
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(
+            vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+        ),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        image_token_id=66,
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_inside_another_one_is_saved_with_its_attention(copied, tmp_path):
+    model = hf.replace(image_model())
+    hf.convert(model, "kha", layers=[0])
+    model = copied(model)
+    part = model.model.language_model
+    part.save_pretrained(tmp_path / "part")
+    read = transformers.AutoModel.from_pretrained(tmp_path / "part")
+    assert [type(attn).__name__ for _, attn in hf.modules(read)] == ["KnockingHeadsAttention", "GroupedQueryAttention"]
+    assert torch.equal(read(IDS).last_hidden_state, part(IDS).last_hidden_state)
+    assert type(part.config) is transformers.LlamaConfig
+    model.save_pretrained(tmp_path / "whole")
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole(IDS).logits, model(IDS).logits)
+    whole.model.language_model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).last_hidden_state, part(IDS).last_hidden_state)
+    with pytest.raises(Exception, match="load this folder with an Auto class"):
+        transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole")
+
+
+def test_models_inside_others_get_their_classes_back(tmp_path):
+    source = image_model()
+    model = hf.restore(hf.replace(copy.deepcopy(source)))
+    assert [type(m) for m in model.modules()] == [type(m) for m in source.modules()]
+    model.model.language_model.save_pretrained(tmp_path)
+    read = transformers.LlamaModel.from_pretrained(tmp_path)
+    assert torch.equal(read(IDS).last_hidden_state, source.model.language_model(IDS).last_hidden_state)
+
+
+def test_auto_classes_that_hear_of_a_model_later(tmp_path):
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "attnzoo_test_llama"
+
+    class OwnModel(transformers.LlamaForCausalLM):
+        config_class = OwnConfig
+
+    settings = {**small("llama").config.to_dict()}
+    for name in ("model_type", "transformers_version"):
+        del settings[name]
+    model = hf.replace(OwnModel(OwnConfig(**settings)).eval())
+    model.save_pretrained(tmp_path)
+    transformers.AutoConfig.register("attnzoo_test_llama", OwnConfig)
+    transformers.AutoModelForCausalLM.register(OwnConfig, OwnModel)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read(IDS).logits, model(IDS).logits)
+
+
+# Weights that are not all in memory
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("name", ["llama", "llama, kha", "llama, mla", "llama, moa", "llama, linear"])
+def test_weights_on_disk(folders, name, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {"model.layers.0": "disk", "lm_head": "cpu"}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    read, stored = load(folders / name, device_map=places, offload_folder=tmp_path), torch.load(folders / f"{name}.pt")
+    inside = list(read.model.layers[0].self_attn.parameters())
+    assert all(parameter.is_meta for parameter in inside)
+    for _ in range(2):
+        assert torch.equal(read(IDS).logits, stored["logits"])
+        assert all(parameter.is_meta for parameter in inside)
+    assert torch.equal(read.generate(IDS, **GENERATE), stored["generated"])
+    read.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(IDS).logits, stored["logits"])
+    held = accelerate.cpu_offload(load(folders / name), torch.device("cpu"))
+    assert torch.equal(held(IDS).logits, stored["logits"])
+
+
 # Training on
 
 

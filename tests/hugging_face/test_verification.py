@@ -144,6 +144,32 @@ def test_verify_may_bring_the_inputs_of_the_model():
     assert len(hf.modules(model)) == 2
 
 
+def test_only_whole_models_can_be_verified_without_inputs():
+    model = small("llama")
+    wrapped = torch.nn.ModuleDict({"model": model})
+    before = state_of(model)
+    with pytest.raises(ValueError, match="verify must hold the arguments of a ModuleDict, or be False: they are known"):
+        hf.replace(wrapped)
+    assert_untouched(model, before)
+    hf.replace(wrapped, verify=False)
+    assert len(hf.modules(model)) == 2
+
+
+@pytest.mark.parametrize("call", [hf.replace, hf.restore, hf.modules])
+def test_what_is_not_a_model_is_refused(call):
+    with pytest.raises(ValueError, match="model must be a model of transformers, got None"):
+        call(None)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_some_layers_are_restored_whatever_a_configuration_says_of_heads_that_are_not_shared(heads):
+    model = small("gpt-neox")
+    model.config.num_key_value_heads = heads  # which GPT-NeoX does not read
+    hf.restore(hf.replace(model, layers=[1]))
+    assert type(model) is transformers.GPTNeoXForCausalLM
+    assert model.config.num_key_value_heads == heads
+
+
 def refusal(model, words, **options):
     before = state_of(model)
     with pytest.raises(ValueError, match=words):
@@ -163,6 +189,10 @@ def test_models_without_known_attention_are_refused():
         r"layer 'decoder\.layers\.0\.self_attn': OPTAttention is not known; register_family teaches it, "
         r"set_attn_implementation\('attnzoo'\) needs no mapping",
     )
+    gptj = transformers.GPTJConfig(vocab_size=32, n_embd=16, n_head=2, n_layer=1, rotary_dim=4, n_positions=16)
+    refusal(
+        transformers.GPTJForCausalLM(gptj), r"GPTJAttention is not known; register_family teaches it$"
+    )  # it has no interface to take another function through
 
 
 def test_layers_have_to_be_numbers_of_layers():

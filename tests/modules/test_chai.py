@@ -17,6 +17,7 @@ from attnzoo.modules.clustered_cache import ClusteredCache
 from attnzoo.modules.heads import HeadLayout
 from attnzoo.modules.protocol import MEMBERS, missing_members
 from attnzoo.ops.clustered_attention import BLOCK
+from attnzoo.ops.head_clustering import cluster_heads, cosine_distance
 from attnzoo.ops.observation import observing
 from attnzoo.ops.softmax_attention import softmax_attention_reference
 from tests.zoo import OPTIONS
@@ -194,6 +195,37 @@ def test_sequences_of_a_batch_do_not_know_each_other():
     assert torch.equal(layer.labels, labels[order])
     for b in range(5):
         assert_near(layer(x[b : b + 1]), y[b : b + 1], 1e-12)
+
+
+def test_a_sequence_that_holds_no_numbers_spoils_no_other():
+    layer, x = ClusteredHeadAttention(trained(), 3), tokens(3)
+    expected = layer(x)
+    x[1, 2] = torch.nan
+    y = layer(x)
+    assert torch.equal(y[0], expected[0])
+    assert torch.equal(y[2], expected[2])
+    assert y[1, 2:].isnan().all()
+    assert layer.labels.max() == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers", "message"),
+    [
+        ([[1.0]], (1,), "pattern must be a tensor"),
+        (torch.ones(4, 5, 5), (2.0,), r"num_clusters must lie between 1 and the 4 heads, got 2\.0"),
+        (torch.ones(4, 5, 5), (2, 2.0), r"probe_tokens must lie between 1 and the 5 tokens of the pattern, got 2\.0"),
+    ],
+)
+def test_patterns_that_cannot_be_clustered(pattern, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        cluster_heads(pattern, *numbers)
+
+
+def test_clusters_go_by_the_direction_of_weights_however_small_a_sink_leaves_them():
+    pattern = torch.rand(2, 4, 5, 5, dtype=torch.float64)
+    small = pattern * torch.tensor([1.0, 1e-14, 1e-30, 1.0], dtype=torch.float64)[:, None, None]
+    assert torch.equal(cluster_heads(small, 2), cluster_heads(pattern, 2))
+    torch.testing.assert_close(cosine_distance(small), cosine_distance(pattern), atol=1e-12, rtol=0)
 
 
 def test_labels_do_not_depend_on_tokens_after_the_probe():

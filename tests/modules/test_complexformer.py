@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import attnzoo
-from attnzoo import ComplexAttention
+from attnzoo import ComplexAttention, Rotary
 from tests.zoo import gradients
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "complexformer.safetensors"
@@ -69,6 +69,15 @@ def test_it_starts_as_rotary_attention(options):
     gqa.load_state_dict({k: v for k, v in attn.state_dict().items() if "_proj" in k})
     x = sample()
     torch.testing.assert_close(attn(x), gqa(x), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-30])
+@pytest.mark.parametrize("eps", [0.0, 1e-9])
+def test_gradients_of_tokens_that_are_nearly_zero_are_finite(eps, size):
+    attn, x = make(eps=eps).float(), sample().float()
+    x[:, 5:] *= size
+    found = gradients(attn, x, torch.randn_like(x))
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_scores_are_cosines_of_pairs_of_angles():
@@ -147,6 +156,8 @@ def test_official_start():
         ({"scale": 0.1}, "scale is not an option of ComplexAttention"),
         ({"qk_norm": True}, "qk_norm is not an option of ComplexAttention"),
         ({"rope": None, "rope_theta": 1e4}, "rope_theta needs rope"),
+        ({"rope": Rotary(style="interleaved")}, "rope must turn the whole head in style 'half'.*style='interleaved'"),
+        ({"rope": Rotary(dim=2)}, "rope must turn the whole head in style 'half'.*dim=2"),
     ],
 )
 def test_refusals(options, message):

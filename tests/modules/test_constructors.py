@@ -12,6 +12,7 @@ from torch import nn
 
 import attnzoo
 from attnzoo.description import describe
+from attnzoo.modules.base import Mechanism
 
 CLASSES = {
     name: cls
@@ -83,3 +84,22 @@ def test_what_is_not_a_description_or_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gate_rows must hold token numbers .*got \(-1,\)"):
         made("TABAttention", gate_rows=-1)
     assert made("TABAttention", gate_rows=0).gate_rows == (0,)
+
+
+def test_an_option_that_a_class_of_ones_own_does_not_name_is_refused() -> None:
+    class Plain(Mechanism):
+        """Hands its options on, and reads none of them."""
+
+        def __init__(self, embed_dim: int, num_heads: int, **options: object) -> None:
+            super().__init__(embed_dim, num_heads, **options)
+
+    class Normed(Plain):
+        def __init__(self, embed_dim: int, num_heads: int, *, qk_norm: bool = False, **options: object) -> None:
+            super().__init__(embed_dim, num_heads, qk_norm=qk_norm, **options)
+
+    assert Normed(16, 4, qk_norm=True, dropout=0.5).dropout == 0.5
+    with pytest.raises(ValueError, match="qk_norm must be True or False, got 2"):
+        Normed(16, 4, qk_norm=2)
+    for cls, option in ((Plain, "qk_norm"), (Plain, "bias"), (Normed, "bias"), (Normed, "nonsense")):
+        with pytest.raises(TypeError, match=f"{cls.__name__} has no option {option!r}"):
+            cls(16, 4, **{option: True})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
@@ -413,6 +414,26 @@ def test_a_module_is_built_on_the_meta_device_and_filled_later(name: str, option
     assert torch.equal(filled(x), original(x))
 
 
+def test_positions_without_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="positions must have values, got a tensor on the device meta"):
+        make("gqa")(sample(), positions=torch.arange(T, device="meta"))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_start_that_is_refused_draws_nothing(name: str) -> None:
+    module = make(name)
+    before = copy.deepcopy(module.state_dict())
+    for std, out_std, message in (
+        (-0.1, None, "^std must not be negative, got -0.1"),
+        (0.1, -0.1, "^out_std must not be negative, got -0.1"),
+        (math.nan, None, "^std must be a finite number, got nan"),
+        ("0.1", None, "^std must be a finite number, got '0.1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.reset_parameters(std, out_std)
+    assert_same(module.state_dict(), before, 0.0)
+
+
 # Layout
 
 
@@ -554,6 +575,20 @@ def test_dropout_acts_in_training_only(name: str, option: str) -> None:
     assert torch.equal(module(x), third)
     assert not torch.equal(first, second)
     assert torch.equal(module.eval()(x), make(name, option)(x))
+
+
+@pytest.mark.parametrize(("name", "option"), [case for case in CASES if case[1] in ("plain", "learned-sink")])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_drops_the_same_weights_again(name: str, option: str, reentrant: bool) -> None:
+    module, x, weight = make(name, option, dropout=0.5), sample(), sample()
+
+    torch.manual_seed(3)
+    expected = gradients(module, x, weight)
+    torch.manual_seed(3)
+    y = checkpoint(module, x := x.requires_grad_(), use_reentrant=reentrant)
+    (y * weight).sum().backward()
+    found = {"y": y, "x": x.grad, **{key: parameter.grad for key, parameter in module.named_parameters()}}
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", names("unnormed heads"))

@@ -181,6 +181,28 @@ def test_a_pickled_cache_goes_on_as_the_cache_does(name: str, option: str) -> No
     assert_go_on_alike(name, module, pickle.loads(pickle.dumps(cache)), cache)
 
 
+@every_case
+@pytest.mark.parametrize("how", [None, copy.deepcopy])
+def test_a_cache_of_inference_mode_goes_on_outside_it(
+    name: str, option: str, how: Callable[[object], object] | None
+) -> None:
+    module = make(name, option)
+    torch.manual_seed(3)
+    expected = filled(module)
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        cache = filled(module)
+        cache = cache if how is None else how(cache)
+    for tokens in (1, 2):
+        x = sample(tokens)
+        # Clusters of heads are for inference.
+        with torch.set_grad_enabled(name != "chai"):
+            y = module(x, cache=cache)
+            assert torch.equal(y, module(x, cache=expected))
+        if name != "chai":
+            y.sum().backward()
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_rows_are_reordered_by_integers_of_any_dtype(name: str) -> None:
     module = make(name)

@@ -291,6 +291,37 @@ def test_gradients_of_single_samples_are_a_loop(name: str) -> None:
             assert apart(found[key][i], value) <= 1e-10, key
 
 
+@deprecated
+@every_mechanism
+def test_derivatives_carried_forward_are_those_carried_back(name: str) -> None:
+    module, x, direction, weight = make(name), sample(), sample(), sample()
+    y, tangent = torch.func.jvp(module, (x,), (direction,))
+    assert apart(y, module(x)) <= EXACT
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad((module(x) * weight).sum(), x)
+    assert apart((gradient * direction).sum(), (tangent * weight).sum()) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "sigmoid" else pytest.mark.slow) for name in MECHANISMS]
+)
+@torch.no_grad()
+def test_few_graphs_serve_every_step_of_decoding(name: str) -> None:
+    module, x = make(name).eval(), sample()
+    graphs: list[object] = []
+
+    def counted(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counted)
+    cache = module.init_cache(B, T)
+    y = [compiled(x[:, :3], cache=cache), *(compiled(x[:, t : t + 1], cache=cache) for t in range(3, T))]
+    assert apart(torch.cat(y, 1), module(x)) <= EXACT
+    assert len(graphs) <= 4
+
+
 @slow_rules
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in MECHANISMS]

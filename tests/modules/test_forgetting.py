@@ -54,6 +54,13 @@ def test_constant_gates_are_alibi(forget_gate):
     assert ("forget_bias" in module.state_dict()) == (forget_gate == "bias")
 
 
+def test_gates_of_the_shortest_times_start_finite():
+    times = (1e-3, 1e6)
+    module = attnzoo.ForgettingAttention(8, 2, forget_gate="bias", decay_times=times, dtype=torch.float64)
+    log_gates = torch.nn.functional.logsigmoid(module.forget_bias.detach())
+    torch.testing.assert_close(log_gates, -1 / torch.tensor(times, dtype=torch.float64), atol=0, rtol=1e-9)
+
+
 def test_one_time_is_enough_for_one_head():
     module = attnzoo.ForgettingAttention(8, 1, forget_gate="fixed", decay_times=(3, 90))
     assert module.times() == pytest.approx([3.0])

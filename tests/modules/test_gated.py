@@ -229,6 +229,15 @@ def test_refusals(options, message):
         attnzoo.GatedAttention(E, H, G, **options)
 
 
+def test_a_joint_norm_of_one_head_cancels_its_gate():
+    options = {"gate_type": "headwise", "qk_norm": "joint"}
+    for gate, heads in (("key", (H, 1)), ("query", (1, 1))):
+        with pytest.raises(ValueError, match=f"with gate '{gate}' and qk_norm, which cancels a factor of a head"):
+            attnzoo.GatedAttention(E, *heads, gate=gate, **options)
+    for gate, heads in (("key", (H, G)), ("query", (H, 1)), ("value", (H, 1))):
+        attnzoo.GatedAttention(E, *heads, gate=gate, **options)
+
+
 def test_the_gate_starts_anew():
     for init in ("normal", "xavier"):
         module = attnzoo.GatedAttention(64, H, G, init=init, gate_bias=True)

@@ -27,6 +27,28 @@ def test_sizes_and_starts():
     assert attn.o_proj.weight.std().item() == pytest.approx(0.01, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GroupedQueryAttention", {"qk_norm": True, "sink": "learned"}),
+        ("SelectiveMultiHeadAttention", {}),
+        ("MixtureOfAttentiveExperts", {"gate_hidden": 64}),
+    ],
+)
+def test_xavier_leaves_the_start_of_other_layers_as_it_is(name, options):
+    xavier, normal = (getattr(attnzoo, name)(64, 4, init=init, **options) for init in ("xavier", "normal"))
+    for module in (xavier, normal):
+        for parameter in module.parameters():
+            torch.nn.init.constant_(parameter, 7.0)
+        module.reset_parameters()
+    expected = {name: value for name, value in normal.state_dict().items() if name[2:6] != "proj"}
+    assert expected
+    for name, value in expected.items():
+        found = xavier.state_dict()[name]
+        assert found.mean().item() == pytest.approx(value.mean().item(), abs=0.01)
+        assert found.std().item() == pytest.approx(value.std().item(), rel=0.2)
+
+
 def test_cache_bytes_are_two_heads_a_group():
     attn = attnzoo.GroupedQueryAttention(512, 8, 2, 64, v_head_dim=32)
     assert attn.cache_bytes_per_token(torch.bfloat16) == 2 * (64 + 32) * 2

@@ -42,6 +42,7 @@ def test_the_value_is_not_rotated():
         ((32, 4, 2), {"qk_norm": True}, "qk_norm must be False: normalising the key would break its tie"),
         ((32, 4, 2), {"rope_head_dim": 16}, "rope_head_dim must .*16"),
         ((32, 4, 2), {"rope_head_dim": 3}, "rope_head_dim must .*3"),
+        ((32, 4, 2), {"k_rope_bias": True, "rope": None}, "k_rope_bias needs rope, got k_rope_bias=True"),
         ((32, 4, 2), {"dropout": 2.0}, "dropout must .*got 2"),
     ],
 )

@@ -79,6 +79,18 @@ def test_linear_maps_fold_away(options, T, pruned):
     torch.testing.assert_close(folded(x), kha(x), atol=1e-12, rtol=0)
 
 
+def test_what_folds_runs_as_the_module_does_now():
+    later = {"dropout": 0.25, "backend": "eager", "depth": 3}
+    for base in ("gqa", "mla"):
+        kha = make(base, variant="linear").eval()
+        for name, value in later.items() | ({("absorb", False)} if base == "mla" else set()):
+            setattr(kha, name, value)
+        folded = kha.fold()
+        assert {name: getattr(folded, name) for name in later} == later
+        assert getattr(folded, "absorb", False) is False
+        assert not folded.training
+
+
 def moved(kha):
     """Parameters off their start."""
     torch.manual_seed(3)

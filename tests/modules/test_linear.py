@@ -160,6 +160,19 @@ def test_rows_of_weights_sum_to_one():
     torch.testing.assert_close(attn(x), attn.o_proj.weight.sum(1).expand(2, T, E), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_denominator_of_zero_gives_zero(causal):
+    module = make(causal=causal, normalizer_eps=0.0, feature_map="elu", bias=False, out_bias=False)
+    x = torch.randn(2, 9, module.embed_dim, dtype=torch.float64, requires_grad=True)
+    y = module(x, mask=AttentionMask.padding([9, 0]))
+    assert not y[1].any()
+    expected = gradients(module, x[:1], torch.ones_like(x[:1]))
+    found = torch.autograd.grad(y[0].sum(), [x, *module.parameters()])
+    assert not found[0][1].any()
+    for one, other in zip(found[1:], list(expected.values())[2:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 def test_without_rotation_the_order_of_the_past_means_nothing():
     attn, x = make(), sample(1)
     shuffled = torch.cat([x[:, torch.randperm(T - 1)], x[:, -1:]], 1)

@@ -174,6 +174,9 @@ def test_phases_that_are_not_there():
         make().set_phase("best")
     with pytest.raises(ValueError, match="expert_index must lie between 0 and 3 and needs phase 'expert', got 4"):
         make().set_phase("expert", 4)
+    for index in (1.0, True, "1"):
+        with pytest.raises(ValueError, match=f"expert_index must be an integer, got {index!r}"):
+            make().set_phase("expert", index)
 
 
 @pytest.mark.parametrize("num_active", [None, 2])

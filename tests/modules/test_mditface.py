@@ -150,9 +150,14 @@ def test_from_a_module_that_saw_both_kinds():
     shared, separate = (StaticContextAttention.from_joint(gqa, separate_static=kind) for kind in (False, True))
     assert_close(shared(x, num_static=S), separate(x, num_static=S))
     assert_close(separate(x), gqa(x))
+    assert shared.training
+    assert not StaticContextAttention.from_joint(gqa.eval()).training
     for options in ({"sliding_window": 3}, {"o_bias": True}, {"v_head_dim": 4}):
         with pytest.raises(ValueError, match="module must be grouped-query attention with one width"):
             StaticContextAttention.from_joint(attnzoo.GroupedQueryAttention(E, H, G, causal=False, **options))
+    for module in (attnzoo.MultiHeadLatentAttention(E, H), nn.Linear(E, E)):
+        with pytest.raises(ValueError, match="module must be grouped-query attention with one width"):
+            StaticContextAttention.from_joint(module)
 
 
 @pytest.mark.parametrize("chunks", [[1] * T, [3, 4], [T]])
@@ -254,6 +259,18 @@ def test_a_stack_may_reuse_static_keys_only_if_nothing_else_tells_them_the_step(
         x = sample(T)
         apart = (run(x, 0.9, None, caches) - run(x, 0.9, static, [None] * 3)).abs().max()
     assert (apart > 1e-2) if modulated else (apart < 1e-12)
+
+
+@BOTH
+def test_a_later_step_must_fit_the_cache(causal):
+    attn = make(causal=causal)
+    cache = attn.init_cache(2, S + 9)
+    with torch.no_grad():
+        attn(sample(S), num_static=S, cache=cache)
+        with pytest.raises(ValueError, match=r"cache was made for states .*torch\.float64.*got .*1"):
+            attn(sample(2)[:1], cache=cache)
+        with pytest.raises(ValueError, match=r"cache was made for states .*torch\.float64.*in torch\.float32"):
+            attn.float()(sample(2).float(), cache=cache)
 
 
 def test_heads_are_pruned_in_both_streams():

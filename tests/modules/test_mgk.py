@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 
 import attnzoo
 from attnzoo import AttentionMask, BackendUnavailable, Rotary
@@ -214,6 +215,33 @@ def test_the_soft_prior_becomes_the_mean_responsibility(prior):
     assert "pi" not in dict(module.named_parameters())
 
 
+def test_the_soft_prior_refuses_to_be_recomputed():
+    module, x = make(assignment="soft"), torch.randn(2, 9, E).double().requires_grad_()
+    y = checkpoint(module, x, use_reentrant=False)
+    prior = module.pi.clone()
+    with pytest.raises(ValueError, match="'soft' must not be recomputed in the backward pass"):
+        y.sum().backward()
+    assert torch.equal(module.pi, prior)
+    learned = make()
+    checkpoint(learned, x, use_reentrant=False).sum().backward()
+
+
+def test_a_call_that_fails_leaves_the_soft_prior_as_it_was():
+    module, x = make(assignment="soft"), torch.randn(2, 9, E).double()
+    prior = module.pi.clone()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = module.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module(x)
+    assert torch.equal(module.pi, prior)
+    hook.remove()
+    module(x)
+    assert not torch.equal(module.pi, prior)
+
+
 def test_padding_does_not_count_in_the_soft_prior():
     module, x = make(assignment="soft", prior="position", max_positions=9), torch.randn(2, 9, E).double()
     gamma = responsibilities(module, x, module.pi[:, 0, :1].T.expand(H, 1, 2))[..., 0]
@@ -257,6 +285,22 @@ def test_half_the_heads_take_62_percent_of_the_projections():
     assert module.flops_by_part(10)["projections"] / whole.flops_by_part(10)["projections"] == 0.625
     assert module.flops_by_part(10)["attention"] / whole.flops_by_part(10)["attention"] == 0.75
     assert module.no_weight_decay() == {"pi"}
+
+
+def test_the_linear_form_costs_what_its_states_cost():
+    def attention(module, *lengths):
+        return module.flops_by_part(*lengths)["attention"]
+
+    module = make(G, attention="linear", causal=False)
+    # D (Dv + 1) numbers of each context token and key/value head are summed, and of each query and head are read.
+    for queries, keys in ((10, 3), (3, 10), (4, 4)):
+        assert attention(module, queries, keys) == 2 * D * (D + 1) * (keys * G + queries * H)
+    causal = make(G, attention="linear")
+    assert attention(causal, 1) == 2 * D * (D + 1) * (G + H)
+    assert attention(causal, 9) == attention(causal, 64) == 2 * 64 * (D * (D + 1) * (G + H) + 64 * H * (2 * D + 1))
+    causal.prune_heads([1])
+    # Heads that no longer share their keys evenly have a state each.
+    assert attention(causal, 1) == 2 * D * (D + 1) * 2 * (H - 1)
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])

@@ -183,6 +183,16 @@ def test_powers_of_a_number_are_a_decay_between_blocks():
     torch.testing.assert_close(attn(x)[0], attn.o_proj(torch.stack(heads).flatten(1)), atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize(("normalizer", "causal"), [("mixed", True), ("mixed", False), ("compat", False)])
+def test_a_denominator_of_zero_gives_zero(normalizer, causal):
+    module = make(normalizer=normalizer, causal=causal, normalizer_eps=0.0, feature_map="elu")
+    x = torch.randn(2, M * C, E, dtype=torch.float64, requires_grad=True)
+    y = module(x, mask=AttentionMask.padding([M * C, 0]))
+    torch.testing.assert_close(y[0], module(x[:1])[0], atol=1e-12, rtol=0)
+    assert y.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y[0].sum(), [x, *module.parameters()]))
+
+
 def test_the_order_within_a_finished_block_means_nothing_later():
     attn, x = make(rope=None), sample(1)
     order = torch.arange(T)

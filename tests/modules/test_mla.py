@@ -322,6 +322,17 @@ def test_pruned_heads_are_heads_with_output_zero(variant, heads):
         torch.testing.assert_close(attn(x), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{"rope_kv_heads": 2}, {"kv_b_bias": True, "absorb": True}])
+def test_a_module_without_heads_gives_the_output_bias(options):
+    attn = make(num_kv_heads=2, bias=True, **options)
+    attn.prune_heads(range(H))
+    x, cache = torch.randn(2, T, E).double(), attn.init_cache(2, T)
+    expected = attn.o_proj.bias.expand(2, T, E)
+    torch.testing.assert_close(attn(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([attn(part, cache=cache) for part in x.split(3, 1)], 1), expected)
+
+
 @every_variant
 def test_qk_circuit_makes_the_scores_of_one_position(variant):
     attn = make(**{k: v for k, v in VARIANTS[variant].items() if "bias" not in k})
@@ -470,6 +481,7 @@ def test_frequencies_of_a_state_dict_are_the_modules():
         ({"rope_mode": "pre", "qk_rope_head_dim": 4}, "qk_rope_head_dim must not be given with rope_mode 'pre', got 4"),
         ({"rope_mode": "none", "qk_rope_head_dim": 4}, "qk_rope_head_dim must not be given with rope_mode 'none'"),
         ({"rope_mode": "pre", "num_kv_heads": 2}, "num_kv_heads and rope_kv_heads must be left alone .*got 2"),
+        ({"q_bias": True, "q_lora_rank": 6}, "q_bias needs q_lora_rank=None.*got True and q_lora_rank 6"),
         ({"rope": Rotary(dim=6)}, "rope.dim must equal qk_rope_head_dim, got 6 and 2"),
         ({"absorb": "always"}, "absorb must be True, False or 'auto', got 'always'"),
         ({"kdim": 5}, "kdim needs causal=False, got kdim=5"),

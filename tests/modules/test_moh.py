@@ -171,6 +171,13 @@ def test_views_that_routed_attention_does_not_take(view, keys):
         routed_attention(q, k, k, torch.ones(1, 5, 2, dtype=torch.bool), view, scale=1.0)
 
 
+@pytest.mark.parametrize("active", [torch.ones(1, 5, 3) > 0, torch.ones(1, 4, 2) > 0, torch.ones(1, 5, 2)])
+def test_active_pairs_that_do_not_fit(active):
+    q = torch.randn(1, 5, 2, 4)
+    with pytest.raises(ValueError, match=r"active must be boolean \(B, T, R\) of at most 2 heads"):
+        routed_attention(q, q, q, active, scale=1.0)
+
+
 def test_packed_rows_take_no_dense_mask():
     q = torch.randn(1, 5, 2, 4)
     view = Visibility(mask=AttentionMask.dense(torch.ones(5, 5, dtype=torch.bool)))
@@ -390,6 +397,18 @@ def test_pruning_is_a_router_logit_of_minus_infinity(heads):
     assert attn(x).shape == x.shape
 
 
+@pytest.mark.parametrize("ste", ["all", "active", "none"])
+def test_the_one_routed_head_that_pruning_leaves_is_always_on(ste):
+    attn, x = make(router="query_norm", num_shared_heads=4, num_routed_active=1, ste=ste), sample()
+    attn.prune_heads([5])
+    found = gradients(attn, x, torch.randn_like(x))
+    gqa = grouped(make(router="query_norm", num_shared_heads=4, num_routed_active=1))
+    gqa.prune_heads([5])
+    torch.testing.assert_close(found["y"], gqa(x), atol=1e-12, rtol=0)
+    assert all(value.isfinite().all() for value in found.values())
+    assert attn.aux_loss.item() == pytest.approx(attn.aux_loss_coef)
+
+
 def test_a_trained_layer_becomes_a_mixture():
     for source in (
         attnzoo.MultiHeadAttention(E, H, dtype=torch.float64),
@@ -423,6 +442,7 @@ def test_a_trained_layer_becomes_a_mixture():
         ({"gate_form": "binary"}, "gate_form of router 'two_stage' must be one of .*got 'binary'"),
         ({"router": "query_norm", "gate_form": "scaled"}, "gate_form of router 'query_norm' must be one of"),
         ({"ste": "some"}, "ste must be 'all', 'active' or 'none', got 'some'"),
+        ({"ste": "active"}, "ste needs router 'query_norm'.*got 'active' and 'two_stage'"),
         ({"aux_loss_coef": -1.0}, "aux_loss_coef must not be negative, got -1.0"),
         ({"sparse": "yes"}, "sparse must be True, False or 'auto', got 'yes'"),
     ],

@@ -131,6 +131,21 @@ def test_without_maps_every_backend_runs(backend):
         make(backend="sdpa")(x)
 
 
+def test_a_mask_of_single_heads_hides_scores_from_the_mix_without_kernels_too():
+    torch.manual_seed(5)
+    attn, x = make(pre_kernel=None, post_kernel=None, pre_head_group=2, post_head_group=4), sample()
+    keep = (torch.rand(2, H, T, T) < 0.6) | torch.eye(T, dtype=torch.bool)
+    kernels = make(pre_kernel=(1, 1), post_kernel=(1, 1), pre_head_group=2, post_head_group=4)
+    kernels.load_state_dict(attn.state_dict(), strict=False)
+    with torch.no_grad():
+        kernels.pre_kernel.fill_(1)
+        kernels.post_kernel.fill_(1)
+    assert_close(attn(x, mask=keep), kernels(x, mask=keep))
+    attn.backend = "sdpa"
+    with pytest.raises(attnzoo.BackendUnavailable, match="multi_token_attention"):
+        attn(x, mask=keep)
+
+
 def test_a_kernel_of_one_number_scales_the_scores_and_one_row_up_reads_the_query_before():
     options = PLAIN | {"pre_kernel": (3, 3), "rope": None}
     attn, x = make(**options), sample()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import AttentionMask, Rotary
@@ -136,6 +137,16 @@ def test_an_observer_sees_all_pairs():
     with observing(lambda observation: shapes.append(tuple(observation.q.shape))), torch.no_grad():
         attn.eval()(torch.randn(1, 1024, E).double())
     assert shapes == [(1, 1024, H, E // H)]
+
+
+def test_output_biases_of_heads_are_counted_and_not_decayed():
+    plain, biased = make(causal=False, backend="eager"), make(causal=False, backend="eager", head_out_bias=True)
+    for module in (plain, biased):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.randn(1, 9, E).double())
+        assert module.flops(9) == counter.get_total_flops()
+    assert plain.no_weight_decay() == set()
+    assert biased.no_weight_decay() == {"o_head_bias"}
 
 
 def test_pruning_takes_a_head_out_of_the_choice():

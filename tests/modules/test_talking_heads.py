@@ -184,6 +184,16 @@ def test_refusals(options, message):
         TalkingHeadsAttention(E, H, **options)
 
 
+def test_mixes_of_other_numbers_of_heads_start_as_truncated_normals():
+    torch.manual_seed(0)
+    attn = TalkingHeadsAttention(64, 64, num_qk_heads=16, num_v_heads=32)
+    for mix, sources in ((attn.logits_proj, 16), (attn.weights_proj, 64)):
+        scaled = mix.detach() * sources**0.5
+        # The standard deviation of what is left of a normal between -2 and 2 is 0.88.
+        assert 1.9 < scaled.abs().max() <= 2
+        assert float(scaled.std()) == pytest.approx(0.88, abs=0.03)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "triton"])
 def test_other_backends_say_why_not(backend):
     operation = "qk_norm_rope" if backend == "triton" else "composed_attention"

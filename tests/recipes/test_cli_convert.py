@@ -92,6 +92,11 @@ def test_a_folder_is_converted(texts, tmp_path, capsys):
         (["--to", "talking_heads"], "TalkingHeadsAttention", True),
         (["--to", "gqa", "--num-kv-heads", "1", "--calib", "CALIB"], "GroupedQueryAttention", False),
         (["--to", "mla", "--rope-dim", "12", "--set", "svd=none"], "MultiHeadLatentAttention", True),
+        (
+            ["--to", "mla", "--rope-dim", "12", "--set", "svd=none", "--set", "factor_dtype=float32"],
+            "MultiHeadLatentAttention",
+            True,
+        ),
     ],
 )
 def test_mechanisms(texts, tmp_path, words, kind, exact):
@@ -128,6 +133,12 @@ def test_a_run_is_converted(arguments, run, texts, tmp_path, capsys):
         (["--to", "banana"], "banana"),
         (["--to", "kha", "--rank", "4"], "kv_rank"),
         (["--to", "kha", "--set", "variant"], "--set must be followed by NAME=VALUE, got 'variant'"),
+        (
+            ["--to", "gqa", "--set", "calib=x"],
+            "--set must name an option of the conversion, got 'calib=x': use --calib",
+        ),
+        (["--to", "gqa", "--set", "layers=[0]"], "of the conversion, got 'layers=[0]': use --layers"),
+        (["--to", "mla", "--rope-dim", "12", "--rank", "8", "--set", "factor_dtype=int8"], "factor_dtype must be one"),
         (["--to", "mla", "--rope-dim", "7", "--rank", "8"], "rope_dim"),
         (["--to", "mla", "--rank", "8"], "rope_dim"),
         (["--to", "gqa", "--num-kv-heads", "3"], "num_kv_heads"),

@@ -112,6 +112,30 @@ def test_a_hugging_face_folder(tiny_llama, words_file, tmp_path, capsys):
     assert "8 heads on 48 tokens" in capsys.readouterr().out
 
 
+def test_a_single_head_has_no_cosine(tmp_path, words_file, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        vocab_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "one")
+    tiny_hugging_face.tokenizer(around=False).save_pretrained(tmp_path / "one")
+    main([str(tmp_path / "one"), "--text", str(words_file), "--length", "16", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("1 head on 256 tokens: ")
+    assert said[2][said[1].index("  cosine") : said[1].index("  clusters")].split() == []
+
+
+def test_weights_that_are_not_finite_are_named(tiny_llama, words_file, tmp_path, capsys):
+    folder, model, _ = tiny_llama
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(folder)
+    said = refused([folder, "--text", words_file, "--length", 16, "--out", tmp_path / "out"], capsys)
+    assert "layer 'model.layers.1.self_attn' must have finite attention weights" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_special_tokens_stand_around_every_sequence(tiny_encoder, words_file):
     folder, _, tokenizer = tiny_encoder
     read = reader(load_model(folder))

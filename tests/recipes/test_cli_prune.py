@@ -265,6 +265,7 @@ def test_mistakes_end_in_one_sentence(tiny_llama, tiny_encoder, words_file, pair
         ([folder, *data, "--min-heads-per-layer", -1], "min_heads_per_layer must not be negative, got -1"),
         ([folder, *data, "--decoded", -1], "decoded must not be negative, got -1"),
         ([folder, *data, "--batch-size", 0], "batch_size must be at least 1, got 0"),
+        ([folder, *data, "--examples", 0], "examples must be at least 1, got 0"),
         ([folder, *data, "--device", "x"], "device must be one that torch knows"),
     ):
         assert re.search(message, refused([*words, *out], capsys)), message

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import socket
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 import attnzoo
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo_recipes.diagnose.load_model import load_model
-from attnzoo_recipes.diagnose.spectrum import layer_rows, main, parse, printed
+from attnzoo_recipes.diagnose.spectrum import layer_rows, main, parse, printed, spectrum
 
 
 @pytest.fixture
@@ -191,6 +192,7 @@ def test_mistakes_end_in_one_sentence(weights, tmp_path, capsys):
         ([other, "--num_heads", 6], "must hold attention weights named q_proj, k_proj, v_proj and o_proj"),
         ([hugging], "the Hugging Face model in .* cannot be loaded"),
         ([path], "does not say how many heads its layers have: give --num-heads"),
+        ([path, "--num-heads", 0], "num_heads must be at least 1, got 0"),
         ([path, "--num-heads", 5], r"num_heads must fit the weights of model.layers.0.self_attn, .*, got 5 query"),
         ([path, "--num-heads", 6, "--matrices", "qk,x"], r"matrices must be some of .* got \['qk', 'x'\]"),
         ([path, "--num-heads", 6, "--null", "x"], "null must be one of .* got 'x'"),
@@ -200,6 +202,28 @@ def test_mistakes_end_in_one_sentence(weights, tmp_path, capsys):
         assert re.search(message, refused([*words, *(out if "--drawn" not in words else out[:2])], capsys)), message
     assert not (tmp_path / "out").exists()
     assert "--nonsense" in refused([path, "--nonsense", "1"], capsys)
+
+
+def test_a_folder_that_says_its_heads_is_told_none(llama, tmp_path, capsys):
+    folder, _ = llama
+    said = refused([folder, "--num-kv-heads", 1, "--out", tmp_path / "out"], capsys)
+    assert "num_kv_heads must be left out for " in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_written_before_anything_is_said(weights, tmp_path, monkeypatch):
+    path, _ = weights
+    options = parse([str(path), "--num-heads", "6", "--out", str(tmp_path / "out"), "--drawn", "0"])
+    written = []
+
+    def leave(text):
+        written.append((tmp_path / "out/report.html").is_file())
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stdout, "write", leave)
+    with pytest.raises(BrokenPipeError):
+        spectrum(options)
+    assert written == [True]
 
 
 def test_a_checkpoint_of_something_else_is_not_run(tmp_path, capsys):

@@ -6,9 +6,12 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import string
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from matplotlib.text import Text
 from scipy.stats import t, ttest_rel
 
 import attnzoo
-from attnzoo_recipes.compare.cli import checked, main, parse
+from attnzoo_recipes.compare.cli import checked, finished_run, main, parse
 from attnzoo_recipes.compare.pictures import draw_losses, draw_quality, label_points, spread
 from attnzoo_recipes.compare.plan import (
     Data,
@@ -246,6 +249,9 @@ def test_the_packaged_config_is_read_and_lists_every_mechanism():
         (["--mechanisms", "mha", "--vary", "model.lr", "--values", "1", "--lrs", "1"], "lrs must not be given where"),
         (["--mechanisms", "mha", "--", "--data.seed=3"], "--data.seed must not be given after --"),
         (["--mechanisms", "mha", "--", "--model.lr=fast"], "lr"),
+        (["--mechanisms", "mha", "--", "--trainer.max_steps=-1"], "trainer.max_steps must be given and be at least 1"),
+        (["--mechanisms", "mha", "--", "--trainer.limit_train_batches=3"], "limit_train_batches must be left out"),
+        (["--mechanisms", "mha", "--", "--model.z_loss=.inf"], "model.z_loss must be a finite number, got inf"),
         (["--mechanisms", "mha", "--", "--model.no=1"], "no"),
         (["--mechanisms", "one", "--vary", "feed_forward"], "config 'feed_forward/one.yaml' is neither"),
         (
@@ -305,6 +311,37 @@ def test_a_comparison_finishes_and_is_not_run_again(small, tmp_path, capsys):
     main(small)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.csv")}
     assert after == stamps
+
+
+def test_a_run_that_failed_is_tried_again_and_one_that_diverged_is_not(tmp_path):
+    (chosen,) = plans("none", ["mha"])
+    for code, status, is_kept in ((4, "failed", False), (3, "diverged", True), (4, "diverged", True)):
+        command = [sys.executable, "-c", f"import sys; sys.exit('full' and {code})"]
+        outcome = finished_run(chosen, 0, command, tmp_path, lambda steps: None)
+        assert outcome["status"] == status
+        assert (tmp_path / "result.json").exists() is is_kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_that_is_training(number, code, small, tmp_path):
+    endless = ["--", "--trainer.max_steps=200000", "--trainer.val_check_interval=200000"]
+    command = [sys.executable, "-W", "ignore", "-m", "attnzoo_recipes.compare.cli"]
+    words = [*command, *small, "--mechanisms", "mha", *endless]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as comparison:
+        logs = tmp_path / "out/cells"
+        for _ in range(1200):
+            if comparison.poll() is not None or any("step 1/" in log.read_text() for log in logs.rglob("log.txt")):
+                break
+            time.sleep(0.1)
+        comparison.send_signal(number)
+        said = comparison.communicate(timeout=100)[1]
+    assert comparison.returncode == code
+    assert "Traceback" not in said
+    assert "the same command continues where it was" in said
+    (log,) = logs.rglob("log.txt")
+    assert "stopped by SIGINT after step" in log.read_text()
+    assert list(logs.rglob("stopped-step=*.ckpt"))
 
 
 @pytest.mark.slow

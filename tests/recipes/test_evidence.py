@@ -103,6 +103,17 @@ def test_a_run_that_failed_leaves_the_claim_undecided():
     assert "seed 2 at rate 0.001 diverged: not finite" in page(results, "a.png")
 
 
+@pytest.mark.parametrize("content", ["{bad", "{}", "[]", '{"preset": "cpu", "claim": 3}'])
+def test_a_listing_names_results_that_are_none(content, tmp_path, capsys):
+    (tmp_path / "gated-cpu.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"attnzoo-evidence: error: {tmp_path}/gated-cpu.json must hold results of attnzoo-evidence, got" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_every_claim_loads(path, tmp_path):
     claim = Claim.read(path)

@@ -177,6 +177,9 @@ def test_dropout_is_of_training_alone():
     ({"hidden_dim": 0}, "hidden_dim must be at least 1, got 0"),
     ({"activation": "tanh"}, "activation must be one of .*, got 'tanh'"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+    ({"bias": "no"}, "bias must be True or False, got 'no'"),
+    ({"dtype": torch.int32}, "dtype must be one of .*, got torch.int32"),
+    ({"device": "nowhere"}, "device must be a device that is there, got 'nowhere'"),
 ])  # fmt: skip
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
@@ -188,6 +191,32 @@ def test_widths_that_are_not_there():
         hidden_dim_for(E, 1, "gelu", 100)
     with pytest.raises(ValueError, match="parameters must allow a hidden width of at least 1, got 3"):
         hidden_dim_for(E, 2, "gelu", 3)
+    with pytest.raises(ValueError, match="parameters must allow a hidden width of at least 1, got -1000"):
+        hidden_dim_for(E, 3, "gelu", -1000)
+    for number in ("many", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"parameters must be a finite number, got {number!r}"):
+            hidden_dim_for(E, 2, "gelu", number)
+
+
+@pytest.mark.parametrize("make", [
+    *(functools.partial(layer, depth=depth) for depth in (1, 2, 3)), functools.partial(layer, SwiGLU), moe,
+])  # fmt: skip
+@pytest.mark.parametrize(("x", "message"), [
+    (torch.ones(2, T, E + 1).double(), rf"x must have shape \(B, T, {E}\), got \(2, {T}, {E + 1}\)"),
+    (torch.ones(E + 1).double(), rf"x must have shape \(B, T, {E}\), got \({E + 1},\)"),
+    (torch.ones(2, T, E), "x must have the dtype of the weights torch.float64, got torch.float32"),
+    (torch.ones(2, T, E).long(), "x must hold real floating-point numbers, got torch.int64"),
+    ("tokens", rf"x must be a tensor \(B, T, {E}\), got 'tokens'"),
+])  # fmt: skip
+def test_inputs_that_are_none(make, x, message):
+    with pytest.raises(ValueError, match=message):
+        make()(x)
+
+
+def test_a_layer_takes_rows_of_tokens_too():
+    for ffn in (layer(), layer(depth=1), layer(SwiGLU)):
+        x = sample()
+        assert torch.allclose(ffn(x.flatten(0, 1)), ffn(x).flatten(0, 1), atol=1e-12)
 
 
 # multi-head mixture of experts
@@ -327,6 +356,8 @@ def test_parity_gives_the_sizes_of_the_paper():
     assert mh_moe_parity(64, 3, 1, 256, 8, 1, "relu")[2:] == (192, 31)
     usual = MultiHeadMixtureOfExperts(24)
     assert (usual.hidden_dim, usual.num_experts) == (24, 40)
+    with pytest.raises(ValueError, match="base_hidden must be a finite number, got nan"):
+        mh_moe_parity(768, 2, 2, float("nan"), 8, 1)
     with pytest.raises(ValueError, match=r"base_hidden must leave a hidden width of at least 1, got 500 \(-6 left\)"):
         mh_moe_parity(768, 2, 2, 500, 8, 1)
 
@@ -365,15 +396,22 @@ def test_initialisation_of_the_mixture():
     ({"shared_dim": -1}, "shared_dim must not be negative, got -1"),
     ({"aux_loss_coef": -1.0}, "aux_loss_coef must not be negative, got -1"),
     ({"hidden_dim": 0}, "hidden_dim must be at least 1, got 0"),
+    ({"bias": "no"}, "bias must be True or False, got 'no'"),
+    ({"inner_residual": None}, "inner_residual must be True or False, got None"),
+    ({"dtype": torch.int32}, "dtype must be one of .*, got torch.int32"),
+    (
+        {"num_experts_per_tok": 25, "hidden_dim": None, "num_experts": 30},
+        "num_experts_per_tok must be at most 24 unless hidden_dim and num_experts are given, got 25",
+    ),
 ])  # fmt: skip
 def test_refusals_of_the_mixture(options, message):
     with pytest.raises(ValueError, match=message):
         moe(**options)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, T), torch.ones(2, T + 1, dtype=torch.bool)])
+@pytest.mark.parametrize("mask", [torch.ones(2, T), torch.ones(2, T + 1, dtype=torch.bool), [[True] * T] * 2])
 def test_masks_that_are_none(mask):
-    with pytest.raises(ValueError, match=r"mask must be boolean \(B, T\)"):
+    with pytest.raises(ValueError, match=r"mask must be (boolean|a boolean tensor) \(B, T\)"):
         moe()(sample(), mask=mask)
 
 

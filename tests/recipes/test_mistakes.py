@@ -18,6 +18,7 @@ MISTAKES = {
     "class outside the allow-list": (["--trainer.callbacks+=antigravity.Fly"], "--allow-import antigravity"),
     "no such config": (["--config", "configs/attention/mhha.yaml"], "neither a file nor one of"),
     "missing data file": (["--data.files=['nowhere/*.txt']"], "there is no file 'nowhere/*.txt'"),
+    "a folder of data files": (["--data.files=['configs']"], "such as 'configs/*', got the folder 'configs'"),
     "unknown source": (["--data.source=csv"], "data.source must be one of"),
     "files for the standard library": (["--data.source=stdlib"], "data.files must be empty"),
     "block larger than the corpus": (["--data.block_size=100000"], "split must hold more than data.block_size"),
@@ -75,6 +76,7 @@ def test_one_sentence(more, message, arguments, run, tmp_path, capsys):
     assert message in sentence
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.rglob("*.tmp-*"))
+    assert not list(tmp_path.rglob("version_*"))
 
 
 def test_an_empty_corpus(arguments, run, tmp_path, capsys):
@@ -132,6 +134,7 @@ def test_a_run_that_continues_has_its_optimiser(arguments, run, tmp_path, capsys
         sentence = refused(run, arguments("mha", *more, f"--ckpt_path={path}", steps=4), capsys)
         assert message in sentence
         assert "--model.init_from" in sentence
+    assert [folder.name for folder in (tmp_path / "run").iterdir()] == ["version_0"]
     for more, message in (CONTINUED["rate"], CONTINUED["decay"]):
         assert message in refused(run, arguments("mha", *more, f"--ckpt_path={older}", steps=4), capsys)
     # What takes effect may change.

@@ -1,5 +1,8 @@
 """Spelling of options, packages that may be imported, devices, and files that are whole or not there."""
 
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -7,7 +10,25 @@ import torch
 
 from attnzoo_recipes import files
 from attnzoo_recipes.allowlist import ALLOWED
-from attnzoo_recipes.options import command_line, device_named, join_allowed, take_allowed_imports
+from attnzoo_recipes.options import (
+    command_line,
+    device_named,
+    join_allowed,
+    mistakes_in_one_sentence,
+    take_allowed_imports,
+)
+
+WRITES = """
+import sys
+from attnzoo_recipes.compare.cli import long_running
+from attnzoo_recipes.options import mistakes_in_one_sentence
+with mistakes_in_one_sentence("attnzoo-x"), long_running("attnzoo-x"):
+    for _ in range(int(sys.argv[1])):
+        sys.stdout.write("x" * 1000)
+    sys.stderr.write("done\\n")
+    if len(sys.argv) > 2:
+        raise ValueError(sys.argv[2])
+"""
 
 
 def test_underscores_are_dashes_in_names_of_options_only():
@@ -40,6 +61,37 @@ def test_packages_are_taken_off_the_command_line(words, monkeypatch):
     assert rest == ["fit"]
     assert allowed == (*ALLOWED, "mine", "other.part")
     assert take_allowed_imports(join_allowed(allowed)) == ([], allowed)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"), [(["1"], 0, "done\n"), (["1000", "wrong"], 2, "done\nattnzoo-x: error: wrong\n")]
+)
+def test_a_reader_that_leaves_changes_nothing(words, code, said):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = [sys.executable, "-W", "ignore", "-c", WRITES, *words]
+    done = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, env=environment, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no device that is always full")
+def test_output_that_is_lost_is_said():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, "-W", "ignore", "-c", WRITES, "1"]
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
+    assert done.returncode == 2
+    assert "attnzoo-x: error: standard output could not be written: [Errno 28]" in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop, mistakes_in_one_sentence("attnzoo-x", "go on"):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "attnzoo-x: stopped; go on\n"
 
 
 def test_the_current_folder_can_be_imported_from_last_and_only_if_asked(tmp_path, monkeypatch):

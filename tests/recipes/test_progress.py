@@ -39,6 +39,23 @@ def test_accumulation_counts_optimiser_steps(arguments, run, tmp_path):
     assert [row["step"] for row in found[4] if row["train_loss"]] == ["1", "3", "5"]
 
 
+def test_a_run_that_continues_with_another_accumulation_counts_its_own_batches(arguments, run, tmp_path):
+    words = ["--checkpoints.every_n_train_steps=1", "--checkpoints.keep=9", "--trainer.val_check_interval=3"]
+    batches = "--trainer.accumulate_grad_batches={}"
+    run(arguments("mha", *words, batches.format(2), "--data.batch_size=4", steps=4))
+    first = tmp_path / "run/version_0/checkpoints/step=4.ckpt"
+    for now, size in ((1, 8), (4, 2), (3, 4)):
+        folder = tmp_path / str(now)
+        sizes = [batches.format(now), f"--data.batch_size={size}", f"--trainer.default_root_dir={folder}"]
+        run(arguments("mha", *words, *sizes, f"--ckpt_path={first}", steps=9))
+        drawn = [
+            read_checkpoint(folder / f"version_0/checkpoints/step={step}.ckpt")["TextDataModule"]["samples"]
+            for step in range(5, 10)
+        ]
+        assert drawn == [32 + now * size * steps for steps in range(1, 6)]
+        assert [row["step"] for row in rows(folder) if row["val_loss"]] == ["5", "8"]
+
+
 def test_lines_instead_of_a_bar(arguments, run, capfd, monkeypatch):
     words = list(arguments("mha", "--progress=lines", "--trainer.val_check_interval=2"))
     at = words.index("--trainer.enable_progress_bar")
@@ -93,6 +110,19 @@ def test_the_console_of_a_run(arguments, run, capfd, tmp_path):
     (samples,) = (tmp_path / "run").rglob("samples.txt")
     assert "\nthe cat" in samples.read_text()
     assert "weights_only" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--trainer.limit_val_batches=1"], "all validation text"),
+        (["--trainer.limit_val_batches=1.0", "--data.val_tokens=40"], "all validation text"),
+        (["--trainer.limit_val_batches=1.0"], "the same text"),
+    ],
+)
+def test_entropies_name_the_text_that_they_are_of(more, text, arguments, run, capfd):
+    run(arguments("mha", "--trainer.val_check_interval=2", *more))
+    assert f"bits per byte of {text} (the model is NOT below)" in capfd.readouterr().out
 
 
 def test_sizes_of_layers_without_a_feed_forward_part(arguments, run, capfd):

@@ -79,6 +79,12 @@ def test_units_of_text(unit, expected, newline, tmp_path):
     assert documents("text", tmp_path / "a.txt", unit=unit) == expected
 
 
+@pytest.mark.parametrize("unit", ["document", "paragraph", "line"])
+def test_a_byte_order_mark_is_no_text(unit, tmp_path):
+    (tmp_path / "a.txt").write_text("a \ufeff", encoding="utf-8-sig")
+    assert documents("text", tmp_path / "a.txt", unit=unit) == ["a \ufeff"]
+
+
 def test_other_columns_of_parquet_are_not_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet

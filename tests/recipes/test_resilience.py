@@ -1,5 +1,6 @@
 """Random states, steps that are not finite, and signals, each against an uninterrupted run of a tiny model."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -160,6 +161,20 @@ def test_states_load_as_plain_data(tmp_path):
     states = read_checkpoint(tmp_path)["callbacks"]["RandomStates"]
     assert len(states["ranks"]) == 1
     assert set(states["ranks"][0]) == {"python", "torch", "cuda", "numpy"}
+
+
+def test_another_seed_has_no_effect_and_is_said_to_have_none(tmp_path, monkeypatch):
+    seeds = []
+    for number, steps in enumerate((2, 3, 4)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(5 + number))
+        path = newest_valid(tmp_path)
+        said = [] if path is None else [f"seed_everything {5 + number} has no effect.*whose seed was 5"]
+        with contextlib.ExitStack() as stack:
+            for match in said:
+                stack.enter_context(pytest.warns(UserWarning, match=match))
+            trainer(tmp_path, steps, RandomStates(), saver(tmp_path, 1)).fit(Tiny(), ckpt_path=path)
+        seeds.append(read_checkpoint(newest_valid(tmp_path))["callbacks"]["RandomStates"]["seed"])
+    assert seeds == ["5"] * 3
 
 
 @pytest.mark.parametrize("saved", [4, 3], ids=["the same processes", "other processes"])

@@ -199,6 +199,13 @@ def test_a_reader_that_leaves_is_no_mistake(trained):
     assert "Traceback" not in done.stderr
 
 
+def test_a_continuation_that_no_memory_holds(trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(trained), "--max-new-tokens", str(2**40)])
+    assert stop.value.code == 5
+    assert "attnzoo-generate: error: out of memory (" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_its_sidecar_is_read_when_asked_for(trained, capsys, tmp_path):
     expected = made(capsys, trained, "--max-new-tokens", 5).out
     alone = tmp_path / "alone.ckpt"
@@ -240,6 +247,7 @@ def test_no_code_is_run_from_an_unverified_checkpoint(tmp_path, capsys):
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file must not both be given"),
         (["--prompt-file", "/nowhere"], "/nowhere"),
         (["--min-p", "0"], "min_p must lie in"),
+        (["--prompt", "a\udcff"], "--prompt must be text that UTF-8 can write, got 'a\\udcff'"),
     ],
 )
 def test_mistakes_of_the_command(words, message, trained, capsys):
@@ -249,6 +257,22 @@ def test_mistakes_of_the_command(words, message, trained, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-310}, {"repetition_penalty": 1e-320}], ids=str)
+def test_the_smallest_settings_draw_the_likeliest(options):
+    model, prompt = decoder(), torch.randint(0, 29, (2, 4))
+    made = generate(model, prompt, 6, **options)
+    if "temperature" in options:
+        assert torch.equal(made, generate(model, prompt, 6, temperature=0))
+    assert torch.equal(made, generate(model, prompt, 6, **options))
+
+
+def test_logits_that_overflow_are_refused():
+    logits = torch.tensor([[1.0, torch.inf]], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"must be numbers to sample from, got infinity in torch\.float16"):
+        choose(logits, 1.0, None, None, torch.Generator())
+    assert choose(-logits, 1.0, None, None, torch.Generator()).tolist() == [0]
 
 
 def test_it_ends_with_the_stop_token():

@@ -5,7 +5,9 @@ import functools
 import itertools
 import math
 import types
+import warnings
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +224,41 @@ def test_an_evaluation_that_is_not_finite_has_exit_code_3(command, name, argumen
     assert stopped.value.code == 3
     step = 2 if command == "fit" else 0
     assert f"attnzoo-pretrain: {name} is not finite after step {step}: it is nan" in capsys.readouterr().err
+
+
+def test_other_data_than_the_recipes_are_evaluated_without_bits_per_byte():
+    samples = [{"tokens": torch.randint(0, 20, (6,)), "targets": torch.randint(0, 20, (6,))} for _ in range(7)]
+    for sample in samples[:3]:
+        sample["targets"][2:] = -100
+    loader = torch.utils.data.DataLoader(samples, batch_size=2)
+    attention = functools.partial(attnzoo.MultiHeadAttention, num_heads=2)
+    module = Pretraining(attention, vocab_size=20, embed_dim=8, num_layers=1)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*is deprecated.*")
+        trainer.fit(module, loader, [loader, loader])
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        (tested,) = trainer.test(module, loader, verbose=False)
+    assert set(found) == {"train_loss", "val_loss", "val_1_loss"}
+    logits = module(torch.stack([sample["tokens"] for sample in samples])).flatten(0, 1)
+    expected = F.cross_entropy(logits, torch.cat([sample["targets"] for sample in samples])).item()
+    assert [found["val_loss"], found["val_1_loss"], tested["test_loss"]] == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize("steps", [-1, math.inf])
+def test_an_end_is_asked_for(steps):
+    module = Pretraining(functools.partial(attnzoo.MultiHeadAttention, num_heads=2), vocab_size=20, embed_dim=8)
+    module.configure_model()
+    module.trainer = types.SimpleNamespace(precision="32-true", max_steps=-1, estimated_stepping_batches=steps)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps must be given: the learning rate's cosine ends there"):
+        module.configure_optimizers()
+
+
+def test_the_size_of_a_vocabulary_is_asked_for():
+    module = Pretraining(functools.partial(attnzoo.MultiHeadAttention, num_heads=2))
+    with pytest.raises(ValueError, match="vocab_size must be given where the trainer's data module has no tokenizer"):
+        module.configure_model()
 
 
 def no_memory(kind):

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import TOLERANCE, check_tensor
 from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.observe import observe
+from attnzoo.rules import NUMBER, Rule, check, is_number, numbers_of
 
 _ROW_SUM = 1e-6
+_EPS: Rule = ((lambda value: is_number(value) and 0 < value < 1, "lie in (0, 1)"),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +97,10 @@ def attention_rank(matrix: Tensor, rtol: float | None = None) -> MatrixRank:
         rtol: a singular value counts if it exceeds rtol times the largest. Default: 1e-9 in float64, else 1e-5.
 
     Raises:
-        ValueError: for fewer than two dimensions or numbers that are not finite.
+        ValueError: for no matrices, numbers that are not finite, or rtol outside [0, 1).
     """
-    if matrix.ndim < 2:
+    check_tensor("matrix", matrix)
+    if matrix.ndim < 2 or not min(matrix.shape[-2:]):
         raise ValueError(f"matrix must have shape (..., T, S), got {tuple(matrix.shape)}")
     if not bool(matrix.isfinite().all()):
         raise ValueError("matrix must be finite: give logits without their mask")
@@ -108,8 +112,7 @@ def rank_of_singular_values(values: Tensor, rtol: float | None = None) -> Matrix
     """Ranks from singular values (..., n), descending; all are 0 for a zero matrix. rtol as in `attention_rank`."""
     if rtol is None:
         rtol = 1e-9 if values.dtype == torch.float64 else 1e-5
-    if not 0 <= rtol < 1:
-        raise ValueError(f"rtol must lie in [0, 1), got {rtol}")
+    check("rtol", rtol, TOLERANCE)
     largest = values[..., :1]
     empty = largest[..., 0] == 0
     s = values / torch.where(largest == 0, torch.ones_like(largest), largest)
@@ -126,7 +129,12 @@ def logit_singular_values(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
 
     Those beyond are 0. With thin QR decompositions of q and k only a D x D matrix is decomposed: O(T D^2), exact.
     """
-    if q.ndim < 2 or k.ndim < 2 or q.shape[-1] != k.shape[-1]:
+    for name, given in (("q", q), ("k", k)):
+        check_tensor(name, given)
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    check("scale", scale, NUMBER)
+    if q.ndim < 2 or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1] or not min(*q.shape, *k.shape):
         raise ValueError(f"q and k must be (..., T, D) and (..., S, D), got {tuple(q.shape)} and {tuple(k.shape)}")
     high = torch.promote_types(q.dtype, torch.float32)
     left = torch.linalg.qr(q.detach().to(high), mode="r").R
@@ -150,6 +158,8 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
     Raises:
         ValueError: for a layer without softmax patterns.
     """
+    if rtol is not None:
+        check("rtol", rtol, TOLERANCE)
     rows: list[HeadRank] = []
     mask = tokens_and_mask(batch)[1] if isinstance(batch, Mapping) else None
 
@@ -229,24 +239,21 @@ def representation_error(
         (..., len(head_dims)) in float64.
 
     Raises:
-        ValueError: for a pattern that is not finite, not positive without eps, or no distribution; for a width below 1.
+        ValueError: for a pattern that is not finite, not positive without eps, or no distribution; for a width that is
+            not an integer of at least 1.
     """
-    if pattern.ndim < 2 or pattern.shape[-1] != pattern.shape[-2]:
+    check_tensor("pattern", pattern)
+    if pattern.ndim < 2 or pattern.shape[-1] != pattern.shape[-2] or not pattern.numel():
         raise ValueError(f"pattern must have shape (..., n, n), got {tuple(pattern.shape)}")
-    p = pattern.detach().double()
-    if not bool(p.isfinite().all()):
-        raise ValueError("pattern must be finite, got nan or inf")
-    if float((p.sum(-1) - 1).abs().max()) > _ROW_SUM:
-        raise ValueError(f"pattern must have rows that sum to 1, one is off by {(p.sum(-1) - 1).abs().max():.2g}")
+    p = _distributions(pattern)
     if eps is not None:
-        if not 0 < eps < 1:
-            raise ValueError(f"eps must lie in (0, 1), got {eps}")
+        check("eps", eps, _EPS)
         p = p.clamp(min=eps)
         p = p / p.sum(-1, keepdim=True)
     if not bool((p > 0).all()):
         raise ValueError(f"pattern must be positive unless eps is given, got an entry of {float(p.min())}")
     n = p.shape[-1]
-    dims = list(range(1, n + 1)) if head_dims is None else list(head_dims)
+    dims = list(range(1, n + 1)) if head_dims is None else numbers_of("head_dims", head_dims)
     if not dims or min(dims) < 1:
         raise ValueError(f"head_dims must be at least 1 each, got {dims}")
     u, s, vh = torch.linalg.svd(centred_log_pattern(p))
@@ -255,6 +262,16 @@ def representation_error(
         m = (u[..., :d] * s[..., None, :d]) @ vh[..., :d, :]
         errors.append((p * (p.log() - m.log_softmax(-1))).sum(-1).mean(-1))
     return torch.stack(errors, -1)
+
+
+def _distributions(pattern: Tensor) -> Tensor:
+    """The pattern in float64; raises ValueError unless it is finite and its rows sum to 1."""
+    p = pattern.detach().double()
+    if not bool(p.isfinite().all()):
+        raise ValueError("pattern must be finite, got nan or inf")
+    if float((p.sum(-1) - 1).abs().max()) > _ROW_SUM:
+        raise ValueError(f"pattern must have rows that sum to 1, one is off by {(p.sum(-1) - 1).abs().max():.2g}")
+    return p
 
 
 def constructive_weights(tokens: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,16 +285,21 @@ def constructive_weights(tokens: Tensor, pattern: Tensor) -> tuple[Tensor, Tenso
         pattern: (n, n), positive, rows summing to 1.
 
     Raises:
-        ValueError: if the shapes do not fit, the tokens are dependent, or an entry is not positive.
+        ValueError: if the shapes do not fit, the tokens are dependent or not finite, or the pattern is not a positive
+            distribution.
     """
-    n = tokens.shape[0]
-    if tokens.ndim != 2 or tuple(pattern.shape) != (n, n):
+    check_tensor("tokens", tokens)
+    check_tensor("pattern", pattern)
+    n = tokens.shape[0] if tokens.ndim else 0
+    if tokens.ndim != 2 or tuple(pattern.shape) != (n, n) or not n:
         raise ValueError(
             f"tokens and pattern must be (n, E) and (n, n), got {tuple(tokens.shape)} and {tuple(pattern.shape)}"
         )
-    if not bool((pattern > 0).all()):
+    if not bool((_distributions(pattern) > 0).all()):
         raise ValueError(f"pattern must be positive, got an entry of {float(pattern.min())}")
     x = tokens.double()
+    if not bool(x.isfinite().all()):
+        raise ValueError("tokens must be finite, got NaN or infinite entries")
     rank = int(torch.linalg.matrix_rank(x))
     if rank < n:
         raise ValueError(f"tokens must be linearly independent, got rank {rank} of {n}")

@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo.diagnostics.arguments import TOLERANCE, check_tensor
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.observe import observe
+from attnzoo.rules import INTEGER, POSITIVE, SIZE, SWITCH, Rule, check, check_sizes, describe
 
 CONTEXTS = ("random", "fixed", "perm")
 _BAG = 500
 _SATURATED = 0.99
+_NUMPY_SEED: Rule = (*INTEGER, (lambda value: 0 <= value < 2**32, "lie in [0, 2^32)"))
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,12 @@ class MemorizationTask:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("num_examples", "context_size", "input_dim", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(
+            num_examples=self.num_examples, context_size=self.context_size, input_dim=self.input_dim,
+            num_classes=self.num_classes,
+        )  # fmt: skip
+        check("classification", self.classification, SWITCH)
+        check("seed", self.seed, _NUMPY_SEED)
         if self.context not in CONTEXTS:
             raise ValueError(f"context must be one of {', '.join(map(repr, CONTEXTS))}, got {self.context!r}")
         if self.context == "perm" and self.context_size > _BAG:
@@ -97,7 +103,7 @@ class MemorizationModel(nn.Module):
         num_classes: outputs; 1 for regression.
 
     Raises:
-        ValueError: if the layer is causal.
+        ValueError: if the layer is causal, or a size is not at least 1.
     """
 
     pe: Tensor
@@ -112,6 +118,9 @@ class MemorizationModel(nn.Module):
         max_context: int = 512,
     ) -> None:
         super().__init__()
+        check_sizes(input_dim=input_dim, embed_dim=embed_dim, num_classes=num_classes, max_context=max_context)
+        if not callable(attention):
+            raise ValueError(f"attention must make a layer from a width, got {describe(attention)}")
         self.embedding = nn.Linear(input_dim, embed_dim)
         self.attn = attention(embed_dim)
         self.decoder = nn.Linear(embed_dim, num_classes)
@@ -121,6 +130,9 @@ class MemorizationModel(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens (N, n + 1, input_dim) -> what the attention layer reads, (N, n + 1, d)."""
+        width = self.embedding.in_features
+        if x.ndim != 3 or x.shape[1] < 2 or x.shape[2] != width:
+            raise ValueError(f"x must have shape (N, n + 1, {width}) with n at least 1, got {tuple(x.shape)}")
         if x.shape[1] > self.pe.shape[0]:
             raise ValueError(
                 f"x must have at most max_context {self.pe.shape[0] - 1} context tokens, got {x.shape[1] - 1}"
@@ -232,15 +244,26 @@ def memorization_rank(
         rtol: a singular value counts if it exceeds rtol times the largest.
         num_examples: use the first so many examples. Default: all.
         targets: (N,) for the residual. Default: standard normal, seeded with N.
+
+    Raises:
+        ValueError: for more examples than the task has, or an argument outside its rule.
     """
+    check("rtol", rtol, TOLERANCE)
+    if num_examples is not None:
+        check("num_examples", num_examples, SIZE)
+        if num_examples > task.num_examples:
+            raise ValueError(f"num_examples must be at most the task's {task.num_examples}, got {num_examples}")
     psi, weights = memorization_features(model, task.data[0][:num_examples])
     N, H = psi.shape[0], weights.shape[1]
     u, s, _ = torch.linalg.svd(psi, full_matrices=False)
     rank = int((s > rtol * s[0]).sum())
     if targets is None:
         targets = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    check_tensor("targets", targets)
     if targets.shape != (N,):
         raise ValueError(f"targets must have shape ({N},), got {tuple(targets.shape)}")
+    if not bool(targets.isfinite().all()):
+        raise ValueError("targets must be finite, got NaN or infinite ones")
     y = targets.to(psi)
     basis = u[:, :rank]
     d = model.embedding.out_features
@@ -336,9 +359,19 @@ def memorization_curve(
         steps: at most.
         lr: learning rate.
         seed: of the data and of the weights.
+
+    Raises:
+        ValueError: for an argument outside its rule.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check("steps", steps, SIZE)
+    check("lr", lr, POSITIVE)
+    if not callable(attention):
+        raise ValueError(f"attention must make a layer from a number of heads, got {describe(attention)}")
+    for name, given, rule in (("heads", heads, SIZE), ("loads", loads, POSITIVE)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ValueError(f"{name} must be several numbers, got {describe(given)}")
+        for value in given:
+            check(name, value, rule)
     points = []
     for H in heads:
         for load in loads:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.diagnostics.arguments import check_tensor
 from attnzoo.ops.head_clustering import (
     TIE,
     average_linkage,
@@ -20,6 +21,7 @@ from attnzoo.ops.head_clustering import (
     cosine_distance,
     pattern_features,
 )
+from attnzoo.rules import INTEGER, check, describe, is_real
 
 __all__ = [
     "chai_cluster_error",
@@ -41,11 +43,21 @@ def head_correlation(pattern: Tensor, probe_tokens: int | None = None) -> Tensor
         pattern: (B, H, T, T) or (H, T, T).
         probe_tokens: use the pattern of this many first tokens only. Default: all.
     """
+    _check(pattern, probe_tokens)
     f = pattern_features(pattern, probe_tokens)
     f = f - f.mean(-1, keepdim=True)
     size: Tensor = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
     correlation = (f / size) @ (f / size).mT
     return correlation if pattern.ndim == 4 else correlation[0]
+
+
+def _check(pattern: object, probe_tokens: object) -> None:
+    """Raise ValueError unless these are a finite tensor and a number of tokens."""
+    check_tensor("pattern", pattern)
+    if not bool(pattern.isfinite().all()):  # type: ignore[attr-defined]
+        raise ValueError("pattern must be finite, got NaN or infinite entries")
+    if probe_tokens is not None:
+        check("probe_tokens", probe_tokens, INTEGER)
 
 
 def chai_cluster_error(patterns: Tensor, probe_tokens: int = 5) -> Tensor:
@@ -57,6 +69,7 @@ def chai_cluster_error(patterns: Tensor, probe_tokens: int = 5) -> Tensor:
         patterns: (B, H, T, T) or (H, T, T), of texts that are typical of the model's use.
         probe_tokens: tokens of the probe, at most T.
     """
+    _check(patterns, probe_tokens)
     f = pattern_features(patterns, probe_tokens)
     B, H, _ = f.shape
     distance = cosine_distance(patterns, probe_tokens).reshape(B, H, H)
@@ -82,7 +95,10 @@ def elbow(error: Tensor) -> int:
     Raises:
         ValueError: unless error is a vector of at least one finite number.
     """
-    error = torch.as_tensor(error).detach().double()
+    numbers = isinstance(error, Tensor) or (hasattr(error, "__len__") and all(map(is_real, error)))
+    error = torch.as_tensor(error).detach().double() if numbers else error
+    if not isinstance(error, Tensor) or error.is_meta:
+        raise ValueError(f"error must be a vector of finite numbers, got {describe(error)}")
     if error.ndim != 1 or not error.numel() or not bool(error.isfinite().all()):
         raise ValueError(f"error must be a vector of finite numbers, got {error.tolist()}")
     heads, drop = error.numel(), error[0] - error[-1]

@@ -36,7 +36,7 @@ class LayerReport:
         index: of the layer.
         measures: (H,) by name: those of `MEASURES`, "detect_<kind>" for kinds of `similarity.DETECTABLE` if the batches
             have token numbers, "induction_stripe" if a period was given, and the figures of gates (`RunningGates`).
-        pair_cosine: (H, H) cosine of whole patterns, mean over examples.
+        pair_cosine: (H, H) cosine of whole patterns, mean over the examples in which both heads attend to anything.
         output_cosine: (H, H) mean cosine of head outputs of a token.
         sink_rate: share of heads whose mean weight on the first key exceeds 0.3.
         note: why measures are missing.
@@ -78,7 +78,7 @@ class RunningMeasures:
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
         self.note = ""
-        self.composed = self.improper = False
+        self.composed = self.improper = self.broken = False
 
     def add(
         self, call: AttentionCall, tokens: Tensor | None, mask: Tensor | None, key_mask: Tensor | None
@@ -125,9 +125,9 @@ class RunningMeasures:
             self._single(p, m, i, call.visible_counts(rows, None if key_mask is None else real_keys), call.cross)
             if tokens is not None and keys is not None:
                 self._kinds(p, tokens[:, rows], keys, i, kinds, weight)
-        scale = gram.diagonal(dim1=1, dim2=2).sqrt()
-        some = real.any(1)
-        self._put("pair_cosine", (gram / (scale[:, :, None] * scale[:, None]))[some].sum(0), int(some.sum()))
+        # A head without weights in an example has no cosine there.
+        cosines = similarity.cosines(gram)
+        self._put("pair_cosine", cosines.nansum(0), cosines.isfinite().double().sum(0))
         self._put("output_cosine", similarity.output_cosine(call.outputs, real) * real.sum(), float(real.sum()))
         if tokens is not None:
             # A token alone has no key but the first.
@@ -137,13 +137,16 @@ class RunningMeasures:
                 self._put(f"detect_{kind}", share[some].sum(0), int(some.sum()))
 
     def _check(self, call: AttentionCall, p: Tensor, m: Tensor) -> None:
-        """Note whether rows are not distributions, or of keys of other tokens."""
+        """Note whether rows are not distributions, not finite, or of keys of other tokens."""
+        sums = p.sum(-1)[m[:, None].expand(p.shape[:3])]
+        if not bool(sums.isfinite().all()):
+            self.broken = True
         if call.cross:
             self.note = "keys are other tokens than queries, so heads have no distances and no offsets"
         if call.post is not None:
             self.composed = True
             self.note = "weights are composed over heads and may be negative, so heads have cosines alone"
-        elif bool(((p.sum(-1) - 1).abs() > _TOLERANCE)[m[:, None].expand(p.shape[:3])].any()):
+        elif bool(((sums - 1).abs() > _TOLERANCE).any()):
             self.improper = True
             self.note = "rows do not add up to 1, so they have no entropy and no distance"
 
@@ -204,14 +207,15 @@ class RunningMeasures:
             means.setdefault(name, torch.full_like(means["entropy"], math.nan))
         pairs = {name: means.pop(name) for name in ("pair_cosine", "output_cosine")}
         for name, values in means.items():
-            if self.composed or (self.improper and name in _OF_DISTRIBUTIONS):
+            if self.composed or self.broken or (self.improper and name in _OF_DISTRIBUTIONS):
                 means[name] = torch.full_like(values, math.nan)
         order = [name for name in MEASURES if name in means]
         measures = {name: means[name] for name in (*order, *(name for name in means if name not in order))}
         sink = measures["sink"]
-        rate = math.nan if self.composed else float((sink > 0.3).double().mean())
+        rate = math.nan if self.composed or self.broken else float((sink > 0.3).double().mean())
+        note = "weights are not finite, so heads have no figures" if self.broken else self.note
         return LayerReport(
-            self.layer.name, self.layer.index, measures, pairs["pair_cosine"], pairs["output_cosine"], rate, self.note
+            self.layer.name, self.layer.index, measures, pairs["pair_cosine"], pairs["output_cosine"], rate, note
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.arguments import layers_of
+from attnzoo.diagnostics.configs import RAGGED
 from attnzoo.diagnostics.heads.attention_call import AttentionCall, pattern_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.masks import AttentionMask, Visibility
@@ -306,9 +307,11 @@ def _chosen(layers: list[AttentionLayer], indices: Sequence[int] | None) -> list
 def _set_implementation(model: nn.Module, layers: list[AttentionLayer], undo: list[Callable[[], None]]) -> None:
     """Point the configurations of a transformers model to `_observed_attention`, until undone."""
     configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
+    # A layer with uneven groups gathers its keys first, and then asks its model's configuration.
+    names = ("config", "attnzoo_config")
+    held: list[Any] = [getattr(module, name, None) for module in model.modules() for name in names]
+    for config in held:
+        if hasattr(config, "_attn_implementation_internal") and config._attn_implementation_internal != RAGGED:
             configs[id(config)] = config
     if not configs or all(layer.mechanism is not None for layer in layers):
         return

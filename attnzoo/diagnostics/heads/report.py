@@ -21,7 +21,7 @@ from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.measures import LayerReport, RunningGates, RunningMeasures
 from attnzoo.diagnostics.heads.observe import Captured, observe
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
-from attnzoo.rules import INTEGER, SIZE, check
+from attnzoo.rules import INTEGER, SIZE, check, describe, is_number
 
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head", "sink_head")
 """What `HeadReport.kinds` tells apart."""
@@ -60,7 +60,7 @@ class HeadReport:
         return table
 
     def pair_cosine_mean(self) -> Tensor:
-        """(L,) mean cosine of the patterns of two different heads of a layer."""
+        """(L,) mean cosine of the patterns of two different heads of a layer; NaN where there is one head."""
         means = [similarity.head_diversity(layer.pair_cosine) for layer in self.layers]
         return torch.tensor(means, dtype=torch.float64)
 
@@ -69,8 +69,8 @@ class HeadReport:
 
         Shares of the kinds of `similarity.DETECTABLE` exclude the first key, whose share decides on "sink_head".
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
+        if not is_number(threshold) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], got {describe(threshold)}")
         kinds = {}
         for layer in self.layers:
             scores = {
@@ -146,9 +146,9 @@ def head_report(
 
     Averages are over tokens, not over batches, so it does not matter how the data is split. Layers whose rows are not
     distributions have NaN where that matters: entropies and distances with a sink in the softmax's denominator, and
-    everything but cosines with composed weights; attention over other tokens (cross-attention) has no distances and
-    offsets. Scores of `similarity.DETECTABLE` are shares of the weight that does
-    not go to the first key. Layers whose mechanism names sigmoid gates (`gate_layers`) have the figures of
+    everything but cosines with composed weights, and everything with weights that are not finite; attention over other
+    tokens (cross-attention) has no distances and offsets. Scores of `similarity.DETECTABLE` are shares of the weight
+    that does not go to the first key. Layers whose mechanism names sigmoid gates (`gate_layers`) have the figures of
     `measures.RunningGates` for each.
 
     Args:

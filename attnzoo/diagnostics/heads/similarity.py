@@ -13,6 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from attnzoo.diagnostics.arguments import check_tensor
+from attnzoo.rules import COUNT, INTEGER, NUMBER, SWITCH, Rule, check, check_sizes, describe, is_number
+
+_SHARE: Rule = ((lambda value: is_number(value) and 0 < value <= 1, "lie in (0, 1]"),)
 _TOLERANCE = 1e-3
 _KL_FLOOR = -40.0
 DETECTABLE = ("previous_token_head", "duplicate_token_head", "induction_head")
@@ -57,14 +61,20 @@ def head_confidence(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def attention_sink(pattern: Tensor, mask: Tensor | None = None, *, k: int = 0, exclude_self: bool = False) -> Tensor:
     """Mean weight on key k over the queries from k on (Gu et al. 2024), or those after it, (H,)."""
+    check("k", k, COUNT)
+    check("exclude_self", exclude_self, SWITCH)
     p, m = _rows(pattern, mask)
+    if k >= p.shape[-1]:
+        raise ValueError(f"k must be one of the {p.shape[-1]} keys, got {k}")
     at = torch.arange(p.shape[-1], device=p.device)
     return _mean(p[..., k], m & (at > k if exclude_self else at >= k))
 
 
 def sink_rate(pattern: Tensor, mask: Tensor | None = None, *, eps: float = 0.3, k: int = 0) -> float:
     """Share of heads whose mean weight on key k exceeds eps."""
-    return float((attention_sink(pattern, mask, k=k) > eps).double().mean())
+    check("eps", eps, NUMBER)
+    weight = attention_sink(pattern, mask, k=k)
+    return float((weight > eps).double().where(weight.isfinite(), weight).mean())
 
 
 def previous_token_score(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -79,6 +89,7 @@ def current_token_score(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def induction_score(pattern: Tensor, period: int, mask: Tensor | None = None) -> Tensor:
     """Mean weight on the token after the last occurrence, for tokens [BOS] + r + r with r of `period` tokens, (H,)."""
+    check("period", period, INTEGER)
     return _diagonal(pattern, mask, period - 1)
 
 
@@ -109,8 +120,17 @@ def detect_head(
         raise ValueError(f"name must be one of {', '.join(map(repr, DETECTABLE))}, got {name!r}")
     if error_measure not in ("mul", "abs"):
         raise ValueError(f"error_measure must be 'mul' or 'abs', got {error_measure!r}")
+    for option, value in (("exclude_bos", exclude_bos), ("exclude_current_token", exclude_current_token)):
+        check(option, value, SWITCH)
+    if round is not None:
+        check("round", round, INTEGER)
     p, m = _rows(pattern, mask)
     T = p.shape[-1]
+    check_tensor("tokens", tokens)
+    if tokens.is_floating_point() or tuple(tokens.shape) != (p.shape[0], T):
+        raise ValueError(
+            f"tokens must be integers of shape {(p.shape[0], T)}, got {tokens.dtype} {tuple(tokens.shape)}"
+        )
     at = torch.arange(T, device=p.device)
     if mask is not None:
         tokens, some = tokens.gather(1, real_first(mask)), mask.any(1)
@@ -146,6 +166,16 @@ def copying_score(w_o: Tensor, w_v: Tensor, embed: Tensor, unembed: Tensor) -> T
         embed: (V, E).
         unembed: (V, E).
     """
+    for name, matrix, ndim in (("w_o", w_o, 3), ("w_v", w_v, 3), ("embed", embed, 2), ("unembed", unembed, 2)):
+        check_tensor(name, matrix)
+        if matrix.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got {tuple(matrix.shape)}")
+    (H, E, D), vocabulary = w_o.shape, embed.shape[0]
+    for name, matrix, shape in (
+        ("w_v", w_v, (H, D, E)), ("embed", embed, (vocabulary, E)), ("unembed", unembed, (vocabulary, E)),
+    ):  # fmt: skip
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
     middle = embed.double().T @ unembed.double()
     values = torch.linalg.eigvals(w_v.double() @ middle @ w_o.double())
     score: Tensor = (values.sum(-1) / values.abs().sum(-1)).real
@@ -154,34 +184,34 @@ def copying_score(w_o: Tensor, w_v: Tensor, embed: Tensor, unembed: Tensor) -> T
 
 def value_weighted_pattern(pattern: Tensor, value: Tensor) -> Tensor:
     """A_ij |v_j| (B, H, T, T), from values (B, H, T, Dv): not a distribution."""
-    lengths: Tensor = torch.linalg.vector_norm(_four(value).double(), dim=-1)
-    return _four(pattern).double() * lengths[..., None, :]
+    p, v = _four(pattern), _four(value, "value")
+    if v.shape[:3] != (*p.shape[:2], p.shape[-1]):
+        raise ValueError(f"value must have shape {(*p.shape[:2], p.shape[-1])} and a width, got {tuple(value.shape)}")
+    lengths: Tensor = torch.linalg.vector_norm(v.double(), dim=-1)
+    return p.double() * lengths[..., None, :]
 
 
 # Pairs of heads
 
 
 def attention_cosine(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cosine of whole patterns, mean over examples, (H, H)."""
-    p, m = _rows(pattern, mask, probabilities=False)
-    flat = torch.nn.functional.normalize(p.flatten(2), dim=-1)
-    return (flat @ flat.mT)[m.any(-1)[:, 0]].mean(0)
+    """Cosine of whole patterns, mean over the examples in which both heads attend to anything, (H, H)."""
+    p, _ = _rows(pattern, mask, probabilities=False)
+    flat = p.flatten(2)
+    return cosines(flat @ flat.mT).nanmean(0)
 
 
 def attention_correlation(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Pearson correlation of the entries j <= i, mean over examples, (H, H)."""
+    """Pearson correlation of the entries j <= i, mean over the examples in which both heads' differ, (H, H)."""
     p, m = _rows(pattern, mask, probabilities=False)
     T = p.shape[-1]
     seen = torch.ones(T, T, dtype=torch.bool, device=p.device).tril()
-    correlations = []
-    for one, valid in zip(p, m[:, 0], strict=True):
-        if not bool(valid.any()):
-            continue
+    correlations = p.new_full((p.shape[0], p.shape[1], p.shape[1]), math.nan)
+    for place, (one, valid) in enumerate(zip(p, m[:, 0], strict=True)):
         entries = one[:, seen & valid[:, None]]
         entries = entries - entries.mean(-1, keepdim=True)
-        size: Tensor = torch.linalg.vector_norm(entries, dim=-1)
-        correlations.append(entries @ entries.mT / (size[:, None] * size))
-    return torch.stack(correlations).mean(0)
+        correlations[place] = cosines(entries @ entries.mT)
+    return correlations.nanmean(0)
 
 
 def attention_kl(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -208,9 +238,9 @@ def attention_js(pattern: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def output_cosine(outputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean cosine of head outputs (B, H, T, Dv) of a token, (H, H)."""
-    x = torch.nn.functional.normalize(_four(outputs).double(), dim=-1)
+    x = _four(outputs, "outputs").double()
     m = _query_mask(x, mask)
-    x = x.masked_fill(~m[..., None], 0.0)
+    x = torch.nn.functional.normalize(x, dim=-1).masked_fill(~m[..., None], 0.0)
     return torch.einsum("batd,bctd->ac", x, x) / m.sum()
 
 
@@ -224,6 +254,7 @@ def linear_cka(outputs: Tensor, mask: Tensor | None = None, *, unbiased: bool = 
 
     Biased upwards with few tokens; unbiased=True uses the U-statistic, which holds n x n Gram matrices.
     """
+    check("unbiased", unbiased, SWITCH)
     x = _tokens(outputs, mask)
     if not unbiased:
         x = x - x.mean(1, keepdim=True)
@@ -245,12 +276,18 @@ def linear_cka(outputs: Tensor, mask: Tensor | None = None, *, unbiased: bool = 
 
 
 def svcca(outputs: Tensor, mask: Tensor | None = None, *, variance: float = 0.99) -> Tensor:
-    """Mean canonical correlation of the directions that hold `variance` of the energy (Raghu et al. 2017), (H, H)."""
+    """Mean canonical correlation of the directions that hold `variance` of the energy (Raghu et al. 2017), (H, H).
+
+    A head whose outputs are the same for all tokens has no directions: NaN.
+    """
+    check("variance", variance, _SHARE)
     bases = []
     for x in _tokens(outputs, mask):
-        u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        centred = x - x.mean(0)
+        u, s, _ = torch.linalg.svd(centred, full_matrices=False)
         share = s.square().cumsum(0) / s.square().sum()
-        bases.append(u[:, : int((share < variance).sum()) + 1])
+        varies = bool((s > s.numel() * 2.0**-52 * torch.linalg.vector_norm(x)).any())
+        bases.append(u[:, : int((share < variance).sum()) + 1] if varies else u[:, :0])
     correlation = torch.zeros(len(bases), len(bases), dtype=torch.float64, device=outputs.device)
     for a, left in enumerate(bases):
         for b, right in enumerate(bases):
@@ -273,6 +310,15 @@ def composition_scores(
     """
     if mode not in ("Q", "K", "V"):
         raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}")
+    for name, given, count, writes in (("earlier", earlier, 2, 0), ("later", later, 4, 3)):
+        if not isinstance(given, tuple | list) or len(given) != count:
+            raise ValueError(f"{name} must be {count} tensors, got {describe(given)}")
+        for place, matrix in enumerate(given):
+            check_tensor(name, matrix)
+            side = 1 if place == writes else 2
+            fits = matrix.ndim == 3 and matrix.shape[0] == given[0].shape[0]
+            if not fits or matrix.shape[side] != earlier[0].shape[1]:
+                raise ValueError(f"{name} must be (H, D, E) and (H, E, D) of one model, got {tuple(matrix.shape)}")
     out, into = (x.double() for x in earlier)
     w_q, w_k, w_v, w_o = (x.double() for x in later)
     left, right = {"Q": (w_k.mT, w_q), "K": (w_q.mT, w_k), "V": (w_o, w_v)}[mode]
@@ -316,9 +362,18 @@ def output_agreement(outputs: Tensor, mask: Tensor | None = None) -> float:
 
 
 def head_diversity(pairs: Tensor) -> float:
-    """Mean of a pair matrix off its diagonal."""
-    heads = pairs.shape[0]
-    return float((pairs.sum() - pairs.diagonal().sum()) / max(heads * (heads - 1), 1))
+    """Mean of a pair matrix (H, H) off its diagonal; NaN for a single head."""
+    check_tensor("pairs", pairs)
+    if pairs.ndim != 2 or pairs.shape[0] != pairs.shape[1]:
+        raise ValueError(f"pairs must have shape (H, H), got {tuple(pairs.shape)}")
+    off = ~torch.eye(pairs.shape[0], dtype=torch.bool, device=pairs.device)
+    return float(pairs[off].double().mean())
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Inner products (..., H, H) of vectors over their lengths; NaN for one of length 0."""
+    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    return gram / (size[..., :, None] * size[..., None, :])
 
 
 def _product_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -326,9 +381,11 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
     return ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp(min=0).sqrt()
 
 
-def _four(x: Tensor) -> Tensor:
+def _four(x: Tensor, name: str = "pattern") -> Tensor:
+    check_tensor(name, x)
     if x.ndim not in (3, 4):
-        raise ValueError(f"pattern must have shape (B, H, T, T) or (H, T, T), got {tuple(x.shape)}")
+        last = "T" if name == "pattern" else "Dv"
+        raise ValueError(f"{name} must have shape (B, H, T, {last}) or (H, T, {last}), got {tuple(x.shape)}")
     return x if x.ndim == 4 else x[None]
 
 
@@ -338,7 +395,7 @@ def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> t
     Raises for rows that are not distributions over the real tokens.
     """
     p = _four(pattern).double()
-    if p.shape[-1] != p.shape[-2]:
+    if p.shape[-1] != p.shape[-2] or not p.shape[-1]:
         raise ValueError(f"pattern must have as many keys as queries, got {tuple(pattern.shape)}")
     m = _query_mask(p, mask)
     if mask is not None:
@@ -346,6 +403,8 @@ def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> t
         p = p.gather(-2, order[:, None, :, None].expand_as(p)).gather(-1, order[:, None, None].expand_as(p))
         m = m.gather(-1, order[:, None])
         p = p.masked_fill(~(m[..., None] & m[:, :, None]), 0.0)
+    if not bool(p.isfinite().all()):
+        raise ValueError("pattern must be finite where tokens are real, got NaN or infinite entries")
     if probabilities:
         rows = p.sum(-1)[m.expand(p.shape[:3])]
         if bool(((rows - 1).abs() > _TOLERANCE).any()) or bool((p < -_TOLERANCE).any()):
@@ -362,6 +421,7 @@ def _query_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     B, _, T = x.shape[:3]
     if mask is None:
         return torch.ones(B, 1, T, dtype=torch.bool, device=x.device)
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool or tuple(mask.shape) != (B, T):
         raise ValueError(f"mask must be boolean of shape {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
     return mask[:, None]
@@ -386,13 +446,17 @@ def _diagonal(pattern: Tensor, mask: Tensor | None, offset: int) -> Tensor:
 
 def _tokens(outputs: Tensor, mask: Tensor | None) -> Tensor:
     """Counting tokens of all examples by head, (H, n, Dv)."""
-    x = _four(outputs).double()
+    x = _four(outputs, "outputs").double()
     m = _query_mask(x, mask)[:, 0]
-    return x.transpose(1, 2)[m].transpose(0, 1)
+    x = x.transpose(1, 2)[m].transpose(0, 1)
+    if not bool(x.isfinite().all()):
+        raise ValueError("outputs must be finite where tokens are real, got NaN or infinite entries")
+    return x
 
 
 def labels(layers: int, heads: int) -> list[str]:
     """ "L0H0", "L0H1", ... as TransformerLens names heads."""
+    check_sizes(layers=layers, heads=heads)
     return [f"L{layer}H{head}" for layer in range(layers) for head in range(heads)]
 
 

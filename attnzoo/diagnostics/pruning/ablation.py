@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnzoo.diagnostics.arguments import check_wanted, layers_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
 from attnzoo.diagnostics.pruning.masks import check_choice, head_mask, head_slots
+from attnzoo.rules import SWITCH, check
 
 ABLATIONS = ("one", "all_but_one", "kv_group", "layer")
 
@@ -84,6 +85,8 @@ def ablate_heads(
         ValueError: for an unknown mode or layer, losses that are not finite, or too few examples.
     """
     check_choice("mode", mode, ABLATIONS)
+    check("rescale", rescale, SWITCH)
+    check("progress", progress, SWITCH)
     check_wanted(num_examples)
     slots = head_slots(model)
     rows = tuple(layers_of(layers, len(slots.layers)))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import check_wanted, pairs_of
+from attnzoo.diagnostics.arguments import SEED, check_wanted, pairs_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
-from attnzoo.diagnostics.pruning.importance import head_importance
+from attnzoo.diagnostics.pruning.importance import GRANULARITIES, NORMALIZATIONS, head_importance
 from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, head_slots
-from attnzoo.rules import COUNT, check, is_number, numbers_of
+from attnzoo.rules import COUNT, SWITCH, check, describe, is_number, numbers_of
 
 MODES = ("greedy", "iterative")
 BASELINES = ("random", "reverse")
@@ -122,9 +122,11 @@ def head_pruning_curve(
         mode: "greedy" measures importance once, "iterative" before each point.
         percents: ascending, from 0 to 100.
         granularity, normalize, unit, coupled, valid, num_examples, progress: as `head_importance`.
-        min_heads_per_layer: protect this many of the best of every layer; the last points then remove fewer heads.
+        min_heads_per_layer: protect this many of the best of every layer, of a given order the last ones and those
+            that it does not name; the last points then remove fewer heads.
         rescale: multiply a layer's surviving heads by H / (number of them).
-        baselines: "random" orders, one for each of `seeds`, and the "reverse" order; the same heads are protected.
+        baselines: "random" orders, one for each of `seeds`, and the "reverse" order, each with as many of its own last
+            heads of every layer protected.
         seeds: of the random orders.
 
     Raises:
@@ -133,12 +135,19 @@ def head_pruning_curve(
     """
     check_choice("mode", mode, MODES)
     check_choice("unit", unit, UNITS)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    if not isinstance(baselines, list | tuple):
+        raise ValueError(f"baselines must be some of {', '.join(map(repr, BASELINES))}, got {describe(baselines)}")
     for name in baselines:
         check_choice("baselines", name, BASELINES)
+    check("rescale", rescale, SWITCH)
     percents = _ascending(percents)
     check("min_heads_per_layer", min_heads_per_layer, COUNT)
     check_wanted(num_examples)
     seeds = numbers_of("seeds", seeds)
+    for seed in seeds:
+        check("seeds", seed, SEED)
     if order is not None and mode == "iterative":
         raise ValueError("mode 'iterative' finds an order of its own, got order too")
     slots = head_slots(model)
@@ -164,9 +173,10 @@ def head_pruning_curve(
 
     first: Tensor | None = None
     if order is not None:
-        full = chosen = pairs_of("order", order)
+        full = pairs_of("order", order)
         if len(set(full)) != len(full) or set(full) - set(units):
             raise ValueError(f"order must name heads of the model once each, got {full}")
+        chosen = unprotected(full, min_heads_per_layer, units)
     else:
         first = importance(())
         full = sort_heads(first, units)
@@ -181,7 +191,7 @@ def head_pruning_curve(
     if "random" in baselines:
         orders |= {f"random{seed}": unprotected(_shuffled(units, seed), min_heads_per_layer) for seed in seeds}
     if "reverse" in baselines:
-        orders["reverse"] = unprotected(full[::-1], min_heads_per_layer)
+        orders["reverse"] = unprotected(full[::-1], min_heads_per_layer, units)
 
     base, base_scores = evaluate(model, slots, batches, loss_fn, None, num_examples)
     points = [(name, min(count, len(heads))) for name, heads in orders.items() for count in counts]
@@ -221,9 +231,11 @@ def sort_heads(importance: Tensor, heads: Iterable[Head]) -> list[Head]:
     return sorted(heads, key=lambda head: (float(importance[head]), head))
 
 
-def unprotected(order: Sequence[Head], per_layer: int) -> list[Head]:
-    """The order without the last `per_layer` of each layer."""
+def unprotected(order: Sequence[Head], per_layer: int, units: Iterable[Head] = ()) -> list[Head]:
+    """The order without the last `per_layer` of each layer; units that it does not name stay, and count among those."""
     met: dict[int, int] = {}
+    for layer, _ in set(units) - set(order):
+        met[layer] = met.get(layer, 0) + 1
     left = []
     for layer, head in reversed(order):
         met[layer] = met.get(layer, 0) + 1

@@ -40,6 +40,8 @@ def _drops(module: nn.Module) -> bool:
 def losses_of(loss_fn: LossFn, model: nn.Module, batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
     """Losses (B,) and second scores (B,) of a batch, checked."""
     result = loss_fn(model, batch)
+    if isinstance(result, tuple) and len(result) != 2:
+        raise ValueError(f"loss_fn must return losses, or a pair of losses and scores, got {len(result)} values")
     losses, scores = result if isinstance(result, tuple) else (result, None)
     if not isinstance(losses, Tensor) or losses.ndim != 1:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -49,6 +51,12 @@ def losses_of(loss_fn: LossFn, model: nn.Module, batch: Any, number: int) -> tup
         worst = int((~finite).nonzero()[0])
         value = float(losses.detach()[worst])
         raise ValueError(f"loss_fn must return finite losses, got {value} for example {worst} of batch {number}")
+    if scores is not None:
+        if not isinstance(scores, Tensor) or scores.shape != losses.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"loss_fn must return a score for each of the {len(losses)} examples, got {got}")
+        if not bool(scores.isfinite().all()):
+            raise ValueError(f"loss_fn must return finite scores, got others for batch {number}")
     return losses, scores
 
 
@@ -73,6 +81,8 @@ def evaluate(
             done += len(losses[-1])
             if more is not None:
                 scores.append(more[:left].double().cpu())
+            if len(scores) not in (0, len(losses)):
+                raise ValueError(f"loss_fn must return scores for all batches or for none, got both by batch {number}")
     check_count(done, wanted)
     return torch.cat(losses), torch.cat(scores) if scores else None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.pruning.masks import head_slots, masked_heads
-from attnzoo.rules import check_sizes
+from attnzoo.rules import NUMBER, check, check_sizes, describe
 
 
 class HeadGates(nn.Module):
@@ -52,6 +52,8 @@ class HeadGates(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         num_layers, num_heads = check_sizes(num_layers=num_layers, num_heads=num_heads)
+        for name, value in (("init", init), ("low", low), ("high", high), ("temperature", temperature), ("eps", eps)):
+            check(name, value, NUMBER)
         if not low < 0:
             raise ValueError(f"low must be negative, got {low}")
         if not high > 1:
@@ -79,6 +81,8 @@ class HeadGates(nn.Module):
         if self.training or noise is not None:
             if noise is None:
                 u = torch.empty_like(a).uniform_(self.eps, 1 - self.eps, generator=generator)
+            elif not isinstance(noise, Tensor) or not noise.is_floating_point():
+                raise ValueError(f"noise must be a floating-point tensor, got {describe(noise)}")
             elif tuple(noise.shape) != tuple(a.shape):
                 raise ValueError(f"noise must have shape {tuple(a.shape)}, got {tuple(noise.shape)}")
             else:

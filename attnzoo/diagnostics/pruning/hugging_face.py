@@ -16,15 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.configs import configs_in
+from attnzoo.diagnostics.configs import RAGGED, configs_in
 from attnzoo.diagnostics.layer_probe import norms_after
 from attnzoo.diagnostics.layers import AttentionLayer, register_family
 from attnzoo.diagnostics.projections import blank, matrix
 from attnzoo.modules.heads import HeadLayout, head_rows, keep_entries
-
-RAGGED = "attnzoo_ragged"
-"""Name of the attention function that gathers key/value heads for query heads in uneven groups."""
-
 
 PRUNABLE = ("separate", "bert", "distilbert", "gpt2", "gpt_neox")
 """Families that pruning knows; a layer that lost heads may be of "pruned"."""

@@ -20,6 +20,7 @@ from attnzoo.diagnostics.pruning.masks import (
     hooked,
     layer_scale,
 )
+from attnzoo.rules import SWITCH, check, describe
 
 GRANULARITIES = ("example", "token", "batch")
 NORMALIZATIONS = ("l2", "minmax", None)
@@ -71,6 +72,10 @@ def head_importance(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("normalize", normalize, NORMALIZATIONS)
     check_choice("unit", unit, UNITS)
+    check("coupled", coupled, SWITCH)
+    check("progress", progress, SWITCH)
+    if valid is not None and not callable(valid):
+        raise ValueError(f"valid must make a mask from a batch, got {describe(valid)}")
     if coupled and granularity == "token":
         raise ValueError("granularity 'token' needs examples that are not coupled, got coupled=True")
     slots = head_slots(model)
@@ -89,7 +94,7 @@ def head_importance(
                         "granularity 'token' needs layers that all run over the same tokens, got one with an encoder "
                         "and a decoder"
                     )
-                real = _real_tokens(batch, s.shape[:2]) if valid is None else valid(batch)[:count]
+                real = _real_tokens(batch, s.shape[:2]) if valid is None else _checked_mask(valid(batch), count)
                 if tuple(real.shape) != tuple(s.shape[:2]):
                     raise ValueError(f"valid must give a mask of shape {tuple(s.shape[:2])}, got {tuple(real.shape)}")
                 real = real.to("cpu", torch.float64)
@@ -99,8 +104,16 @@ def head_importance(
                 s = s.sum(1)
                 summed += s.sum(0) if granularity == "batch" else s.abs().sum(0)
                 weight += count
+    if not weight:
+        raise ValueError("valid must mark at least one token, got none in all batches")
     measured.check_slope(largest)
     return normalize_importance(summed.abs() / weight, normalize)
+
+
+def _checked_mask(real: Any, count: int) -> Tensor:
+    if not isinstance(real, Tensor) or not bool(((real == 0) | (real == 1)).all()):
+        raise ValueError(f"valid must give a mask (B, T) of True and False, got {describe(real)}")
+    return real[:count]
 
 
 def _real_tokens(batch: Any, shape: tuple[int, ...]) -> Tensor:
@@ -125,6 +138,8 @@ def head_gradients(
     progress: bool = True,
 ) -> Tensor:
     """s = xi dl/dxi of every example and head with its sign, float64 (N, L, H); arguments as `head_importance`."""
+    check("coupled", coupled, SWITCH)
+    check("progress", progress, SWITCH)
     slots = head_slots(model)
     measured = _Gradients(model, slots, loss_fn, head_mask, coupled)
     with evaluating(model), torch.enable_grad():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attnzoo.diagnostics.arguments import check_mask, pairs_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.rules import SIZES, SWITCH, check
 
 UNITS = ("head", "kv_group")
 """What can be removed: a head, or a key/value head with all of its query heads."""
@@ -107,6 +108,8 @@ def masked_heads(model: nn.Module, xi: Tensor) -> Iterator[None]:
 
 def head_mask(heads: Iterable[Head], shape: tuple[int, int], *, rescale: bool = False) -> Tensor:
     """Ones (L, H) float64 with zeros at these heads; with rescale, survivors of a layer get H / (number of them)."""
+    check("shape", shape, SIZES)
+    check("rescale", rescale, SWITCH)
     xi = torch.ones(shape, dtype=torch.float64)
     for layer, head in pairs_of("heads", heads):
         if not (0 <= layer < shape[0] and 0 <= head < shape[1]):

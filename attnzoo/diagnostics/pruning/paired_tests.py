@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnzoo.diagnostics.arguments import SEED
 from attnzoo.diagnostics.pruning.ablation import HeadAblation
+from attnzoo.rules import SIZE, check, describe, is_integer_tensor, is_number
 
 _BLOCK = 1 << 22  # sampled numbers at once
 
@@ -82,14 +84,18 @@ def paired_bootstrap(
     d = _differences(a, b)
     N = len(d)
     if resamples is None:
-        if n_resamples < 1:
-            raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+        check("n_resamples", n_resamples, SIZE)
+        check("seed", seed, SEED)
         generator, rows = torch.Generator().manual_seed(seed), max(1, _BLOCK // N)
         sizes = [min(rows, n_resamples - at) for at in range(0, n_resamples, rows)]
         means = torch.cat([d[torch.randint(N, (size, N), generator=generator)].mean(1) for size in sizes])
     else:
+        if not is_integer_tensor(resamples):
+            raise ValueError(f"resamples must be a tensor of indices, got {describe(resamples)}")
         if resamples.ndim != 2 or resamples.shape[1] != N or not len(resamples):
             raise ValueError(f"resamples must have shape (R, {N}), got {tuple(resamples.shape)}")
+        if not bool(((resamples >= 0) & (resamples < N)).all()):
+            raise ValueError(f"resamples must lie between 0 and {N - 1}, got one outside")
         means = d[resamples.long()].mean(1)
     below, above = float((means <= 0).double().mean()), float((means >= 0).double().mean())
     return PairedBootstrap(below, min(1.0, 2 * min(below, above)), float(d.mean()), len(means))
@@ -133,8 +139,12 @@ def ablation_tests(
     """
     if test not in ("t_test", "bootstrap"):
         raise ValueError(f"test must be 't_test' or 'bootstrap', got {test!r}")
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
+    if not is_number(threshold) or not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie between 0 and 1, got {describe(threshold)}")
+    check("n_resamples", n_resamples, SIZE)
+    check("seed", seed, SEED)
+    if not isinstance(ablation, HeadAblation):
+        raise ValueError(f"ablation must be what ablate_heads returns, got {describe(ablation)}")
     p = torch.full(ablation.losses.shape, torch.nan, dtype=torch.float64)
     for at in (~ablation.losses.isnan()).nonzero().tolist():
         # Scores are larger if better.
@@ -148,7 +158,10 @@ def ablation_tests(
 
 
 def _differences(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (a, b))
+    try:
+        a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (a, b))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a and b must hold numbers, got {describe(a)} and {describe(b)}") from None
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError(f"a and b must hold a score for each of the same examples, got {a.shape} and {b.shape}")
     d = a - b

@@ -6,8 +6,9 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from attnzoo.diagnostics.arguments import pairs_of
 from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.masks import Head, head_mask, head_slots, masked_heads
 from attnzoo.diagnostics.pruning.structural import prune_heads
-from attnzoo.rules import COUNT, SIZE, check
+from attnzoo.rules import COUNT, INTEGER, SIZE, check, describe, is_number
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def pruning_speed(
     Args:
         model: what `prune_heads` takes.
         call: runs the model once, prefill or decoding, and returns what to compare; gradients are off.
-        fractions: shares of heads to remove, from 0 to below 1 or 1.
+        fractions: shares of heads to remove, each from 0 to 1.
         order: (layer, head) pairs. Default: the same number in each layer, starting with the last heads.
         tokens: tokens that a call takes, for tokens_per_second.
         rounds: measurements of each case.
@@ -77,12 +78,16 @@ def pruning_speed(
         seed: of the order.
 
     Raises:
-        ValueError: for fractions outside [0, 1], too short an order, or rounds below 1.
+        ValueError: for fractions outside [0, 1], too short an order, rounds below 1, or a call that returns no tensor.
     """
-    if not fractions or any(not 0 <= share <= 1 for share in fractions):
-        raise ValueError(f"fractions must lie between 0 and 1, got {list(fractions)}")
+    fractions = _shares(fractions)
     check("rounds", rounds, SIZE)
     check("warmup", warmup, COUNT)
+    check("seed", seed, INTEGER)
+    if tokens is not None:
+        check("tokens", tokens, SIZE)
+    if not callable(call):
+        raise ValueError(f"call must run the model, got {describe(call)}")
     order = None if order is None else pairs_of("order", order)
     slots = head_slots(model)
     present = slots.present()
@@ -113,15 +118,28 @@ def pruning_speed(
                     taken[case].append(ms)
     for i in range(len(counts)):
         masked = outputs["masked", i].double()
-        errors.append(float((outputs["structural", i].double() - masked).abs().max() / masked.abs().max()))
+        largest = float(masked.abs().max())
+        difference = float((outputs["structural", i].double() - masked).abs().max())
+        errors.append(difference / largest if largest else difference)
     best = {case: min(values) for case, values in taken.items()}
     structural = tuple(best["structural", i] for i in range(len(counts)))
     return PruningSpeed(
-        tuple(fractions), tuple(counts), tuple(best["masked", i] for i in range(len(counts))), structural,
+        fractions, tuple(counts), tuple(best["masked", i] for i in range(len(counts))), structural,
         tuple(statistics.median(taken["structural", i]) / best["structural", i] for i in range(len(counts))),
         tuple(float("nan") if tokens is None else tokens / ms * 1e3 for ms in structural),
         tuple(sum(p.numel() for p in pruned.parameters()) for pruned in copies), tuple(errors),
     )  # fmt: skip
+
+
+def _shares(fractions: Any) -> tuple[float, ...]:
+    """The fractions as Python's numbers; raises ValueError unless they are several of [0, 1]."""
+    several = isinstance(fractions, Iterable) and not isinstance(fractions, str)
+    given = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in fractions] if (
+        several
+    ) else []  # fmt: skip
+    if not given or any(not is_number(share) or not 0 <= share <= 1 for share in given):
+        raise ValueError(f"fractions must lie between 0 and 1, got {given if several else describe(fractions)}")
+    return tuple(map(float, given))
 
 
 def _timed(model: nn.Module, xi: Tensor | None, call: Callable[[nn.Module], Tensor]) -> tuple[float, Tensor]:
@@ -135,4 +153,6 @@ def _timed(model: nn.Module, xi: Tensor | None, call: Callable[[nn.Module], Tens
     output = call(model)
     if cuda:
         torch.cuda.synchronize()
+    if not isinstance(output, Tensor) or not output.numel():
+        raise ValueError(f"call must return a tensor to compare, got {describe(output)}")
     return (time.perf_counter() - start) * 1e3, output

@@ -21,6 +21,7 @@ from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.hugging_face import PRUNABLE, check_prunable, prune_module
 from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice
 from attnzoo.diagnostics.pruning.trial import Trial, rehearse
+from attnzoo.rules import SWITCH, check
 
 
 def prune_heads(
@@ -53,6 +54,7 @@ def prune_heads(
             joint norm; a model whose attention is of another kind, or one that would not compute what masking computes.
     """
     check_choice("unit", unit, UNITS)
+    check("allow_inexact", allow_inexact, SWITCH)
     layers = attention_layers(model)
     wanted: dict[int, list[int]] = {}
     for index, head in pairs_of("heads", heads):

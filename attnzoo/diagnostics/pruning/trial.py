@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attnzoo.diagnostics.configs import configs_in, is_config, own_configs
+from attnzoo.diagnostics.configs import RAGGED, configs_in, is_config, own_configs
 from attnzoo.diagnostics.layer_probe import calls_of, line_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.projections import blank
-from attnzoo.diagnostics.pruning.hugging_face import RAGGED, projections_of, prune_module
+from attnzoo.diagnostics.pruning.hugging_face import projections_of, prune_module
 
 
 def rehearse(layer: AttentionLayer, numbers: list[int], allow_inexact: bool) -> None:

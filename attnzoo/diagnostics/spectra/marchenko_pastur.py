@@ -101,6 +101,60 @@ def product_edge(dims: Sequence[int]) -> tuple[float, float]:
     return edge, (edge**2 * edge * curvature / (2 * dims[0] ** 2)) ** (1 / 3)
 
 
+def product_pdf(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Density at x of the non-zero eigenvalues of P P^T / scale, in the units of `product_edge`; 0 outside the bulk.
+
+    With M(z) = z G(z) - 1, G the resolvent's mean, z M = (1 + M) prod_i (1 + a_i M), a_i = N_0 / N_i; inside the bulk
+    one pair of the roots is complex, and the density over all N_0 eigenvalues is |Im M| / (pi z) (Burda et al. 2010).
+    The product has min(dims) non-zero ones, over which it integrates to 1. With one factor it is `mp_pdf`.
+    """
+    ratios = [dims[0] / size for size in dims[1:]]
+    coefficients = torch.ones(1, dtype=torch.float64)
+    for a in (1.0, *ratios):
+        longer = torch.zeros(coefficients.numel() + 1, dtype=torch.float64)
+        longer[:-1] += coefficients
+        longer[1:] += a * coefficients
+        coefficients = longer
+    degree = coefficients.numel() - 1
+    at = x.detach().double().flatten()
+    usable = at > 0
+    z = torch.where(usable, at, torch.ones_like(at))
+    # Companion matrices of the monic polynomials sum_k c_k M^k - z M, one per point.
+    polynomial = coefficients.expand(z.numel(), -1).clone()
+    polynomial[:, 1] -= z
+    companion = torch.zeros(z.numel(), degree, degree, dtype=torch.float64)
+    companion[:, range(1, degree), range(degree - 1)] = 1
+    companion[:, :, -1] = -polynomial[:, :-1] / polynomial[:, -1:]
+    roots = torch.linalg.eigvals(companion)
+    # Several pairs may be complex; the resolvent's is the one to the right, which starts at -min(dims) / N_0.
+    is_complex = roots.imag.abs() > 1e-9 * roots.abs()
+    rightmost = torch.where(is_complex, roots.real, -math.inf).argmax(-1, keepdim=True)
+    imaginary = torch.where(is_complex, roots.imag.abs(), 0.0).gather(-1, rightmost)[:, 0]
+    density = imaginary / (math.pi * z) * (dims[0] / min(dims))
+    high, low = product_edge(dims)[0], _product_lower_edge(dims)
+    return torch.where((at > low) & (at < high), density, torch.zeros_like(density)).view(x.shape)
+
+
+def _product_lower_edge(dims: Sequence[int]) -> float:
+    """Smallest non-zero eigenvalue in the units of `product_edge`; 0 if no factor is the narrowest alone.
+
+    It is where the real roots that start at -r and -r', the two smallest of N_i / N_0, meet: the largest z between.
+    """
+    ends = sorted(size / dims[0] for size in dims)[:2]
+    left, right = -ends[1], -ends[0]
+    if left == right:
+        return 0.0
+    ratios = [dims[0] / size for size in dims[1:]]
+
+    def z(m: float) -> float:
+        return (1 + m) / m * math.prod(1 + a * m for a in ratios)
+
+    for _ in range(200):
+        third = (right - left) / 3
+        left, right = (left + third, right) if z(left + third) < z(right - third) else (left, right - third)
+    return z((left + right) / 2)
+
+
 def bbp(theta: float, gamma: float, tau2: float = 1.0) -> tuple[float, float, float, bool]:
     """Where a spike of strength theta shows: its s^2, the overlaps on the big and the small side, and whether it does.
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from attnzoo.diagnostics.layers import AttentionLayer, Factors, NoPartError, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import mp_median, tracy_widom_edge
+from attnzoo.diagnostics.spectra.record import Settings, SpectrumRecord, settings_of
 from attnzoo.diagnostics.spectra.spectrum import (
-    Settings,
-    SpectrumRecord,
     analyze_matrix,
     check_factors,
     check_form,
@@ -23,9 +22,9 @@ from attnzoo.diagnostics.spectra.spectrum import (
     pair_of,
     record_of,
     redrawn_factors,
-    settings_of,
     variance_of,
 )
+from attnzoo.diagnostics.spectra.weightwatcher import weight_matrices
 
 MATRICES = ("qk", "ov", "weights")
 
@@ -64,6 +63,7 @@ def analyze_model(
     """
     check_form(form, per)
     kinds = list(matrices) if isinstance(matrices, Iterable) and not isinstance(matrices, str) else [matrices]
+    kinds = [name for place, name in enumerate(kinds) if name not in kinds[:place]]
     if isinstance(matrices, str) or not kinds or not all(name in MATRICES for name in kinds):
         raise ValueError(f"matrices must be some of {', '.join(map(repr, MATRICES))}, got {kinds}")
     settings = settings_of(options)
@@ -74,10 +74,9 @@ def analyze_model(
     for layer in layers if progress is None else progress(layers):
         for name in kinds:
             if name == "weights":
-                for weight, parameter in layer.module.named_parameters():
-                    if parameter.ndim == 2 and min(parameter.shape) >= 2:
-                        record = analyze_matrix(parameter, **options)
-                        entries.append(dataclasses.replace(record, layer=layer.name, matrix=weight))
+                for _, named, weight in weight_matrices(layer.module, 2):
+                    record = analyze_matrix(weight, **options)
+                    entries.append(dataclasses.replace(record, layer=layer.name, matrix=named))
                 continue
             try:
                 factors = layer.qk_factors(part) if name == "qk" else [(out.T, wv) for wv, out in layer.ov_factors()]

@@ -11,12 +11,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import check_tensor
 from attnzoo.diagnostics.layers import Factors, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import (
     QUANTILES,
@@ -25,131 +25,28 @@ from attnzoo.diagnostics.spectra.marchenko_pastur import (
     mp_cdf,
     mp_edges,
     product_edge,
+    product_pdf,
     tracy_widom_edge,
     variance,
 )
-from attnzoo.rules import NOT_NEGATIVE, NUMBER, SWITCH, check, describe, is_number
+from attnzoo.diagnostics.spectra.record import EDGES, ESTIMATORS, Settings, SpectrumRecord, Spike, settings_of
+from attnzoo.rules import describe, is_number
+
+__all__ = [
+    "EDGES",
+    "ESTIMATORS",
+    "NULLS",
+    "SpectrumRecord",
+    "Spike",
+    "analyze_attention",
+    "analyze_matrix",
+    "product_pdf",
+    "product_singular_values",
+]
 
 NULLS = ("mp", "product", "simulate")
-EDGES = ("tw", "mp", "ww")
-ESTIMATORS = ("mean", "median", "bulk")
 _LEAST = 8
 _DRAWS = 8
-
-
-@dataclass(frozen=True)
-class Spike:
-    """An eigenvalue above the threshold, and the signal that explains it (see `marchenko_pastur.bbp`)."""
-
-    value: float
-    theta: float
-    overlap_big: float
-    overlap_small: float
-
-
-@dataclass(frozen=True)
-class SpectrumRecord:
-    """Figures of one spectrum; see `analyze_matrix`. None where a figure is not defined.
-
-    Attributes:
-        hard_rank: singular values above n_big eps times the largest.
-        lambda_max: largest eigenvalue.
-        lambda_plus: upper edge of the null's bulk.
-        lambda_minus: lower edge, of null "mp".
-        sigma2: estimated variance of the entries, of null "mp".
-        gamma: hard_rank / n_big.
-        threshold: above it an eigenvalue is an outlier.
-        mp_gap: lambda_max / lambda_plus - 1.
-        mp_softrank: lambda_plus / lambda_max.
-        outlier_count: eigenvalues above the threshold.
-        outlier_fraction: their share.
-        outlier_energy: their share of the sum.
-        stable_rank: sum / largest.
-        participation_ratio: (sum)^2 / sum of squares.
-        effective_rank: exponential of the entropy of the eigenvalues' shares.
-        spectral_entropy: that entropy over its largest possible value.
-        ks_bulk: Kolmogorov-Smirnov distance of the rest to the law, of null "mp".
-        spikes: the outliers, largest first, of null "mp".
-        dims: sizes N_0, ..., N_L of the factors, of null "product".
-        layer: name of the module, where it came from a model.
-        head: query head, or None for a whole layer.
-        matrix: which matrix.
-        note: a caveat, or "".
-        eigenvalues: ascending, if they were requested.
-    """
-
-    hard_rank: int
-    lambda_max: float
-    lambda_plus: float | None = None
-    lambda_minus: float | None = None
-    sigma2: float | None = None
-    gamma: float | None = None
-    threshold: float | None = None
-    mp_gap: float | None = None
-    mp_softrank: float | None = None
-    outlier_count: int | None = None
-    outlier_fraction: float | None = None
-    outlier_energy: float | None = None
-    stable_rank: float = math.nan
-    participation_ratio: float = math.nan
-    effective_rank: float = math.nan
-    spectral_entropy: float = math.nan
-    ks_bulk: float | None = None
-    spikes: tuple[Spike, ...] = ()
-    dims: tuple[int, ...] | None = None
-    layer: str | None = None
-    head: int | None = None
-    matrix: str = "weight"
-    note: str = ""
-    eigenvalues: tuple[float, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of `analyze_matrix` that do not depend on the matrix, checked."""
-
-    estimator: str = "bulk"
-    edge: str = "tw"
-    level: float = 0.99
-    quantile: float | None = None
-    rank_rtol: float | None = None
-    keep_eigenvalues: bool = False
-    effective_rank_of: str = "eigenvalues"
-
-    def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
-        if self.edge not in EDGES:
-            raise ValueError(f"edge must be one of {', '.join(map(repr, EDGES))}, got {self.edge!r}")
-        if self.effective_rank_of not in ("eigenvalues", "sv"):
-            raise ValueError(f"effective_rank_of must be 'eigenvalues' or 'sv', got {self.effective_rank_of!r}")
-        if self.quantile is None and (not is_number(self.level) or self.level not in QUANTILES):
-            raise ValueError(
-                f"level must be one of {', '.join(map(str, QUANTILES))} unless quantile is given, got {self.level}"
-            )
-        if self.quantile is not None:
-            check("quantile", self.quantile, NUMBER)
-        if self.rank_rtol is not None:
-            check("rank_rtol", self.rank_rtol, NOT_NEGATIVE)
-        check("keep_eigenvalues", self.keep_eigenvalues, SWITCH)
-
-    @property
-    def q(self) -> float:
-        """The Tracy-Widom quantile."""
-        return QUANTILES[self.level] if self.quantile is None else self.quantile
-
-
-def settings_of(options: dict[str, Any]) -> Settings:
-    """`Settings` of options by name; raises ValueError for names that it does not know."""
-    names = [option.name for option in dataclasses.fields(Settings)]
-    for name, value in options.items():
-        if name not in names:
-            raise ValueError(f"options must be some of {', '.join(names)}, got {name}={describe(value)}")
-    return Settings(**options)
 
 
 def analyze_matrix(
@@ -170,8 +67,8 @@ def analyze_matrix(
     Args:
         matrix: (n, m), or factors X_1 (N0, N1), ..., X_L (N_{L-1}, N_L) of a product.
         estimator: of the variance: "bulk", "median" or "mean" (`marchenko_pastur.variance`).
-        edge: what counts as an outlier: above the Tracy-Widom edge ("tw"), the bulk's own edge ("mp"), or
-            WeightWatcher's ("ww").
+        edge: what counts as an outlier: above the Tracy-Widom edge ("tw"), the bulk's own edge ("mp"), or of null
+            "mp" WeightWatcher's ("ww").
         level: 0.99, 0.95 or 0.90, the probability that noise stays below "tw".
         quantile: of the Tracy-Widom distribution, in place of level.
         null: "mp" (one matrix), "product" (independent factors), or "simulate" (redraw every factor as noise of its
@@ -186,6 +83,8 @@ def analyze_matrix(
     Raises:
         ValueError: for a matrix that is not finite, or an argument outside its rule.
     """
+    if not isinstance(matrix, Tensor | list | tuple):
+        raise ValueError(f"matrix must be a tensor or a list of factors, got {describe(matrix)}")
     factors = [matrix] if isinstance(matrix, Tensor) else list(matrix)
     check_factors(factors)
     null = ("mp" if len(factors) == 1 else "product") if null is None else null
@@ -194,6 +93,8 @@ def analyze_matrix(
     settings = Settings(estimator, edge, level, quantile, rank_rtol, keep_eigenvalues, effective_rank_of)
     if null == "product" and len(factors) == 1:
         raise ValueError("null 'product' needs the factors, got one matrix")
+    if draws is not None:
+        draws = _checked_draws(draws, null)
     dims = [factors[0].shape[0], *(factor.shape[1] for factor in factors)]
     exact = all(factor.dtype == torch.float64 for factor in factors)
 
@@ -205,6 +106,16 @@ def analyze_matrix(
         return draws or [float(_redrawn(factors, variances, seed)[0].square()) for seed in range(_DRAWS)]
 
     return record_of(product_singular_values(factors), dims, exact, null, settings, sigma2, largest)
+
+
+def _checked_draws(draws: Any, null: str) -> list[float]:
+    """Largest eigenvalues of noise; raises ValueError unless null "simulate" can use them."""
+    if null != "simulate":
+        raise ValueError(f"draws must be None unless null is 'simulate', got {describe(draws)} for null {null!r}")
+    given = draws.tolist() if isinstance(draws, Tensor) else draws
+    if not isinstance(given, list | tuple) or len(given) < 2 or not all(map(is_number, given)):
+        raise ValueError(f"draws must be at least 2 finite numbers, got {describe(draws)}")
+    return list(given)
 
 
 def record_of(
@@ -221,6 +132,8 @@ def record_of(
     sigma2 gives the variances of the factors, of null "product"; draws the largest eigenvalues of noise, of null
     "simulate".
     """
+    if settings.edge == "ww" and null != "mp":
+        raise ValueError(f"edge must be 'tw' or 'mp' for null {null!r}, got 'ww'")
     n_big = max(dims[0], dims[-1])
     tolerance = n_big * (2.0**-52 if exact else 2.0**-23) if settings.rank_rtol is None else settings.rank_rtol
     top = float(singular.max()) if singular.numel() else 0.0
@@ -271,67 +184,12 @@ def product_singular_values(factors: Sequence[Tensor]) -> Tensor:
     return singular
 
 
-def product_pdf(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """Density at x of the non-zero eigenvalues of P P^T / scale, in the units of `product_edge`; 0 outside the bulk.
-
-    With M(z) = z G(z) - 1, G the resolvent's mean, z M = (1 + M) prod_i (1 + a_i M), a_i = N_0 / N_i; inside the bulk
-    one pair of the roots is complex, and the density over all N_0 eigenvalues is |Im M| / (pi z) (Burda et al. 2010).
-    The product has min(dims) non-zero ones, over which it integrates to 1. With one factor it is `mp_pdf`.
-    """
-    ratios = [dims[0] / size for size in dims[1:]]
-    coefficients = torch.ones(1, dtype=torch.float64)
-    for a in (1.0, *ratios):
-        longer = torch.zeros(coefficients.numel() + 1, dtype=torch.float64)
-        longer[:-1] += coefficients
-        longer[1:] += a * coefficients
-        coefficients = longer
-    degree = coefficients.numel() - 1
-    at = x.detach().double().flatten()
-    usable = at > 0
-    z = torch.where(usable, at, torch.ones_like(at))
-    # Companion matrices of the monic polynomials sum_k c_k M^k - z M, one per point.
-    polynomial = coefficients.expand(z.numel(), -1).clone()
-    polynomial[:, 1] -= z
-    companion = torch.zeros(z.numel(), degree, degree, dtype=torch.float64)
-    companion[:, range(1, degree), range(degree - 1)] = 1
-    companion[:, :, -1] = -polynomial[:, :-1] / polynomial[:, -1:]
-    roots = torch.linalg.eigvals(companion)
-    # Several pairs may be complex; the resolvent's is the one to the right, which starts at -min(dims) / N_0.
-    is_complex = roots.imag.abs() > 1e-9 * roots.abs()
-    rightmost = torch.where(is_complex, roots.real, -math.inf).argmax(-1, keepdim=True)
-    imaginary = torch.where(is_complex, roots.imag.abs(), 0.0).gather(-1, rightmost)[:, 0]
-    density = imaginary / (math.pi * z) * (dims[0] / min(dims))
-    high, low = product_edge(dims)[0], _product_lower_edge(dims)
-    return torch.where((at > low) & (at < high), density, torch.zeros_like(density)).view(x.shape)
-
-
-def _product_lower_edge(dims: Sequence[int]) -> float:
-    """Smallest non-zero eigenvalue in the units of `product_edge`; 0 if no factor is the narrowest alone.
-
-    It is where the real roots that start at -r and -r', the two smallest of N_i / N_0, meet: the largest z between.
-    """
-    ends = sorted(size / dims[0] for size in dims)[:2]
-    left, right = -ends[1], -ends[0]
-    if left == right:
-        return 0.0
-    ratios = [dims[0] / size for size in dims[1:]]
-
-    def z(m: float) -> float:
-        return (1 + m) / m * math.prod(1 + a * m for a in ratios)
-
-    for _ in range(200):
-        third = (right - left) / 3
-        left, right = (left + third, right) if z(left + third) < z(right - third) else (left, right - third)
-    return z((left + right) / 2)
-
-
 def check_factors(factors: Sequence[Tensor]) -> None:
     """Raise ValueError unless these are finite matrices that fit each other."""
     for factor in factors:
         if not isinstance(factor, Tensor) or factor.ndim != 2:
             raise ValueError(f"matrix must have 2 dimensions, got {getattr(factor, 'shape', type(factor).__name__)}")
-        if factor.is_complex() or factor.is_meta:
-            raise ValueError(f"matrix must hold real numbers, got {'meta' if factor.is_meta else factor.dtype}")
+        check_tensor("matrix", factor)
         sizes = factor.detach().double().abs()
         if not bool(sizes.isfinite().all()):
             raise ValueError("matrix must be finite, got NaN or infinite entries")

@@ -7,12 +7,15 @@ whose variance estimate and edge are those of random-matrix theory.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.arguments import SEED, check_tensor
 from attnzoo.diagnostics.spectra.marchenko_pastur import mp_pdf
+from attnzoo.rules import SWITCH, check, describe
 
 LEAST = 8
 """Fewer eigenvalues are refused, as WeightWatcher leaves such layers out."""
@@ -37,6 +40,9 @@ def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit
         ValueError: for a matrix that is complex or not finite, has fewer than 8 singular values, or some whose squares
             float64 cannot hold.
     """
+    check("randomize", randomize, SWITCH)
+    check("seed", seed, SEED)
+    check("mp_fit", mp_fit, SWITCH)
     values = eigenvalues(matrix)
     record = spectral_columns(values, max(matrix.shape)) | power_law(values) | determinant_columns(values)
     record["ERG_gap"] = record["detX_num"] - record["num_pl_spikes"]
@@ -54,9 +60,11 @@ def ww_details(matrix: Tensor, *, randomize: bool = False, seed: int = 0, mp_fit
 
 def eigenvalues(matrix: Tensor) -> Tensor:
     """s^2 of all singular values, ascending, float64 on the CPU."""
-    if matrix.ndim != 2 or matrix.is_complex() or matrix.is_meta:
-        kind = "meta" if matrix.is_meta else matrix.dtype
-        raise ValueError(f"matrix must hold real numbers in 2 dimensions, got {kind} of shape {tuple(matrix.shape)}")
+    check_tensor("matrix", matrix)
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"matrix must hold real numbers in 2 dimensions, got {matrix.dtype} of shape {tuple(matrix.shape)}"
+        )
     if min(matrix.shape) < LEAST:
         raise ValueError(f"matrix must have at least {LEAST} singular values, got shape {tuple(matrix.shape)}")
     high = matrix.detach().cpu().double()
@@ -218,24 +226,43 @@ def _log10(value: float) -> float:
     return math.log10(value) if value > 0 else math.nan
 
 
+def weight_matrices(module: nn.Module, least: int) -> Iterator[tuple[int, str, Tensor]]:
+    """Number, name and matrix of the weights of two dimensions of at least this size, shared ones once.
+
+    Of a weight that torch's parametrisation computes from others, such as `weight_norm`'s, it is the computed one.
+    """
+    seen: set[str] = set()
+    for number, (name, parameter) in enumerate(module.named_parameters()):
+        owner, computed, inside = name.rpartition("parametrizations.")
+        weight: Tensor = parameter
+        if computed:
+            name = owner + inside.split(".")[0]
+            weight = getattr(module.get_submodule(owner.rstrip(".")), inside.split(".")[0]).detach()
+        if name not in seen and weight.ndim == 2 and min(weight.shape) >= least:
+            seen.add(name)
+            yield number, name, weight
+
+
 def ww_dataframe(model: nn.Module, **options: Any) -> Any:
     """A pandas DataFrame with a row for each weight matrix of the model that has at least 8 singular values.
 
-    Options are those of `ww_details`. A model without such a matrix gives no rows, but all columns.
+    Tied weights have one row, and weights under torch's parametrisation theirs as computed. Options are those of
+    `ww_details`. A model without such a matrix gives no rows, but all columns.
 
     Raises:
         ValueError: as `ww_details`, with the name of the layer.
     """
     import pandas  # type: ignore[import-untyped]
 
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {describe(model)}")
     rows = []
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.ndim == 2 and min(parameter.shape) >= LEAST:
-            layer = name.removesuffix(".weight")
-            try:
-                details = ww_details(parameter, **options)
-            except ValueError as error:
-                raise ValueError(f"layer {layer!r} cannot be analysed: {error}") from None
-            rows.append({"layer_id": number, "longname": layer, **details})
+    for number, name, weight in weight_matrices(model, LEAST):
+        layer = name.removesuffix(".weight")
+        try:
+            details = ww_details(weight, **options)
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r} cannot be analysed: {error}") from None
+        rows.append({"layer_id": number, "longname": layer, **details})
     columns = None if rows else ["layer_id", "longname", *ww_details(torch.eye(LEAST), **options)]
     return pandas.DataFrame(rows, columns=columns)

@@ -19,11 +19,13 @@ from attnzoo.ops.distributed_attention.heads import from_heads, own_part, split_
 from attnzoo.ops.distributed_attention.merging import summed
 from attnzoo.ops.distributed_attention.ring import Ring, Travel, add_to, leaves, packed, unpacked, wide_zeros
 from attnzoo.ops.distributed_attention.tiles import Tile
+from attnzoo.ops.distributed_attention.unobserved import unobserved
 from attnzoo.ops.observation import ScoreMap
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import constant
 
 
+@unobserved
 def sharded_composition(
     q: Tensor,
     k: Tensor,
@@ -58,6 +60,8 @@ def sharded_composition(
     wanted = None if value_heads is None else constant(value_heads, q.device, torch.long)
     if shards.form == "cache":
         return _cached_composition(q, k, v, pre, post, view, scale, wanted)
+    if not shards.tokens:
+        return composed_attention(q, k, v, pre, post, Visibility(), scale=scale, value_heads=value_heads)
     assert pre is None or isinstance(pre, Composition)
     ring = _ComposedRing(view, q, k, v, pre, post, scale, wanted)
     mixed: Tensor = Ring.apply(ring, *ring.tensors(q, k, v, pre, post))[0]  # type: ignore[no-untyped-call]

@@ -28,7 +28,8 @@ def query_runs(view: Visibility, keys: int, splits: bool = True) -> Iterator[tup
     packed = mask is not None and mask.cu_seqlens is not None
     dense = None if mask is None else mask.dense_mask
     runs = shards.sp.runs(shards.tokens)
-    if not (view.causal or view.window is not None or packed or splits):
+    placed = view.window is not None or packed or splits
+    if not (view.causal or placed):
         # Every query sees the same, whatever the layout.
         runs = ((0, shards.positions.shape[0]),)
     at = 0
@@ -41,7 +42,7 @@ def query_runs(view: Visibility, keys: int, splits: bool = True) -> Iterator[tup
             some = None if dense is None else rows_of(dense, rows)
             some = some[..., :stop] if some is not None and some.ndim and some.shape[-1] > 1 else some
             own = AttentionMask(lengths=lengths, cu_seqlens=mask.cu_seqlens, dense_mask=some)
-        query_start = start if packed or not view.causal else None
+        query_start = start if packed or (placed and not view.causal) else None
         yield rows, stop, Visibility(view.causal, view.window, view.sink_tokens, own, query_start)
 
 

@@ -63,7 +63,8 @@ def view_of_heads(view: Visibility) -> Visibility:
     sp, mask = view.shards.sp, view.mask
     dense = None if mask is None else mask.dense_mask
     if mask is not None and dense is not None:
-        if dense.ndim > 1 and dense.shape[-2] > 1:
+        # One row is that of the only query, or the same for the only queries of all ranks.
+        if dense.ndim > 1 and (dense.shape[-2] > 1 or view.shards.positions.shape[0] == 1):
             rows = collectives.gather(dense.movedim(-2, 0).to(torch.uint8), sp.group).flatten(0, 1)
             dense = rows.index_select(0, sp.order(rows.shape[0]).to(rows.device)).bool().movedim(0, -2)
         dense = own_part(dense, sp.group, dense.ndim - 3) if dense.ndim > 2 and dense.shape[-3] > 1 else dense

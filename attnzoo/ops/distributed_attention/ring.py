@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnzoo.distributed.collectives import Passing
-from attnzoo.distributed.sequence import Run, SequenceParallel, Shards
+from attnzoo.distributed.sequence import Run, SequenceParallel, Shards, ring_hops
 from attnzoo.masks import Visibility
 from attnzoo.ops.distributed_attention.merging import merge_partials, with_sinks
 from attnzoo.ops.distributed_attention.tiles import Tile, tiles
@@ -25,10 +26,8 @@ Expand = Callable[..., tuple[Tensor, ...]]
 def hops(view: Visibility) -> int:
     """How many ranks back a ring has to reach: fewer than P - 1 for a window of contiguous shards."""
     shards: Shards = view.shards
-    last, own = shards.sp.size - 1, shards.positions.shape[0]
-    if view.window is None or not view.causal or view.sink_tokens or shards.sp.layout != "contiguous":
-        return last
-    return min(last, -(-(view.window - 1) // own))
+    near = view.causal and not view.sink_tokens and shards.sp.layout == "contiguous"
+    return ring_hops(view.window if near else None, shards.positions.shape[0], shards.sp.size)
 
 
 def ring_attention(
@@ -121,7 +120,7 @@ def packed(states: Sequence[Tensor]) -> Tensor:
 
 def unpacked(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `packed`, of states of these shapes."""
-    parts = message.split([state[0, 0].numel() for state in like], -1)
+    parts = message.split([math.prod(state.shape[2:]) for state in like], -1)
     return [part.view(*part.shape[:2], *state.shape[2:]) for part, state in zip(parts, like, strict=True)]
 
 

@@ -11,10 +11,12 @@ from attnzoo.masks import Visibility
 from attnzoo.ops.distributed_attention.decoding import cached_view
 from attnzoo.ops.distributed_attention.gather import query_runs, rows_of
 from attnzoo.ops.distributed_attention.merging import summed
+from attnzoo.ops.distributed_attention.unobserved import unobserved
 from attnzoo.ops.score_rules import ScoreRules
 from attnzoo.ops.sigmoid_attention import sigmoid_attention
 
 
+@unobserved
 def sharded_sigmoid(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules, chunk_size: int | None, backend: str
 ) -> Tensor:

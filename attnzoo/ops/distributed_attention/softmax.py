@@ -13,9 +13,11 @@ from attnzoo.ops.distributed_attention.decoding import cached_attention
 from attnzoo.ops.distributed_attention.gather import gather_attention
 from attnzoo.ops.distributed_attention.heads import heads_attention
 from attnzoo.ops.distributed_attention.ring import Expand, ring_attention
+from attnzoo.ops.distributed_attention.unobserved import unobserved
 from attnzoo.ops.score_rules import ScoreRules
 
 
+@unobserved
 def sharded_attention(
     q: Tensor,
     k: Tensor,
@@ -44,6 +46,7 @@ def sharded_attention(
     return heads_attention(q, states, view, rules, backend)
 
 
+@unobserved
 def expanded_attention(
     q: Tensor,
     states: tuple[Tensor, ...],

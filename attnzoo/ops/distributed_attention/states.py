@@ -42,6 +42,9 @@ def pass_state(
         Outputs (B, t, H, Dv), and the sum of all states (B, G, D, Dv), without gradient.
     """
     sp, v = shards.sp, v.to(q.dtype)
+    if not shards.tokens:
+        out, _ = linear_attention(q, k, v, size=size, causal=causal, backend=backend)
+        return out, torch.einsum("bsgd,bsgv->bgdv", k, v)
     documents = None if mask is None or mask.cu_seqlens is None else mask._documents(q.shape[0], shards.tokens)[1]
     one = not causal and documents is None
     length = q.shape[1] if one else sp.runs(shards.tokens)[0][1]

@@ -27,6 +27,7 @@ from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.spectra.models import analyze_model
 from attnzoo.diagnostics.spectra.spectrum import analyze_attention
 from attnzoo.diagnostics.training_records import read_records, to_line
+from attnzoo.rules import SIZE, check, numbers_of
 from attnzoo_recipes.files import Appender, training_goes_on, write_atomically
 from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data
 
@@ -53,10 +54,10 @@ class Recorder(L.Callback, ABC):
     name = "records"
 
     def __init__(self, every_n_steps: int, also_at: Sequence[int], path: str, drawn: Sequence[str]) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check("every_n_steps", every_n_steps, SIZE)
+        also_at = numbers_of("also_at", also_at)
         if any(step < 0 for step in also_at):
-            raise ValueError(f"also_at must not hold negative steps, got {list(also_at)}")
+            raise ValueError(f"also_at must not hold negative steps, got {also_at}")
         self.every_n_steps = every_n_steps
         self.also_at = tuple(also_at)
         self.path = path
@@ -301,8 +302,7 @@ class HeadStatisticsCallback(Recorder):
         drawn: tuple[str, ...] = ("normalized_entropy", "distance", "sink", "previous_token", "pair_cosine"),
     ) -> None:
         super().__init__(every_n_steps, also_at, path, drawn)
-        if num_sequences < 1:
-            raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+        check("num_sequences", num_sequences, SIZE)
         self.num_sequences = num_sequences
 
     def rows(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[dict[str, Any]]:
@@ -317,11 +317,11 @@ class HeadStatisticsCallback(Recorder):
         report = head_report(decoder(pl_module), [tokens], forward=lambda model, ids: model(ids, mask=mask))
         rows = []
         for layer in report.layers:
-            others = (layer.pair_cosine.sum(1) - layer.pair_cosine.diagonal()) / max(layer.num_heads - 1, 1)
+            itself = torch.eye(layer.num_heads, dtype=torch.bool)
+            others = layer.pair_cosine.masked_fill(itself, math.nan).nanmean(1)
             for head in range(layer.num_heads):
                 figures = {name: float(values[head]) for name, values in layer.measures.items()}
-                alike = float(others[head]) if layer.num_heads > 1 else math.nan
-                rows.append({"layer": layer.name, "head": head, **figures, "pair_cosine": alike})
+                rows.append({"layer": layer.name, "head": head, **figures, "pair_cosine": float(others[head])})
         return rows
 
     def scalars(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

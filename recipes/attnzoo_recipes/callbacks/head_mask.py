@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from attnzoo.diagnostics.arguments import SEED
 from attnzoo.diagnostics.pruning.masks import HeadSlots, head_slots
+from attnzoo.rules import COUNT, SIZE, SWITCH, Rule, check, is_number, numbers_of
 
+_SHARE: Rule = ((lambda value: is_number(value) and 0 <= value < 1, "lie in [0, 1)"),)
 MODES = ("random", "important", "bernoulli")
 
 
@@ -68,16 +71,18 @@ class HeadMask(L.Callback):
             raise ValueError(f"mode must be 'random', 'important' or 'bernoulli', got {mode!r}")
         if num_masked is not None and fraction is not None:
             raise ValueError(f"num_masked and fraction exclude each other, got {num_masked} and {fraction}")
-        if num_masked is not None and num_masked < 0:
-            raise ValueError(f"num_masked must not be negative, got {num_masked}")
-        if fraction is not None and not 0 <= fraction < 1:
-            raise ValueError(f"fraction must lie in [0, 1), got {fraction}")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        if num_masked is not None:
+            check("num_masked", num_masked, COUNT)
+        if fraction is not None:
+            check("fraction", fraction, _SHARE)
+        check("every_n_steps", every_n_steps, SIZE)
+        check("rescale", rescale, SWITCH)
+        check("seed", seed, SEED)
+        exclude_layers = numbers_of("exclude_layers", exclude_layers)
         if mode == "bernoulli":
             if num_masked is not None or fraction is not None or rescale:
                 raise ValueError("mode 'bernoulli' takes p, and neither num_masked, fraction nor rescale")
-            if p is None or not 0 <= p < 1:
+            if not is_number(p) or not 0 <= p < 1:  # type: ignore[operator]
                 raise ValueError(f"p must lie in [0, 1) in mode 'bernoulli', got {p}")
         elif p is not None:
             raise ValueError(f"p needs mode 'bernoulli', got mode {mode!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from typing import Any
 
 import lightning as L
@@ -12,12 +11,9 @@ import torch
 from attnzoo.costs import cost
 from attnzoo_recipes.data.module import data_place
 from attnzoo_recipes.losses import LARGEST_LOGITS
+from attnzoo_recipes.options import is_out_of_memory
 from attnzoo_recipes.trainer import text_data
 
-OUT_OF_MEMORY = 5
-"""Exit code of a run that had no memory left."""
-
-_WORDS = ("not enough memory", "out of memory", "cannot allocate memory", "failed to allocate", "bad_alloc")
 _TRAINED = 16  # bytes of a float32 parameter with its gradient and AdamW's two moments
 
 
@@ -29,15 +25,6 @@ class MemoryEstimate(L.Callback):
         if is_out_of_memory(exception):
             with contextlib.suppress(Exception):  # the exception itself is what must be seen
                 exception.add_note(estimate(trainer, pl_module))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, of whatever kind, says that there is no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
 def out_of_memory(error: BaseException) -> str:

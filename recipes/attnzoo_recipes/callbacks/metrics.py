@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -50,6 +52,7 @@ class Metrics(CSVLogger):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, name="")
+        self._made: Path | None = None
 
     @property
     def version(self) -> int | str:
@@ -63,6 +66,8 @@ class Metrics(CSVLogger):
             while untyped.rank == 0 and not _created(Path(self.root_dir) / f"version_{number}"):
                 number += 1
             self._version = number
+            if untyped.rank == 0:
+                self._made = Path(self.log_dir)
         return self._version
 
     @property
@@ -72,6 +77,46 @@ class Metrics(CSVLogger):
         if self._experiment is None:
             self._experiment = MetricsWriter(log_dir=self.log_dir)
         return self._experiment
+
+    def discard(self) -> None:
+        """Remove the folder of this run if nothing but its configuration is in it."""
+        if self._made is None or not self._made.is_dir():
+            return
+        written = list(self._made.iterdir())
+        if all(path.name == "config.yaml" for path in written):
+            with contextlib.suppress(OSError):  # such as a file that another process has put there in the meantime
+                for path in written:
+                    path.unlink()
+                self._made.rmdir()
+
+
+class NothingLeft(L.Callback):
+    """Remove the folder of a run that ends before its first batch, such as one with a checkpoint that is refused.
+
+    Args:
+        logger: whose folder it is.
+    """
+
+    def __init__(self, logger: Metrics) -> None:
+        self._logger = logger
+        self._began = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the folder."""
+        self._began = True
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the folder."""
+        self._began = True
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the folder."""
+        self._began = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Remove the folder if nothing has begun."""
+        if not self._began:
+            self._logger.discard()
 
 
 def _created(folder: Path) -> bool:

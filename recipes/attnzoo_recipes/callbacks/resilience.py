@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -32,6 +33,8 @@ NOT_FINITE = 3
 NOT_SAVED = 4
 """Exit code of a run whose last checkpoint could not be saved."""
 
+_SEED = "PL_GLOBAL_SEED"  # where Lightning keeps the seed
+
 
 class RunStoppedError(Exception):
     """The run ends deliberately; the message is one sentence.
@@ -51,7 +54,8 @@ class RandomStates(L.Callback):
 
     A checkpoint has those of every process. A run that resumes with another number of processes warns, and seeds them
     from the saved states, so that at least it is reproducible. Validation, and what other callbacks do at its end, does
-    not advance the states of training: they are restored after it, since a resumed run does not repeat it. Exact
+    not advance the states of training: they are restored after it, since a resumed run does not repeat it. Another
+    seed (Lightning's `seed_everything`) than that of the checkpoint has no effect, which a warning says. Exact
     resuming also needs batches that are a function of their number, like those of `data.module.TextDataModule`.
     """
 
@@ -59,19 +63,21 @@ class RandomStates(L.Callback):
         self._loaded: dict[str, Any] | None = None
         self._after_batch: dict[str, Any] | None = None
         self._validating = False
+        self._seed: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """{"ranks": states of each process}, as tensors and plain values. All processes must call it."""
+        """{"ranks": states of each process, "seed": what they began with}. All processes must call it."""
         own = self._after_batch if self._validating and self._after_batch is not None else random_states()
         states = [own]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             states = [own] * dist.get_world_size()
             dist.all_gather_object(states, own)
-        return {"ranks": states}
+        return {"ranks": states, "seed": self._seed or os.environ.get(_SEED)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the first step, since setting up draws random numbers."""
         self._loaded = state_dict
+        self._seed = state_dict.get("seed")  # which checkpoints before 0.2 do not say
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Restore the loaded states, or those from before a validation.
@@ -84,6 +90,11 @@ class RandomStates(L.Callback):
         if self._loaded is None:
             return
         ranks, self._loaded = self._loaded["ranks"], None
+        if self._seed is not None and os.environ.get(_SEED, self._seed) != self._seed:
+            rank_zero_warn(
+                f"seed_everything {os.environ[_SEED]} has no effect: the run continues the random numbers of its "
+                f"checkpoint, whose seed was {self._seed}."
+            )
         # Processes that share heads drop the same activations: all draw as the first of them.
         own = trainer.global_rank - trainer.global_rank % getattr(trainer.strategy, "tensor_parallel_size", 1)
         if len(ranks) == trainer.world_size:

@@ -83,8 +83,12 @@ class Report(L.Callback):
 
     def figures(self, trainer: L.Trainer, pl_module: Any) -> list[str]:
         """Quality, speed and size, one line each."""
-        packed, split = text_data(trainer).validation[MAIN]
+        data = text_data(trainer)
+        packed, split = data.validation[MAIN]
         corpus = packed.meta["splits"][split]
+        limit: Any = getattr(trainer, "limit_val_batches", 1.0)
+        cut = isinstance(limit, int) or limit < 1.0 or (data.val_tokens or corpus["tokens"]) < corpus["tokens"]
+        text = "all validation text" if cut else "the same text"
         lines = []
         if "val_bits_per_byte" in trainer.callback_metrics:
             bits = float(trainer.callback_metrics["val_bits_per_byte"])
@@ -94,7 +98,7 @@ class Report(L.Callback):
                 if entropy is None:  # of token files that were given as they are
                     continue
                 verdict = "the model is below" if bits < entropy else "the model is NOT below"
-                lines.append(_line(f"{order} entropy", f"{entropy:.4f} bits per byte of the same text ({verdict})"))
+                lines.append(_line(f"{order} entropy", f"{entropy:.4f} bits per byte of {text} ({verdict})"))
         else:
             lines.append(_line("validation", f"none in these {trainer.global_step} steps"))
         model = pl_module.whole_model()

@@ -12,11 +12,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO, cast
 
 import torch
 import yaml
@@ -27,7 +29,14 @@ import attnzoo
 from attnzoo_recipes.allowlist import check_arguments
 from attnzoo_recipes.callbacks import record
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
-from attnzoo_recipes.commandline import config_path, configurations, default_precision, find_configs
+from attnzoo_recipes.commandline import (
+    check_end,
+    check_trainer,
+    config_path,
+    configurations,
+    default_precision,
+    find_configs,
+)
 from attnzoo_recipes.compare.pictures import draw_losses, draw_quality
 from attnzoo_recipes.compare.plan import (
     MATCHES,
@@ -46,7 +55,7 @@ from attnzoo_recipes.compare.plan import (
 )
 from attnzoo_recipes.compare.table import markdown, summarise
 from attnzoo_recipes.data.module import MAIN, TextDataModule
-from attnzoo_recipes.files import locked, write_atomically
+from attnzoo_recipes.files import Unbreakable, locked, write_atomically
 from attnzoo_recipes.lm import DecoderLM
 from attnzoo_recipes.losses import linear_cross_entropy
 from attnzoo_recipes.model_config import model_from_checkpoint
@@ -61,10 +70,13 @@ from attnzoo_recipes.options import (
     mistakes_in_one_sentence,
     take_allowed_imports,
 )
+from attnzoo_recipes.signals import EXIT_CODES
 from attnzoo_recipes.tables import as_csv
+from attnzoo_recipes.training import check_finite
 
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 192, 32, 5
 FIGURES = ("parameters", "mlp_dim", "flops_per_token", "cache_bytes_per_token")
+CONTINUES = "the same command continues where it was"
 _DIVERGED = 3
 _STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
@@ -73,14 +85,29 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
     words = command_line(args)
     words, passed_on = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    with mistakes_in_one_sentence("attnzoo-compare", CONTINUES), long_running("attnzoo-compare"):
+        settings, device, formats = parse(words)
+        line = shlex.join(["attnzoo-compare", *words, *(["--", *passed_on] if passed_on else [])])
+        compare(settings, passed_on, device, formats, line)
+
+
+@contextlib.contextmanager
+def long_running(name: str) -> Iterator[None]:
+    """What takes hours continues where the reader of its output leaves; SIGTERM stops it as Ctrl-C does, with 143."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        sys.stderr.write(f"{name}: stopped by SIGTERM; {CONTINUES}\n")
+        raise SystemExit(EXIT_CODES[number])
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
     try:
-        with mistakes_in_one_sentence("attnzoo-compare"):
-            settings, device, formats = parse(words)
-            line = shlex.join(["attnzoo-compare", *words, *(["--", *passed_on] if passed_on else [])])
-            compare(settings, passed_on, device, formats, line)
-    except KeyboardInterrupt:
-        sys.stderr.write("attnzoo-compare: stopped; the same command continues where it was\n")
-        raise SystemExit(130) from None
+        with contextlib.redirect_stdout(cast(TextIO, Unbreakable(sys.stdout))):
+            yield
+    finally:
+        if is_main:
+            # A handler that was not installed from Python cannot be put back.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def parse(words: Sequence[str]) -> tuple[Settings, str | None, tuple[str, ...]]:
@@ -178,6 +205,10 @@ def train(settings: Settings, passed_on: Sequence[str]) -> Trained:
     words = {each: pretrain_words(overlay, configs[each.mechanism], each, settings, passed_on)
              for each in settings.variants}  # fmt: skip
     given = configurations(list(words.values()), settings.allowed)
+    for each in given:
+        check_finite(each)
+        check_trainer(each["trainer"])
+        check_end(each["trainer"])
     texts = prepared([each["data"] for each in given])
     plans = plan(
         list(zip(settings.variants, given, strict=True)), [data for data, _ in texts], settings.match, settings.allowed
@@ -325,8 +356,8 @@ def finished_run(
 ) -> dict[str, Any]:
     """The result of a run, or that of an earlier call if it is in the folder already.
 
-    A run that was interrupted continues from its newest checkpoint. A run whose own record is not what was planned has
-    status "differs".
+    A run that was interrupted, or that has failed, continues from its newest checkpoint. A run whose own record is not
+    what was planned has status "differs".
 
     Args:
         chosen: what the run is to be.
@@ -360,7 +391,8 @@ def finished_run(
     else:
         status = "diverged" if code == _DIVERGED else "failed"
         outcome = {"status": status, "detail": last_line.removeprefix("attnzoo-pretrain: ")}
-    write_atomically(result, json.dumps(outcome, indent=1))
+    if code in (0, _DIVERGED):  # what else ends a run, such as a full disk, may be gone the next time
+        write_atomically(result, json.dumps(outcome, indent=1))
     return base | checked(chosen, outcome)
 
 
@@ -383,8 +415,9 @@ def watched(command: list[str], log: Path, advance: Callable[[float], Any], step
                 if at > shown:
                     advance(at - shown)
                     shown = at
-        except KeyboardInterrupt:
-            # The terminal has interrupted the training as well: it saves a checkpoint and ends.
+        except BaseException:
+            # It saves a checkpoint and ends. Where a terminal has interrupted it already, this is the same signal.
+            process.send_signal(signal.SIGINT)
             process.wait()
             raise
     lines = [line for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]

@@ -87,6 +87,11 @@ class Corpus:
         paths: list[Path] = []
         for pattern in self.files:
             matches = sorted(path for match in _matches(pattern) if (path := Path(match)).is_file())
+            if not matches and Path(pattern).is_dir():
+                raise ValueError(
+                    f"{self.label}files must name files or patterns, such as {os.path.join(pattern, '*')!r}, got the "
+                    f"folder {pattern!r}"
+                )
             if not matches:
                 raise ValueError(f"{self.label}files: there is no file {pattern!r}")
             paths += matches

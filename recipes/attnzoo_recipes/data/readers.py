@@ -16,7 +16,7 @@ _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def read_text(path: Path, unit: str) -> Iterator[str]:
-    """The documents of a UTF-8 text file, with "\\n" for every kind of line break.
+    """The documents of a UTF-8 text file, with "\\n" for every kind of line break and without a byte order mark.
 
     Args:
         path: the file, which may be compressed (.gz, .bz2, .xz, ...).
@@ -27,7 +27,7 @@ def read_text(path: Path, unit: str) -> Iterator[str]:
     """
     try:
         with _open(path) as file:
-            lines = io.TextIOWrapper(file, encoding="utf-8")
+            lines = io.TextIOWrapper(file, encoding="utf-8-sig")
             if unit == "document":
                 yield lines.read()
             elif unit == "line":

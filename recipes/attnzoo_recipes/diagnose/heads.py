@@ -157,6 +157,8 @@ def layer_clusters(model: nn.Module, batches: Iterable[Any], probe_tokens: int) 
 
     def visit(call: AttentionCall) -> None:
         pattern = call.pattern()
+        if not bool(pattern.isfinite().all()):
+            raise ValueError(f"layer {call.layer.name!r} must have finite attention weights, got NaN or infinite ones")
         T, S = pattern.shape[-2:]
         # Zeros change no distance, and make a pattern over another sequence square.
         pattern = F.pad(pattern, (0, max(T - S, 0), 0, max(S - T, 0)))
@@ -195,7 +197,7 @@ def summary(report: HeadReport, threshold: float) -> str:
     for kind, labels in kinds.items():
         named = ", ".join(labels[:6]) + (", ..." if len(labels) > 6 else "")
         parts.append(f"{len(labels)} {_kind_name(kind)} ({named})" if labels else f"no {_kind_name(kind)}")
-    return f"{total} heads on {report.queries:,} tokens: {'; '.join(parts)}"
+    return f"{total} head{'s' if total > 1 else ''} on {report.queries:,} tokens: {'; '.join(parts)}"
 
 
 def by_kind(report: HeadReport, threshold: float) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo.rules import SIZE, check
 from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import SUFFIX, newest_valid, read_checkpoint
 from attnzoo_recipes.data.tokenizers import Tokenizer
@@ -62,9 +63,9 @@ def load_model(
             next to a config.json is read as that Hugging Face model. Without a config.json, only its attention layers
             are read: those with weights q_proj, k_proj, v_proj and o_proj, and without norms of queries and keys.
         name: for titles. Default: that of the file or folder.
-        num_heads: query heads per layer, for safetensors without config.json.
-        num_kv_heads: key/value heads per layer, for safetensors without config.json. Default: from the number of rows
-            of the keys' weight.
+        num_heads: query heads per layer, for safetensors without config.json alone.
+        num_kv_heads: key/value heads per layer, for safetensors without config.json alone. Default: from the number of
+            rows of the keys' weight.
         allowed: packages that a checkpoint may name.
         device: where the model is moved.
         whole: keep what a Hugging Face model that is not a causal language model has on top, such as a classifier.
@@ -74,6 +75,11 @@ def load_model(
         ValueError: in one sentence, if what is there cannot be read as any of these.
     """
     path = Path(path)
+    sizes = {
+        name: given for name, given in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)) if given is not None
+    }
+    for size, given in sizes.items():
+        check(size, given, SIZE)
     if not path.exists():
         raise FileNotFoundError(f"MODEL must be a file or folder, got {str(path)!r}, which does not exist")
     if path.is_file() and path.suffix == _TENSORS:
@@ -89,6 +95,8 @@ def load_model(
         raise ValueError(
             f"MODEL must be a run folder, a {SUFFIX} or {_TENSORS} file or a Hugging Face folder, got {str(path)!r}"
         )
+    for size, given in sizes.items() if loaded.kind != "weights" else ():
+        raise ValueError(f"{size} must be left out for {str(path)!r}, which says how many heads it has, got {given}")
     loaded.model.to(device).eval()
     return dataclasses.replace(loaded, name=name or loaded.name)
 

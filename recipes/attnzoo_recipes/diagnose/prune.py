@@ -149,8 +149,8 @@ def _checked(given: list[str], parsed: Any, allowed: tuple[str, ...]) -> PruneOp
         **shared("prune", given, parsed, allowed), data=Path(parsed.data), percents=percents, modes=parsed.modes,
         normalize=parsed.normalize, granularity=parsed.granularity, unit=parsed.unit, ablate=parsed.ablate,
         min_heads_per_layer=parsed.min_heads_per_layer, rescale=parsed.rescale,
-        seeds=tuple(int(seed) for seed in seeds), speed=speed, rounds=parsed.rounds, decoded=parsed.decoded,
-        examples=parsed.examples, length=parsed.length, batch_size=parsed.batch_size,
+        seeds=tuple(dict.fromkeys(int(seed) for seed in seeds)), speed=speed, rounds=parsed.rounds,
+        decoded=parsed.decoded, examples=parsed.examples, length=parsed.length, batch_size=parsed.batch_size,
     )  # fmt: skip
 
 

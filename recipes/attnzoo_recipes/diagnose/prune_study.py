@@ -125,7 +125,7 @@ def task_of(
     read = reader(loaded)
     if predicts_tokens(loaded):
         refuse_pairs("data", path)
-        tokens = sequences("data", path, read, length, examples, most=32).to(device)
+        tokens = sequences("data", path, read, length, examples, most=32, counted="examples").to(device)
         batches = list(torch.split(tokens, 4 if batch_size is None else batch_size))
         first = batches[0]
         calls: dict[str, tuple[Callable[[nn.Module], Tensor], int | None]] = {

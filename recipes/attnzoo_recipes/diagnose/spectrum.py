@@ -106,12 +106,12 @@ def spectrum(options: SpectrumOptions) -> None:
     for record in records:
         groups.setdefault(record.matrix, []).append(record)
     tables = {name: layer_rows(own) for name, own in groups.items()}
-    sys.stdout.write(
-        "".join(f"{name}: {verdict(own, options.level)}\n{printed(tables[name])}\n" for name, own in groups.items())
-    )
     write_files(results, options, loaded, records)
     write_report(results, options, loaded, groups, tables)
     results.write()
+    sys.stdout.write(
+        "".join(f"{name}: {verdict(own, options.level)}\n{printed(tables[name])}\n" for name, own in groups.items())
+    )
     sys.stdout.write(f"written to {options.out}: report.html, spectrum.json, spectrum.csv and pictures\n")
 
 

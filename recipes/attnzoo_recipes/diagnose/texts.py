@@ -105,6 +105,7 @@ def sequences(
     most: int = 16,
     least: int = 1,
     option: str = "length",
+    counted: str = "sequences",
 ) -> Tensor:
     """The beginning of a text as token ids (N, T), in consecutive sequences; an incomplete last one is dropped.
 
@@ -117,12 +118,13 @@ def sequences(
         most: see count.
         least: smallest number of sequences if count is None.
         option: what messages call the length, with dashes before it.
+        counted: what messages call the count.
 
     Raises:
         ValueError: for a file that cannot be read, a length that the model does not take, or a text that is too short.
     """
     capacity = _capacity(read, length, option)
-    for argument, value in (("sequences", count), (option, length)):
+    for argument, value in ((counted, count), (option, length)):
         if value is not None and value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     wanted = most if count is None else count

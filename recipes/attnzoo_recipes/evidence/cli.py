@@ -15,7 +15,7 @@ import yaml
 from attnzoo_recipes.allowlist import ALLOWED
 from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.commandline import CONFIG_FOLDERS, config_path
-from attnzoo_recipes.compare.cli import Trained, train, versions
+from attnzoo_recipes.compare.cli import CONTINUES, Trained, long_running, train, versions
 from attnzoo_recipes.compare.pictures import draw_losses
 from attnzoo_recipes.compare.plan import Settings
 from attnzoo_recipes.data.module import TextDataModule
@@ -36,22 +36,18 @@ from attnzoo_recipes.options import (
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. The user's mistakes end in one sentence on stderr and exit code 2."""
-    try:
-        with mistakes_in_one_sentence("attnzoo-evidence"):
-            words, allowed = take_allowed_imports(command_line(args))
-            given = _parser().parse_args(words)
-            out = Path(given.out)
-            if not given.names:
-                sys.stdout.write(listing(out))
-                return
-            formats = formats_named(given.format)
-            preset = Preset.read(_file(given.preset, "evidence/presets"), allowed)
-            claims = [Claim.read(_file(name, "evidence"), allowed) for name in given.names]
-            for claim in claims:
-                try_claim(claim, preset, out, given.rates == "common", allowed, formats)
-    except KeyboardInterrupt:
-        sys.stderr.write("attnzoo-evidence: stopped; the same command continues where it was\n")
-        raise SystemExit(130) from None
+    with mistakes_in_one_sentence("attnzoo-evidence", CONTINUES), long_running("attnzoo-evidence"):
+        words, allowed = take_allowed_imports(command_line(args))
+        given = _parser().parse_args(words)
+        out = Path(given.out)
+        if not given.names:
+            sys.stdout.write(listing(out))
+            return
+        formats = formats_named(given.format)
+        preset = Preset.read(_file(given.preset, "evidence/presets"), allowed)
+        claims = [Claim.read(_file(name, "evidence"), allowed) for name in given.names]
+        for claim in claims:
+            try_claim(claim, preset, out, given.rates == "common", allowed, formats)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,8 +87,11 @@ def listing(out: Path) -> str:
         claim = Claim.read(path)
         lines.append(f"{claim.name}: {claim.title} (cpu: {claim.run_time['cpu']}; gpu: {claim.run_time['gpu']})")
         for results in sorted(out.glob(f"{claim.name}-*.json")):
-            found = json.loads(results.read_text(encoding="utf-8"))
-            lines.append(f"    {found['preset']}: {verdict(found)}")
+            try:
+                found = json.loads(results.read_text(encoding="utf-8"))
+                lines.append(f"    {found['preset']}: {verdict(found)}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{results} must hold results of attnzoo-evidence, got {error!r:.80}") from error
     return "\n".join([*lines, ""])
 
 
