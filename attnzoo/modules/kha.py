@@ -66,9 +66,8 @@ class KnockingHeads(Mechanism):
             state |= {f"{layer}.{name}": value.detach() for name, value in values.items()}
         weight = self.o_proj.weight
         base.to(device=weight.device, dtype=weight.dtype).load_state_dict(state)
-        for name in ("dropout", "backend", "absorb", "depth"):
-            if name in vars(self):
-                setattr(base, name, getattr(self, name))
+        for name in {"dropout", "backend", "absorb", "depth"} & vars(self).keys():
+            setattr(base, name, getattr(self, name))
         return base.train(self.training)
 
 
