@@ -3,11 +3,13 @@
 import ast
 import importlib.metadata
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
 from functools import cache
@@ -529,3 +531,26 @@ def test_no_two_test_files_share_a_name():
     """Pytest imports them by their names alone, and then refuses the second when all of them run."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
+def code_lines(text: str) -> int:
+    """Lines that hold code: neither blank nor of comments and docstrings alone."""
+    words = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    held = {line for token in tokens if token.type not in empty for line in range(token.start[0], token.end[0] + 1)}
+    return len(held - words)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("gqa", 170), ("kha", 150), ("mla", 280), ("moh", 180), ("dcmha", 260), ("mhla", 250)]
+)
+def test_a_mechanism_is_read_in_a_few_pages(name: str, most: int) -> None:
+    text = (ROOT / "attnzoo" / "modules" / f"{name}.py").read_text()
+    assert code_lines(text) <= most
+    assert code_lines(text + "\nlast = 1  # a line\n# and a comment\n") == code_lines(text) + 1
