@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ def cases() -> dict[str, Callable[[], object]]:
     from attnzoo.masks import Visibility
     from attnzoo.ops.composed_attention import Composition, composed_attention
     from attnzoo.ops.latent_attention import latent_attention
-    from attnzoo.ops.sigmoid_attention import sigmoid_attention
     from attnzoo.ops.softmax_attention import softmax_attention
-    from attnzoo_kernels.decode.factors import decode_factors
     from attnzoo_kernels.linear_attention import linear_attention_step
     from attnzoo_kernels.qk_norm_rope import qk_norm_rope
 
@@ -74,7 +73,7 @@ def cases() -> dict[str, Callable[[], object]]:
         held.length = S - 1
         module(x, cache=held)
 
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "softmax_attention, one token": lambda: softmax_attention(q, *cache, last, **options),
         "latent_attention, one token": lambda: latent_attention(
             latent_q, latent_rope, latent, last, latent_width=512, scale=0.1, **options
@@ -82,14 +81,21 @@ def cases() -> dict[str, Callable[[], object]]:
         "composed_attention, one token": lambda: composed_attention(
             *composed, *compositions, after, scale=0.1, **options
         ),
-        "decode_factors, one token": lambda: decode_factors(q, *factors, *factors, scale=0.1, query_start=S - 1),
-        "sigmoid_attention, one token": lambda: sigmoid_attention(q, *cache, last, logit_bias="visible", **options),
         "softmax_attention": lambda: softmax_attention(*long, **options),
         "softmax_attention, forward and backward": backward,
         "qk_norm_rope": lambda: qk_norm_rope(z, norm_weight=gain, cos=table[0], sin=table[1]),
         "linear_attention_step": lambda: linear_attention_step(q, q, q, state),
         "GroupedQueryAttention, one token": decode,
     }
+    with suppress(ImportError):  # A checkout of before has neither.
+        from attnzoo.ops.sigmoid_attention import sigmoid_attention
+        from attnzoo_kernels.decode.factors import decode_factors
+
+        calls["decode_factors, one token"] = lambda: decode_factors(q, *factors, *factors, scale=0.1, query_start=S - 1)
+        calls["sigmoid_attention, one token"] = lambda: sigmoid_attention(
+            q, *cache, last, logit_bias="visible", **options
+        )
+    return calls
 
 
 def measured() -> dict[str, float]:
@@ -123,7 +129,9 @@ def of_checkout(tree: Path) -> dict[str, float]:
     paths = os.pathsep.join(str(tree / part) for part in (".", "kernels"))
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--json"]
-    done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{tree} cannot be measured: {(done.stderr.splitlines() or ['no message'])[-1]}")
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
