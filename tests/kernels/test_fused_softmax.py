@@ -146,21 +146,22 @@ def test_every_feature(name: str) -> None:
 
 SIZES = {"B": B, "T": T, "S": T, "H": H, "G": G, "D": D, "DV": DV, "R": 0}
 SLOPES = torch.tensor([0.5, 0.0625], device=DEVICE)
-# Several tiles of queries and keys, so that every way to skip or to mask a tile is taken.
+# Several tiles of queries and keys, so that every way to skip or to mask a tile is taken; one row of the batch where
+# that decides nothing.
 LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
     "causal": ({}, {}, {}),
-    "bidirectional": ({}, {}, {"causal": False}),
-    "cross": ({"T": 19, "S": 50}, {}, {"causal": False}),
-    "cached prefix": ({"T": 21, "S": 50}, {}, {}),
-    "queries beyond the keys": ({"S": 20}, {}, {"query_start": 3}),
-    "window": ({}, {}, {"window": 6}),
-    "wide window": ({}, {}, {"window": 33}),
-    "bidirectional window": ({}, {}, {"window": 9, "causal": False}),
-    "window and sink tokens": ({"T": 61, "S": 61}, {}, {"window": 5, "sink_tokens": 3}),
-    "window and many sink tokens": ({}, {}, {"window": 3, "sink_tokens": 20}),
+    "bidirectional": ({"B": 1}, {}, {"causal": False}),
+    "cross": ({"B": 1, "T": 19, "S": 50}, {}, {"causal": False}),
+    "cached prefix": ({"B": 1, "T": 21, "S": 50}, {}, {}),
+    "queries beyond the keys": ({"B": 1, "S": 20}, {}, {"query_start": 3}),
+    "window": ({"B": 1}, {}, {"window": 6}),
+    "wide window": ({"B": 1}, {}, {"window": 33}),
+    "bidirectional window": ({"B": 1}, {}, {"window": 9, "causal": False}),
+    "window and sink tokens": ({"B": 1, "T": 61, "S": 61}, {}, {"window": 5, "sink_tokens": 3}),
+    "window and many sink tokens": ({"B": 1}, {}, {"window": 3, "sink_tokens": 20}),
     "bidirectional window and sink tokens": ({}, {}, {"window": 4, "sink_tokens": 18, "causal": False}),
     "sink tokens to the right of the window": (
-        {"T": 5, "S": 37}, {}, {"window": 2, "sink_tokens": 20, "causal": False, "query_start": 0},
+        {"B": 1, "T": 5, "S": 37}, {}, {"window": 2, "sink_tokens": 20, "causal": False, "query_start": 0},
     ),
     "sink tokens of documents to the right of the window": (
         {}, {}, {
@@ -178,16 +179,16 @@ LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
     "packed and padded": (
         {}, {}, {"mask": (AttentionMask.packed([0, 30, 74]) & AttentionMask.padding([35, 20])).to(DEVICE)},
     ),
-    "dense": ({}, {}, {"mask": (torch.arange(T * T) % 7 > 2).view(T, T).to(DEVICE), "causal": False}),
-    "dense for every head": ({}, {}, {"mask": (torch.arange(H * T * T) % 5 > 0).view(H, T, T).to(DEVICE)}),
+    "dense": ({"B": 1}, {}, {"mask": (torch.arange(T * T) % 7 > 2).view(T, T).to(DEVICE), "causal": False}),
+    "dense for every head": ({"B": 1}, {}, {"mask": (torch.arange(H * T * T) % 5 > 0).view(H, T, T).to(DEVICE)}),
     "bias": ({}, {"bias": (B, H, T, T)}, {}),
-    "bias of all rows and heads": ({}, {"bias": (T, T)}, {"causal": False}),
+    "bias of all rows and heads": ({"B": 1}, {"bias": (T, T)}, {"causal": False}),
     "bias of keys": ({}, {"bias": (B, 1, 1, T)}, {"window": 11}),
-    "softcap": ({}, {}, {"softcap": 0.7}),
-    "alibi": ({}, {}, {"alibi_slopes": SLOPES}),
-    "bidirectional alibi": ({}, {}, {"alibi_slopes": SLOPES, "causal": False}),
-    "learned sinks": ({}, {"sinks": (H,)}, {}),
-    "head scale": ({}, {"head_scale": (H,)}, {}),
+    "softcap": ({"B": 1}, {}, {"softcap": 0.7}),
+    "alibi": ({"B": 1}, {}, {"alibi_slopes": SLOPES}),
+    "bidirectional alibi": ({"B": 1}, {}, {"alibi_slopes": SLOPES, "causal": False}),
+    "learned sinks": ({"B": 1}, {"sinks": (H,)}, {}),
+    "head scale": ({"B": 1}, {"head_scale": (H,)}, {}),
     "head scale of each row": ({}, {"head_scale": (B, H)}, {"causal": False}),
     "decay": ({}, {"decay": (B, H, T)}, {}),
     "decay and cached prefix": ({"T": 21, "S": 50}, {"decay": (B, H, 50)}, {}),
@@ -211,11 +212,11 @@ LONG: dict[str, tuple[dict[str, int], dict[str, object], dict[str, object]]] = {
             "mask": (AttentionMask.packed([0, 30, 74]) & AttentionMask.padding([35, 20])).to(DEVICE),
         },
     ),
-    "shared key": ({"R": 6}, {}, {}),
-    "one head": ({"H": 1, "G": 1}, {}, {}),
-    "groups of several heads": ({"T": 19, "S": 19, "H": 6, "G": 2}, {}, {}),
-    "as many groups as heads": ({"G": H}, {}, {}),
-    "one query": ({"T": 1, "S": 40}, {}, {}),
+    "shared key": ({"B": 1, "R": 6}, {}, {}),
+    "one head": ({"B": 1, "H": 1, "G": 1}, {}, {}),
+    "groups of several heads": ({"B": 1, "T": 19, "S": 19, "H": 6, "G": 2}, {}, {}),
+    "as many groups as heads": ({"B": 1, "G": H}, {}, {}),
+    "one query": ({"B": 1, "T": 1, "S": 40}, {}, {}),
     "one key": ({"T": 1, "S": 1}, {}, {}),
     "everything": (
         {"R": 4}, {"sinks": (H,), "head_scale": (B, H), "bias": (1, H, T, T)},
@@ -297,7 +298,7 @@ def test_tiles_of_other_shapes(name: str, sides: tuple[int, int]) -> None:
     [(1, 1, 0), (8, 8, 0), (33, 5, 0), (64, 128, 0), (80, 96, 0), (192, 128, 0), (256, 17, 0), (3, 40, 17)],
 )
 def test_any_width(d: int, dv: int, r: int) -> None:
-    assert_same_as_eager(*draw(SIZES | {"T": 19, "S": 19, "H": 2, "G": 1, "D": d, "DV": dv, "R": r}, {}), {})
+    assert_same_as_eager(*draw(SIZES | {"B": 1, "T": 19, "S": 19, "H": 2, "G": 1, "D": d, "DV": dv, "R": r}, {}), {})
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])

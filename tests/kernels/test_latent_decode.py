@@ -78,8 +78,8 @@ def test_ranks_of_real_models(rank: int, rope: int) -> None:
     assert_as_good_as_eager(query, states, rank, 2, scale=(rank + rope) ** -0.5)
 
 
-@pytest.mark.parametrize("num_splits", range(1, 8))
-def test_every_number_of_splits(num_splits: int) -> None:
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 5])
+def test_numbers_of_splits(num_splits: int) -> None:
     assert_as_good_as_eager(*made(B=1, S=230), R, num_splits)
 
 

@@ -22,15 +22,15 @@ from attnzoo_kernels.linear_attention import linear_attention_finish
 from attnzoo_kernels.qk_norm_rope import qk_norm_rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE = (1, 18, 2, 16)
-ON = (torch.arange(36) % 3 > 0).view(1, 18, 2).to(DEVICE)
-EXPERTS = torch.arange(18) % 3
+SHAPE = (1, 6, 2, 16)
+ON = (torch.arange(12) % 3 > 0).view(1, 6, 2).to(DEVICE)
+EXPERTS = torch.arange(6) % 3
 
 Call = Callable[..., Tensor]
 CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
     "softmax_attention": ([SHAPE] * 3, lambda *x: softmax_attention(*x, backend="triton")),
     "sigmoid_attention": ([SHAPE] * 3, lambda *x: sigmoid_attention(*x, backend="triton")),
-    "linear_attention": ([SHAPE] * 3, lambda *x: linear_attention(*x, size=8, backend="triton")[0]),
+    "linear_attention": ([SHAPE] * 3, lambda *x: linear_attention(*x, size=4, backend="triton")[0]),
     "linear_attention_finish": (
         [SHAPE, SHAPE],
         lambda out, gate: linear_attention_finish(out, None, gate, eps=1e-5, dtype=torch.float32),
@@ -47,7 +47,7 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Call]] = {
     ),
     "qk_norm_rope": ([SHAPE, (16,)], lambda z, weight: qk_norm_rope(z, norm_weight=weight)),
     "expert_linear": (
-        [(18, 1, 1, 16), (3, 8, 16)],
+        [(6, 1, 1, 16), (3, 8, 16)],
         lambda x, w: expert_linear_pieces(x, w, Routes.of(EXPERTS.to(x.device), 3), backend="triton"),
     ),
 }  # fmt: skip

@@ -20,6 +20,7 @@ import attnzoo
 from attnzoo import AttentionMask
 from attnzoo.ops import linear_attention as op
 from attnzoo.ops.linear_attention import linear_attention_chunked, linear_attention_reference
+from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo_kernels.linear_attention import (
     linear_attention,
     linear_attention_finish,
@@ -368,25 +369,34 @@ def test_one_token_after_states(kind: str) -> None:
     assert_as_good_as(fused, reference, q, k, v, states, *([] if weights is None else [weights]))
 
 
-@pytest.mark.parametrize("parts", ["norm and gate", "norm", "gate"])
+@pytest.mark.parametrize("parts", ["norm and gate", "norm", "norm, strided and without epsilon", "gate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norm_and_gate(parts: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     out = torch.randn(2, 11, 3, 7, generator=generator).to(DEVICE).requires_grad_()
-    weight = torch.randn(7, generator=generator).to(DEVICE).requires_grad_("norm" in parts)
+    strided = "strided" in parts
+    weight = torch.randn(14, generator=generator).to(DEVICE)[:: 2 if strided else 1][:7].requires_grad_("norm" in parts)
+    eps = 0.0 if strided else 1e-3
     gate = (30 * torch.randn(2, 11, 21, generator=generator)).to(DEVICE, dtype).requires_grad_("gate" in parts)
 
     def reference(out: Tensor, weight: Tensor, gate: Tensor) -> list[Tensor]:
         kind = out.dtype if out.dtype == torch.float64 else dtype
-        y = F.rms_norm(out, (7,), weight, 1e-3) if "norm" in parts else out
+        y = F.rms_norm(out, (7,), weight, eps) if "norm" in parts else out
         y = y.to(kind)
         return [y * F.silu(gate.view(out.shape)) if "gate" in parts else y]
 
     def fused(out: Tensor, weight: Tensor, gate: Tensor) -> list[Tensor]:
         given = (weight if "norm" in parts else None, gate if "gate" in parts else None)
-        return [linear_attention_finish(out, *given, eps=1e-3, dtype=dtype)]
+        return [linear_attention_finish(out, *given, eps=eps, dtype=dtype)]
 
     assert_as_good_as(fused, reference, out, weight, gate)
+
+
+def test_the_epsilon_of_a_norm_that_names_none_is_that_of_its_dtype() -> None:
+    norm = torch.nn.RMSNorm(7, eps=None).to(DEVICE)
+    out = 1e-4 * torch.randn(1, 3, 2, 7, device=DEVICE)
+    fused, plain = (norm_and_gate(out, norm, None, dtype=out.dtype, backend=name) for name in ("triton", "eager"))
+    torch.testing.assert_close(fused, plain)
 
 
 def test_states_of_blocks() -> None:

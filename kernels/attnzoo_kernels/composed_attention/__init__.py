@@ -110,7 +110,7 @@ def composed_attention(
         splits = 0 if split_keys else 1
     out: Tensor = _forward(
         q, k, v, *matrices, None if mask is None else mask.expand(B, softmax_heads, T, S), as_int(lengths),
-        as_int(first), as_int(last), as_int(key_positions), scale, groups, window or 0,
+        as_int(first), as_int(last), as_int(key_positions), float(scale), groups, window or 0,
         S - T if query_start is None else query_start, splits, causal, residual_pre, residual_post,
     )[0]  # fmt: skip
     return out

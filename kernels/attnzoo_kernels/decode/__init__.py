@@ -96,8 +96,8 @@ def decode_attention(
     start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
     # Gradients were refused.
     out: Tensor = _decode(
-        q, k, v, q_rope, k_rope, decay, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start, scale,
-        softcap or 0.0, window or 0, sink_tokens, first, num_splits or 0, causal,
+        q, k, v, q_rope, k_rope, decay, alibi_slopes, sinks, head_scale, lengths, mask, key_positions, start,
+        float(scale), float(softcap or 0.0), window or 0, sink_tokens, first, num_splits or 0, causal,
     )  # fmt: skip
     return out
 
@@ -150,8 +150,8 @@ def latent_decode(
     check_options(q, state, lengths=lengths, mask=mask)
     start, first = (query_start, 0) if isinstance(query_start, Tensor) else (None, query_start)
     u: Tensor = _decode(
-        q, state, state, q_rope, shared, None, None, None, None, lengths, mask, None, start, scale, 0.0, 0, 0, first,
-        num_splits or 0, causal,
+        q, state, state, q_rope, shared, None, None, None, None, lengths, mask, None, start, float(scale), 0.0, 0, 0,
+        first, num_splits or 0, causal,
     )  # fmt: skip
     return u
 
@@ -204,7 +204,7 @@ class _Inputs(NamedTuple):
         return _Inputs(**given)
 
 
-class _Plans(NamedTuple):
+class Plans(NamedTuple):
     """How calls with one key are launched, with a single split or with more."""
 
     config: Config
@@ -213,11 +213,30 @@ class _Plans(NamedTuple):
     several: Plan
     merge: Plan
 
+    def split(
+        self, owners: int, rows: int, begin: int, end: int, splits: int, out: Tensor
+    ) -> tuple[int, int, int, Plan, Tensor, Tensor | None]:
+        """Programs of a split, splits, keys of one, the plan, and where it writes outputs and states.
 
-_PLANS: dict[Key, _Plans] = {}
+        owners times the keys from begin to end are read, each time for so many rows; 0 splits: as many as fill the
+        device.
+        """
+        block_s, keys = self.config["BLOCK_S"], max(end - begin, 1)
+        programs = owners * cdiv(rows, self.config["BLOCK_T"])
+        splits = splits or splits_for(programs, keys, block_s, self.slots)
+        chunk = cdiv(cdiv(keys, splits), block_s) * block_s
+        splits = cdiv(keys, chunk)
+        if splits == 1:
+            return programs, splits, chunk, self.one, out, None
+        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+        state = torch.empty((splits, *out.shape[:3], 2), dtype=torch.float32, device=out.device)
+        return programs, splits, chunk, self.several, part, state
 
 
-def _plans(inputs: _Inputs, tied: bool) -> _Plans:
+_PLANS: dict[Key, Plans] = {}
+
+
+def _plans(inputs: _Inputs, tied: bool) -> Plans:
     q, k = inputs.q, inputs.k
     (B, T, H, D), G, DV = q.shape, k.shape[2], inputs.v.shape[3]
     R = 0 if inputs.q_rope is None else inputs.q_rope.shape[3]
@@ -235,7 +254,7 @@ def _plans(inputs: _Inputs, tied: bool) -> _Plans:
     }  # fmt: skip
     one, several = (Plan(decode_attention_fwd_kernel, config, arguments | {"CLOSE": close}) for close in (True, False))
     of_merge = arguments | {"BLOCK_V": padded(DV)}
-    return _Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
+    return Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
 
 
 TENSORS = _Inputs._fields.index("scale")
@@ -266,23 +285,15 @@ def _run(*given: Any) -> Tensor:
         if any(a is not b for a, b in zip(dense[:TENSORS], inputs[:TENSORS], strict=True)):
             return _run(*dense)
         plans = keep_plan(_PLANS, key, _plans(inputs, tied))
-    (B, T, H, _), (_, S, G, _), DV, config = q.shape, k.shape, v.shape[3], plans.config
+    (B, T, H, _), (_, S, G, _) = q.shape, k.shape
     begin, end = 0, S
     if start is None:
         begin, end = key_range(
             S, T, inputs.query_start, causal=inputs.causal, window=inputs.window, sink_tokens=inputs.sink_tokens,
             ring=inputs.positions is not None,
         )  # fmt: skip
-    blocks, keys = cdiv(H // G * T, config["BLOCK_T"]), max(end - begin, 1)
-    splits = inputs.num_splits or splits_for(B * G * blocks, keys, config["BLOCK_S"], plans.slots)
-    chunk = cdiv(cdiv(keys, splits), config["BLOCK_S"]) * config["BLOCK_S"]
-    splits = cdiv(keys, chunk)
-    part, state, plan = out, None, plans.one
+    programs, splits, chunk, plan, part, state = plans.split(B * G, H // G * T, begin, end, inputs.num_splits, out)
     closing = {"sinks_ptr": inputs.sinks, "head_scale_ptr": inputs.head_scale}
-    if splits > 1:
-        part = torch.empty((splits, B, T, H, DV), dtype=torch.float32, device=out.device)
-        state = torch.empty((splits, B, T, H, 2), dtype=torch.float32, device=out.device)
-        plan = plans.several
     others: dict[str, Any] = {} if mask is None else strides(mask.expand(B, H, T, S), "mask", "bhts")
     others |= closing if splits == 1 else {}
     first = plan.launch(
@@ -293,7 +304,7 @@ def _run(*given: Any) -> Tensor:
         **others,
     )  # fmt: skip
     with on_device(out):
-        first.keep(first.run[B * G * blocks, splits, 1](*first.values, **first.options))
+        first.keep(first.run[programs, splits, 1](*first.values, **first.options))
         if splits > 1:
             merge = plans.merge.launch(
                 part_ptr=part, state_ptr=state, o_ptr=out, rows=B * T * H, T=T, splits=splits, **closing

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo_kernels.decode import MERGE, Plans
 from attnzoo_kernels.decode.kernels import closing_factor, decode_attention_merge_kernel
 from attnzoo_kernels.decode.tuning import config_and_slots, key_range
 from attnzoo_kernels.launch import (
@@ -33,10 +34,7 @@ from attnzoo_kernels.launch import (
     strides,
 )
 from attnzoo_kernels.primitives import LENGTHS, LOG2E, softmax_step, visible
-from attnzoo_kernels.tuning import Config, cdiv, padded, splits_for
-
-MERGE = Config({"BLOCK_C": 8}, num_warps=4, num_stages=1)
-"""The merging kernel takes so many splits at a time."""
+from attnzoo_kernels.tuning import padded
 
 
 # grid (B * row blocks, splits): one program owns BLOCK_T rows, row n being head n // T and new token n % T, walks the
@@ -186,17 +184,7 @@ def _fake(*given: Any) -> Tensor:
     return torch.empty((*q.shape[:3], v_b.shape[3]), dtype=q.dtype, device=q.device)
 
 
-class _Plans(NamedTuple):
-    """How calls with one key are launched, with a single split or with more."""
-
-    config: Config
-    slots: int
-    one: Plan
-    several: Plan
-    merge: Plan
-
-
-_PLANS: dict[Key, _Plans] = {}
+_PLANS: dict[Key, Plans] = {}
 STRIDES = {"q": "bth", "k_a": "bsrh", "k_b": "bsr", "v_a": "bsrh", "v_b": "bsr"}
 
 
@@ -210,7 +198,7 @@ def _key(inputs: _Inputs) -> Key:
     )  # fmt: skip
 
 
-def _plans(inputs: _Inputs) -> _Plans:
+def _plans(inputs: _Inputs) -> Plans:
     (B, T, H, D), DV = inputs.q.shape, inputs.v_b.shape[3]
     name, widths = "decode_factors_fwd", (D, DV, 0)
     config, slots = config_and_slots(name, H * T, widths, inputs.q.element_size(), inputs.q.device)
@@ -225,7 +213,7 @@ def _plans(inputs: _Inputs) -> _Plans:
     }  # fmt: skip
     one, several = (Plan(decode_factors_fwd_kernel, config, arguments | {"CLOSE": close}) for close in (True, False))
     of_merge = {"stride_head_scale_b": 0, "stride_head_scale_h": 0, "H": H, "DV": DV, "BLOCK_V": padded(DV)}
-    return _Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
+    return Plans(config, slots, one, several, Plan(decode_attention_merge_kernel, MERGE, of_merge))
 
 
 def _run(*given: Any) -> Tensor:
@@ -236,20 +224,12 @@ def _run(*given: Any) -> Tensor:
     inputs = inputs._replace(q=dense_rows(inputs.q), k_b=dense_rows(inputs.k_b), v_b=dense_rows(inputs.v_b))
     key = _key(inputs)
     plans = find_plan(_PLANS, key) or keep_plan(_PLANS, key, _plans(inputs))
-    (B, T, H, _), S, DV, config = inputs.q.shape, inputs.k_b.shape[1], out.shape[3], plans.config
+    (B, T, H, _), S = inputs.q.shape, inputs.k_b.shape[1]
     begin, end = key_range(
         S, T, inputs.query_start, causal=inputs.causal, window=inputs.window, sink_tokens=inputs.sink_tokens,
         ring=inputs.positions is not None,
     )  # fmt: skip
-    blocks, keys = cdiv(H * T, config["BLOCK_T"]), max(end - begin, 1)
-    splits = inputs.num_splits or splits_for(B * blocks, keys, config["BLOCK_S"], plans.slots)
-    chunk = cdiv(cdiv(keys, splits), config["BLOCK_S"]) * config["BLOCK_S"]
-    splits = cdiv(keys, chunk)
-    part, state, plan = out, None, plans.one
-    if splits > 1:
-        part = torch.empty((splits, B, T, H, DV), dtype=torch.float32, device=out.device)
-        state = torch.empty((splits, B, T, H, 2), dtype=torch.float32, device=out.device)
-        plan = plans.several
+    programs, splits, chunk, plan, part, state = plans.split(B, H * T, begin, end, inputs.num_splits, out)
     mask = None if inputs.mask is None else inputs.mask.expand(B, H, T, S).view(torch.uint8)
     launch = plan.launch(
         q_ptr=inputs.q, k_a_ptr=inputs.k_a, k_b_ptr=inputs.k_b, v_a_ptr=inputs.v_a, v_b_ptr=inputs.v_b,
@@ -259,7 +239,7 @@ def _run(*given: Any) -> Tensor:
         **({} if mask is None else strides(mask, "mask", "bhts")),
     )  # fmt: skip
     with on_device(out):
-        launch.keep(launch.run[B * blocks, splits, 1](*launch.values, **launch.options))
+        launch.keep(launch.run[programs, splits, 1](*launch.values, **launch.options))
         if splits > 1:
             merge = plans.merge.launch(part_ptr=part, state_ptr=state, o_ptr=out, rows=B * T * H, T=T, splits=splits)
             merge.keep(merge.run[B * T * H, 1, 1](*merge.values, **merge.options))

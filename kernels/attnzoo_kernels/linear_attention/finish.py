@@ -31,6 +31,13 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
+@triton.jit
+def inverse_rms(x, in_rows, eps, DV: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of each row."""
+    # Rows past the end are 0, and with eps = 0 their 0 / 0 would reach the sums over rows.
+    return tl.rsqrt(tl.where(in_rows, tl.sum(x * x, 1) / DV + eps, 1.0))
+
+
 # grid (tiles of N): one program owns BLOCK_N rows of Dv numbers, all in registers.
 @triton.jit(do_not_specialize=[*LENGTHS, "N"])
 def linear_attention_finish_fwd_kernel(
@@ -42,7 +49,7 @@ def linear_attention_finish_fwd_kernel(
     at = o_n[:, None] * DV + o_v[None, :]
     y = tl.load(o_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if w_ptr is not None:
-        r = tl.rsqrt(tl.sum(y * y, 1) / DV + eps)
+        r = inverse_rms(y, o_n < N, eps, DV)
         w = tl.load(w_ptr + o_v, mask=o_v < DV, other=0.0).to(tl.float32)
         y = y * r[:, None] * w[None, :]
     if g_ptr is not None:
@@ -71,7 +78,7 @@ def linear_attention_finish_bwd_kernel(
         n = o
         r = tl.zeros([BLOCK_N], tl.float32)
         if w_ptr is not None:
-            r = tl.rsqrt(tl.sum(o * o, 1) / DV + eps)
+            r = inverse_rms(o, o_n < N, eps, DV)
             n = o * r[:, None]
         if g_ptr is not None:
             g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -103,9 +110,9 @@ def linear_attention_finish(
         eps: added to the mean square.
         dtype: of the result.
     """
-    y: Tensor = _forward(
-        out.contiguous(), weight, None if gate is None else gate.reshape(out.shape).contiguous(), eps, dtype
-    )
+    weight = None if weight is None else weight.contiguous()
+    gate = None if gate is None else gate.reshape(out.shape).contiguous()
+    y: Tensor = _forward(out.contiguous(), weight, gate, float(eps), dtype)
     return y
 
 

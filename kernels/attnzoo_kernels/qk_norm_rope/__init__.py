@@ -123,7 +123,7 @@ def qk_norm_rope(
     if all(option is None for option in (linear, mlp, norm_weight, cos)):
         return z
     given = z, linear if mlp is None else down, up, gate, norm_weight, cos, sin
-    y: Tensor = _forward(*given, norm_eps, style)
+    y: Tensor = _forward(*given, float(norm_eps), style)
     return y
 
 

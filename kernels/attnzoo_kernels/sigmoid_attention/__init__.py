@@ -88,7 +88,7 @@ def sigmoid_attention(
     out: Tensor = _forward(
         q, k, v, logit_bias.float().expand(B, H, T), None if mask is None else mask.expand(B, H, T, S),
         stored_as(alibi_slopes, torch.float32), as_int(lengths), as_int(first), as_int(last), as_int(key_positions),
-        scale, softcap or 0.0, window or 0, S - T if query_start is None else query_start, causal,
+        scale, float(softcap or 0.0), window or 0, S - T if query_start is None else query_start, causal,
     )  # fmt: skip
     return out
 

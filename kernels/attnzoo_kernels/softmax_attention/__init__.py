@@ -97,7 +97,8 @@ def softmax_attention(
         k_rope: (B, S, 1, R).
         head_scale: (H,) or (B, H).
         bias: added to the scores, broadcastable to (B, H, T, S). Its gradient takes float32 (B, H, T, S).
-        decay: (B, H, S) cumulated log gates c of the keys, float32: c_i - c_j is added to scores. Not with a softcap.
+        decay: (B, H, S) cumulated log gates c of the keys, float32: c_i - c_j is added to scores. The queries are among
+            the keys. Not with a softcap or sinks.
         output_gate: logits of a gate of the outputs, (B, T, H, Dv) or (B, T, H, 1).
         mask: boolean, broadcastable to (B, H, T, S), True = may attend.
         lengths: (B,) integers; keys j < lengths[b] are visible.
@@ -121,7 +122,7 @@ def softmax_attention(
         q, k, v, q_rope, k_rope, output_gate, stored_as(decay, torch.float32) if k.shape[1] else None,
         None if bias is None else bias.expand(B, H, T, S), None if mask is None else mask.expand(B, H, T, S),
         stored_as(alibi_slopes, torch.float32), stored_as(sinks, torch.float32), head_scale, as_int(lengths),
-        as_int(first), as_int(last), as_int(key_positions), scale, softcap or 0.0, window or 0, sink_tokens,
+        as_int(first), as_int(last), as_int(key_positions), scale, float(softcap or 0.0), window or 0, sink_tokens,
         S - T if query_start is None else query_start, causal,
     )  # fmt: skip
     return out, lse

@@ -23,7 +23,9 @@ def segment_of(b, o, n, S, lengths_ptr, first_ptr, last_ptr):
         first = tl.load(first_ptr + b * n + o, mask=o < n, other=0)
         last = tl.load(last_ptr + b * n + o, mask=o < n, other=0)
     if lengths_ptr is not None:
-        last = tl.minimum(last, tl.load(lengths_ptr + b))
+        length = tl.load(lengths_ptr + b)
+        # A length counts the tokens of a sequence, and a ring buffer's keys have indices beyond S.
+        last = tl.minimum(last, length) if first_ptr is not None else o * 0 + length
     return first, last
 
 
