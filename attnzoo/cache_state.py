@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.cache import CacheLayout, check_held, checked_rows, writable
+from attnzoo.cache import BufferCache, CacheLayout, check_held, writable
 from attnzoo.rules import check_options
 
 
-class StateCache:
+class StateCache(BufferCache):
     """Running sums of linear attention: S = sum k v^T (B, G, Df, Dv) and z = sum k (B, G, Df), in float32 or float64.
 
     What it takes does not depend on the number of tokens.
@@ -48,22 +48,11 @@ class StateCache:
         self.__dict__.update(state)
         self.buffers = writable(self.buffers)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the states take."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
-
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
         for buffer in self.buffers:
             buffer.zero_()
-
-    def reorder(self, index: Tensor) -> None:
-        """Row b continues what row index[b] was; index (B,) integers."""
-        index = checked_rows(index, self.batch_size)
-        for buffer in self.buffers:
-            buffer.copy_(buffer.index_select(0, index))
 
     def truncate(self, length: int) -> None:
         """Forget everything (length 0) or nothing: a sum does not tell what single tokens brought."""
@@ -81,10 +70,7 @@ class StateCache:
                 f"cache was made for states of {self.batch_size} sequences in {buffer.dtype} on {buffer.device}, got "
                 f"{batch} in {like.dtype} on {like.device}"
             )
-        if self.length + tokens > self.max_length:
-            raise ValueError(
-                f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
-            )
+        self.check_length(tokens)
 
     def current(self) -> tuple[Tensor, Tensor]:
         """S and z as `attnzoo.ops.linear_attention.linear_attention` continues them."""

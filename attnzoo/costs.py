@@ -102,7 +102,7 @@ def cost(
         ValueError: for sizes below their least, past tokens of a module that is not causal, an unknown device, a dtype
             that its entry lacks, or a mesh that the mechanism cannot be spread over.
     """
-    if not hasattr(module, "flops_by_part"):
+    if not isinstance(module, torch.nn.Module) or not hasattr(module, "flops_by_part"):
         raise ValueError(f"module must be an attention mechanism, got {type(module).__name__}")
     batch, seq = check_sizes(batch=batch, seq=seq)
     check("past", past, (*INTEGER, (lambda size: size >= 0, "be at least 0")))
@@ -113,7 +113,9 @@ def cost(
     parameters = sum(p.numel() for p in module.parameters())
     ranks, sent = 1, (0, 0)
     if mesh is not None:
-        if unknown := set(mesh) - {"sequence", "tensor"}:
+        if not isinstance(mesh, Mapping):
+            raise ValueError(f"mesh must be a mapping of 'sequence' and 'tensor' to ranks, got {mesh!r}")
+        if unknown := set(map(str, mesh)) - {"sequence", "tensor"}:
             raise ValueError(f"mesh must name 'sequence' and 'tensor' ranks, got {', '.join(sorted(unknown))}")
         ranks, tensor = check_sizes(**{f"mesh[{name!r}]": mesh.get(name, 1) for name in ("sequence", "tensor")})
         if ranks > 1 and (past or seq % ranks):

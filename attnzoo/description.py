@@ -202,6 +202,7 @@ def _parameters(cls: type) -> tuple[dict[str, Any], bool]:
     return known, is_open
 
 
+@functools.cache
 def _type_hints(function: Any) -> dict[str, Any]:
     # Names that a module imports for type checkers only are not there: such arguments take any plain value.
     with contextlib.suppress(NameError, TypeError, AttributeError):

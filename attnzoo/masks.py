@@ -299,13 +299,11 @@ class Visibility:
         if self.key_positions is not None:
             return slice(0, keys)
         start = self.start(queries, keys)
-        first, last = 0, keys
+        first, last = 0, min(keys, start + rows.stop) if self.causal else keys
+        # Sink tokens may be on either side of the window.
         if self.window is not None and not self.sink_tokens:
             first = max(0, start + rows.start - self.window + 1)
-        if self.causal:
-            last = min(keys, start + rows.stop)
-        elif self.window is not None:
-            last = min(keys, start + rows.stop + self.window - 1)
+            last = min(last, start + rows.stop + self.window - 1)
         return slice(min(first, last), last)
 
     def dense(

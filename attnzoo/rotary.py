@@ -6,7 +6,6 @@ damage the frequencies.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -98,7 +97,8 @@ class Rotary:
 
     def __hash__(self) -> int:
         # Nothing is kept in __dict__ but the fields: jsonargparse takes the options of a default from there.
-        scaled = None if self.scaling is None else json.dumps(self.scaling, sort_keys=True, default=list)
+        scaling = (self.scaling or {}).items()
+        scaled = frozenset((name, tuple(value) if isinstance(value, list) else value) for name, value in scaling)
         return hash((self.theta, self.dim, self.style, scaled))
 
     @property

@@ -115,6 +115,8 @@ def test_own_peak_numbers():
         ({"form": "nonsense"}, "form must be one of 'auto', .*got 'nonsense'"),
         ({"mesh": {"tensor": 0}}, r"mesh\['tensor'\] must be at least 1, got 0"),
         ({"mesh": {"sequence": -2}}, r"mesh\['sequence'\] must be at least 1, got -2"),
+        ({"mesh": [2]}, r"mesh must be a mapping of 'sequence' and 'tensor' to ranks, got \[2\]"),
+        ({"mesh": {0: 2}}, "mesh must name 'sequence' and 'tensor' ranks, got 0"),
         ({"device": "TPU"}, "device must be one of A100, H100, H200 or a Device, got 'TPU'"),
         ({"device": "H100", "dtype": torch.float64}, "dtype must be one that the device's peaks name, got .*float64"),
     ],
@@ -150,6 +152,8 @@ def test_tokens_that_no_call_has_are_not_counted(tokens, message):
 def test_a_layer_that_is_no_mechanism_is_refused():
     with pytest.raises(ValueError, match="module must be an attention mechanism, got Linear"):
         attnzoo.cost(torch.nn.Linear(3, 3), 1, 1)
+    with pytest.raises(ValueError, match="module must be an attention mechanism, got type"):
+        attnzoo.cost(attnzoo.MultiHeadAttention, 1, 1)
 
 
 def test_a_mesh_gives_the_cost_of_one_of_its_ranks():

@@ -44,6 +44,10 @@ def test_causality_window_and_sink_tokens(causal, window, sink_tokens, S):
     assert torch.equal(
         dense(None, shape, causal=causal, window=window, sink_tokens=sink_tokens), pair_by_pair(shape, see)
     )
+    view = Visibility(causal, window, sink_tokens)
+    for first in range(5):
+        keys = view.keys_of(slice(first, first + 1), 5, S)
+        assert not any(see(0, 0, first, j) for j in {*range(S)} - {*range(S)[keys]})
 
 
 @settings(max_examples=60, deadline=None)

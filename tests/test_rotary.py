@@ -165,6 +165,12 @@ def test_numbers_of_numpy_are_numbers():
         assert attn(torch.randn(1, 3, 16)).shape == (1, 3, 16)
 
 
+def test_equal_rotations_have_one_hash():
+    one, other = ({"type": "linear", "factor": 2}, {"factor": 2.0, "rope_type": "linear"})
+    assert Rotary(scaling=one) == Rotary(scaling=other)
+    assert hash(Rotary(scaling=one)) == hash(Rotary(scaling=other))
+
+
 def test_a_theta_beside_theta_is_refused():
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     with pytest.raises(ValueError, match=r"scaling\['rope_theta'\] must be theta, got 500000.0 and 10000.0"):

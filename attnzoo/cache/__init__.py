@@ -13,6 +13,7 @@ from attnzoo.cache.stateful import (
     StatefulCache,
 )
 from attnzoo.cache.tokens import (
+    BufferCache,
     CacheLayout,
     ComposedCache,
     FactorCache,
@@ -29,6 +30,7 @@ from attnzoo.cache.tokens import (
 )
 
 __all__ = [
+    "BufferCache",
     "CacheLayout",
     "ComposedCache",
     "ConvolutionCache",

@@ -42,20 +42,19 @@ class SelectionCache(RecentCache):
             self.threshold = threshold
             self._hold(torch.arange(0, device=buffer.device), min(self.PLACES, self.max_length))
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `KeyValueCache.append`, of the tokens that are left."""
+    def append(self, *states: Tensor) -> tuple[Any, ...]:
+        """As `TokenCache.append`, of the tokens that are left."""
         if self.positions is None:
-            return super().append(k, v)
-        tokens = self._check((k, v))
+            return super().append(*states)
+        tokens = self._check(states)
         self.check_length(tokens)
         places = self._free(tokens)
-        new = torch.arange(self.length, self.length + tokens, device=k.device)
+        new = torch.arange(self.length, self.length + tokens, device=self.positions.device)
         self.positions = torch.cat([self.positions, new])
-        for rows, state in zip(self._rows, (k, v), strict=True):
+        for rows, state in zip(self._rows, states, strict=True):
             rows.narrow(1, places, tokens).copy_(state.detach())
         self.length += tokens
-        key, value = (rows.narrow(1, 0, places + tokens) for rows in self._rows)
-        return key, value, self.positions
+        return *(rows.narrow(1, 0, places + tokens) for rows in self._rows), self.positions
 
     def _free(self, tokens: int) -> int:
         """Make places for new tokens, and return how many are taken."""

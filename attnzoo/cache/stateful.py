@@ -25,6 +25,11 @@ class StatefulCache(KeyValueCache):
         """Move on to the state after the tokens that were appended."""
         self.state = tuple(part.detach() for part in state)
 
+    def store_rows(self, *new: Tensor) -> None:
+        """Move on by new rows (B, T, ...), of a state that holds the last rows of each."""
+        pairs = zip(self.state, new, strict=True)
+        self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
+
     @property
     def nbytes(self) -> int:
         """Bytes that buffers and state take."""
@@ -105,11 +110,6 @@ class ConvolutionCache(StatefulCache):
         self._check(new[1:])
         return self.state
 
-    def store_rows(self, *new: Tensor) -> None:
-        """Move on to the last rows of queries, keys and values that came after those in the cache."""
-        pairs = zip(self.state, new, strict=True)
-        self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
-
 
 class RecentCache(StatefulCache):
     """Keys and values, and a state (B, N, ...) of rows for the last tokens, the last row for the last token.
@@ -122,10 +122,8 @@ class RecentCache(StatefulCache):
 
     def follow(self, *new: Tensor) -> None:
         """Move on to the last rows after new ones (B, T, ...)."""
-        rows = self.state[0].shape[1]
-        pairs = zip(self.state, new, strict=True)
-        self.store(*(torch.cat([held, part], 1)[:, part.shape[1] :] for held, part in pairs))
-        self.known = min(rows, self.known + new[0].shape[1])
+        self.store_rows(*new)
+        self.known = min(self.state[0].shape[1], self.known + new[0].shape[1])
 
     def take_back(self, tokens: int) -> None:
         """Forget the rows of so many last tokens."""
@@ -164,11 +162,6 @@ class ForgettingCache(RecentCache):
 
     ROWS = 16
     precise = (2,)
-
-    def append(self, *states: Tensor) -> tuple[Any, ...]:
-        """Store k (B, T, G, D), v (B, T, G, Dv) and gates (B, T, H, 1); return those of all tokens and positions."""
-        kept, positions = self._append(*states)
-        return *kept, positions
 
     def last_gates(self) -> Tensor:
         """Cumulated gates (B, 1, H) of the last token so far, 0 before the first."""

@@ -60,7 +60,34 @@ Snapshot = tuple[int, Tensor | int | None, tuple[Tensor, ...]]
 """Length of a cache, and what the next append will overwrite: slots of the ring, and their states."""
 
 
-class TokenCache:
+class BufferCache:
+    """What all caches share: buffers with the batch first, filled up to a length."""
+
+    batch_size: int
+    max_length: int
+    length: int
+    buffers: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers take."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b continues what row index[b] was, as beam search needs it; index (B,) integers."""
+        index = checked_rows(index, self.batch_size)
+        for buffer in self.buffers:
+            buffer.copy_(buffer.index_select(0, index))
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse more tokens than the cache may ever see."""
+        if self.length + tokens > self.max_length:
+            raise ValueError(
+                f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
+            )
+
+
+class TokenCache(BufferCache):
     """Per-token states of the sequences so far. Subclasses define what is stored.
 
     Without a window a cache holds `max_length` tokens. With one it is a ring buffer of at most
@@ -135,20 +162,9 @@ class TokenCache:
         """All states again from those kept; `states` are those of some tokens, for their widths."""
         return stored
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the buffers take."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
-
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""
         self.length = 0
-
-    def reorder(self, index: Tensor) -> None:
-        """Row b continues what row index[b] was, as beam search needs it; index (B,) integers."""
-        index = checked_rows(index, self.batch_size)
-        for buffer in self.buffers:
-            buffer.copy_(buffer.index_select(0, index))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, as speculative decoding needs it.
@@ -187,6 +203,11 @@ class TokenCache:
             for buffer, state in zip(self.buffers, states, strict=True):
                 buffer[:, :, slots] = state
 
+    def append(self, *states: Tensor) -> tuple[Any, ...]:
+        """Store the states (B, T, heads, width) of new tokens; return those of all tokens and their positions."""
+        kept, positions = self._append(*states)
+        return *kept, positions
+
     def _append(self, *new: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Store new states, each (B, T, heads, width), and return what the new queries may look at.
 
@@ -204,13 +225,6 @@ class TokenCache:
         """Refuse another number of sequences."""
         if batch != self.batch_size:
             raise ValueError(f"cache was made for states of {self.batch_size} sequences, got {batch}")
-
-    def check_length(self, tokens: int) -> None:
-        """Refuse more tokens than the cache may ever see."""
-        if self.length + tokens > self.max_length:
-            raise ValueError(
-                f"cache is full: {self.length} cached and {tokens} new tokens exceed its max_length {self.max_length}"
-            )
 
     def _check(self, new: tuple[Tensor, ...], first: int | None = None) -> int:
         """How many new tokens; refuses states of another batch, width, dtype or device than the (first) buffers."""
@@ -283,11 +297,6 @@ class TokenCache:
 class KeyValueCache(TokenCache):
     """Keys (B, G, S, D) after norm and rotation, and values (B, G, S, Dv): G (D + Dv) numbers per token."""
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k (B, T, G, D) and v (B, T, G, Dv); return all keys, values and their positions."""
-        (k, v), positions = self._append(k, v)
-        return k, v, positions
-
 
 class StaticContextCache(TokenCache):
     """Keys and values of the static tokens first, and in the prefix form those of the dynamic tokens after them.
@@ -297,11 +306,6 @@ class StaticContextCache(TokenCache):
     """
 
     num_static = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k (B, T, G, D) and v (B, T, G, D); return all keys, values and their positions."""
-        (k, v), positions = self._append(k, v)
-        return k, v, positions
 
     def reset(self) -> None:
         """Forget everything; the buffers stay allocated."""
@@ -323,11 +327,6 @@ class StaticContextCache(TokenCache):
 class LatentCache(TokenCache):
     """Latent attention: latents and rotary keys side by side, (B, 1, S, R + Gr Dr)."""
 
-    def append(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Store latent (B, T, 1, R + Gr Dr); return those of all tokens and their positions."""
-        (latent,), positions = self._append(latent)
-        return latent, positions
-
 
 class TiedCache(TokenCache):
     """Grouped-tied attention: the tied state (B, G, S, D) and one rotated key (B, 1, S, Dr) for all heads.
@@ -346,34 +345,19 @@ class TiedCache(TokenCache):
         """With the key."""
         return stored[0][..., : states[0].shape[-1]], *stored
 
-    def append(self, k: Tensor, v: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Store v (B, T, G, D), whose first features are k (B, T, G, Dn), and k_rope (B, T, 1, Dr)."""
-        (v, k_rope), positions = self._append(v, k_rope)
-        return v[..., : k.shape[-1]], v, k_rope, positions
+    def append(self, *states: Tensor) -> tuple[Any, ...]:
+        """Store v (B, T, G, D), whose first features are k (B, T, G, Dn), and k_rope (B, T, 1, Dr), given k first."""
+        kept, positions = self._append(*self.stored(*states))
+        return *self.restored(kept, states), positions
 
 
 class UntiedCache(TokenCache):
-    """As TiedCache for a value that no longer starts with the key: G (D + Dn) + Dr numbers per token."""
-
-    def append(self, k: Tensor, v: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Store k (B, T, G, Dn), v (B, T, G, D) and k_rope (B, T, 1, Dr)."""
-        (k, v, k_rope), positions = self._append(k, v, k_rope)
-        return k, v, k_rope, positions
+    """As TiedCache, for values that do not start with the keys: G (D + Dn) + Dr numbers per token, the keys first."""
 
 
 class ComposedCache(TokenCache):
     """Keys, values, and what belongs to each key in the compositions: G (D + Dv) + P (2 R + 1) H numbers per token."""
 
-    def append(self, *states: Tensor) -> tuple[Tensor | None, ...]:
-        """Store the states (B, T, heads, width) of new tokens; return those of all tokens and their positions."""
-        kept, positions = self._append(*states)
-        return *kept, positions
-
 
 class FactorCache(TokenCache):
     """Factors of keys and values: (B, Rk, S, H), (B, Rk, S, D) rotated, (B, Rv, S, H) and (B, Rv, S, Dv)."""
-
-    def append(self, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        """Store the factors (B, T, rank, width) of new tokens; return those of all tokens and their positions."""
-        kept, positions = self._append(*factors)
-        return *kept, positions

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.masks import Visibility
+from attnzoo.rules import SIZE, check
 from attnzoo.tracing import is_exported, is_traced
 
 Result = TypeVar("Result")
@@ -27,6 +28,7 @@ def chunks_of(queries: int, chunk_size: int | None) -> Iterator[slice | None]:
     if chunk_size is None or is_exported() or chunk_size >= queries:
         yield None
         return
+    check("chunk_size", chunk_size, SIZE)
     for first in range(0, queries, chunk_size):
         yield slice(first, min(queries, first + chunk_size))
 

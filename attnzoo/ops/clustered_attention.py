@@ -121,8 +121,7 @@ def clustered_attention(
     """
     T, S = q.shape[1], k.shape[1]
     scores = _Scores(rules, view, (q.shape[0], 1, T, S))
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         # As attention of all heads, each with the query, key, slope and sink of its representative.
         heads = clusters.representatives.gather(1, clusters.labels)
         bias, sinks = scores.bias(heads, slice(T), slice(S)), None if rules.sinks is None else 0.0

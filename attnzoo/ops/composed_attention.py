@@ -15,10 +15,11 @@ from torch import Tensor
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import Visibility
+from attnzoo.ops.checks import check_states
 from attnzoo.ops.chunks import in_chunks, is_recomputed, view_now
 from attnzoo.ops.observation import Observation, ScoreMap, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, for_heads, masked_softmax
 from attnzoo.ops.softmax_attention import MAX_DECODED, constant, softmax_attention
 from attnzoo.tracing import is_exported, is_readable
 
@@ -159,8 +160,10 @@ def composed_attention(
             softmax attention.
 
     Raises:
+        ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
+    check_states(q, k, v, view, same_groups=False)
     (B, T, H, _), S = q.shape, k.shape[1]
     softmax_heads = _heads_after(pre, H)
     targets = _heads_after(post, softmax_heads)
@@ -230,19 +233,17 @@ def composed_attention_reference(
     wanted: Tensor | None = None,
 ) -> Tensor:
     """The definition, float64 capable: outputs of the target heads `wanted` for keys that are `visible`."""
-    H, G = q.shape[2], k.shape[2]
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q):
-        k = k.repeat_interleave(H // max(G, 1), dim=2) if H != G else k
-        a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype) * rules.scale, k.to(compute_dtype))
+        k = for_heads(k, q.shape[2]).to(compute_dtype)
+        a = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype) * rules.scale, k)
         a = a if pre is None else pre(a)
         p = masked_softmax(a, visible)
         p = p if post is None else post(p)
-        repeats = p.shape[1] // max(v.shape[2], 1)
         if wanted is not None:
-            p, v = p.index_select(1, wanted), v.index_select(2, wanted // repeats)
-        elif repeats > 1:
-            v = v.repeat_interleave(repeats, dim=2)
+            p, v = p.index_select(1, wanted), v.index_select(2, wanted // (p.shape[1] // max(v.shape[2], 1)))
+        else:
+            v = for_heads(v, p.shape[1])
         p = F.dropout(p, rules.dropout) if rules.dropout else p
         return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
 

@@ -69,8 +69,7 @@ def differential_attention(
         backend: "auto", "eager", "sdpa", "flash" or "triton".
     """
     D, is_shared = q.shape[3], k.shape[3] == q.shape[3]
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         keys = k
         if not is_shared:
             # As operations read keys: one for each query.

@@ -211,8 +211,7 @@ def routed_attention(
             f"active must be boolean (B, T, R) of at most {H} heads for q of shape {tuple(q.shape)}, got "
             f"{active.dtype} of shape {tuple(active.shape)}"
         )
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         observer(Observation("routed_attention", q, k, v, view, ScoreRules(scale)))
     shared = H - active.shape[2]
     packs = runs_packed_kernels(q, v, view, backend)

@@ -56,8 +56,7 @@ def latent_attention(
         # No other kernel takes a head as wide as a latent, so "auto" asks ours first.
         obstacle = softmax_kernel_obstacle(q, q, q_rope, dropout, MAX_LATENT)
         if obstacle is None:
-            observer = current_observer()
-            if observer is not None:
+            if (observer := current_observer()) is not None:
                 observer(Observation("latent_attention", _joined(q, q_rope), latent, latent, view, ScoreRules(scale)))
             from attnzoo_kernels.decode import latent_decode
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from attnzoo.backends import choose, kernel_obstacle
 from attnzoo.masks import AttentionMask
+from attnzoo.ops.checks import check_sizes
+from attnzoo.ops.score_rules import for_heads
 from attnzoo.ops.token_blocks import Blocks, block_count, block_weights, document_blocks, pair_weights
 from attnzoo.tracing import is_exporting
 
@@ -61,6 +63,7 @@ def linear_attention(
         new tokens. None without a state.
 
     Raises:
+        ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
     if shards is not None:
@@ -71,7 +74,10 @@ def linear_attention(
             passed = shards.ops.pass_state(q, k, v, shards, mask=mask, **options)
         return passed
     form = choose_form(backend, v.device, v.dtype)
+    check_sizes(q, k, v)
     (B, T, H, D), G = q.shape, k.shape[2]
+    if (causal or mixing is not None) and k.shape[1] != T:
+        raise ValueError(f"causal attention and mixing need as many keys as queries, got {k.shape[1]} and {T}")
     mask = None if mask is None or mask.cu_seqlens is None else mask
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mixing))
     if state is not None and trains:
@@ -142,10 +148,8 @@ def choose_form(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
     """The definition: (q k^T * weights) v, weights (1 or B, 1 or H, T, S) with causality in them, or None for all 1."""
-    repeats = q.shape[2] // max(k.shape[2], 1)
-    k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-    scores = torch.einsum("bthd,bshd->bhts", q, k)
-    return torch.einsum("bhts,bshv->bthv", scores if weights is None else scores * weights, v)
+    scores = torch.einsum("bthd,bshd->bhts", q, for_heads(k, q.shape[2]))
+    return torch.einsum("bhts,bshv->bthv", scores if weights is None else scores * weights, for_heads(v, q.shape[2]))
 
 
 def linear_attention_recurrent(

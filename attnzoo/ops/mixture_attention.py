@@ -14,7 +14,7 @@ from attnzoo.masks import AttentionMask, Visibility
 from attnzoo.ops.feature_maps import elu_plus_one
 from attnzoo.ops.observation import Observation, current_observer, observing
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules
+from attnzoo.ops.score_rules import ScoreRules, for_heads
 from attnzoo.ops.softmax_attention import softmax_attention
 from attnzoo.tracing import is_traced
 
@@ -119,8 +119,7 @@ def mixture_scores(q: Tensor, k: Tensor, precision: Tensor, log_prior: Tensor | 
     """g_ijr + log pi_jr of q (B, T, H, D) and k (B, S, G, R, D): (B, H, T, S, R)."""
     D, level = int(q.shape[3]), -precision / 2 * k.square().sum(-1)
     level = level if log_prior is None else level + D**0.5 * log_prior
-    repeats = q.shape[2] // max(k.shape[2], 1)
-    k, level = (x.repeat_interleave(repeats, 2) if repeats > 1 else x for x in (k, level))
+    k, level = for_heads(k, q.shape[2]), for_heads(level, q.shape[2])
     products = torch.einsum("bthd,bshrd->bhtsr", q, k)
     own = q.square().sum(-1).transpose(1, 2)[..., None, None]
     scores: Tensor = (precision * (products - own / 2) + level.transpose(1, 2)[:, :, None]) * D**-0.5

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import AttentionMask, Visibility
+from attnzoo.ops.checks import check_states
 from attnzoo.ops.chunks import in_chunks, is_recomputed, tensor_now, view_now
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, for_heads, masked_softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ def multi_token_attention(
         backend: "auto" (in chunks) or "eager" (all at once); without kernels as in `composed_attention`.
 
     Raises:
+        ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
     pre, post = (None if mix is None else Composition(mix, residual=False) for mix in (maps.pre_heads, maps.post_heads))
@@ -126,13 +128,14 @@ def multi_token_attention(
         return composed_attention(
             q, k, v, pre, post, view, scale=scale, dropout=dropout, chunk_size=chunk_size, backend=backend
         )
+    check_states(q, k, v, view)
     choose(backend, "multi_token_attention", {"eager": lambda: None}, q.device)
     T, L = q.shape[1], 0 if earlier is None else earlier.shape[1]
     rules, own_view = ScoreRules(scale, dropout=dropout), view
     if earlier is not None and L:
         view = replace(view, query_start=view.start(T, k.shape[1]) - L, mask=_of_all_queries(view.mask))
     queries = q if earlier is None else torch.cat([earlier, q], dim=1)
-    (B, N, H, _), (S, G) = queries.shape, k.shape[1:3]
+    (B, N, H, _), S = queries.shape, k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
 
     def weights(rows: slice, keys: slice) -> Tensor:
@@ -142,9 +145,7 @@ def multi_token_attention(
         places = None if view.mask is None else view.mask.positions(B, N)
         places = None if places is None else places[:, every]
         visible = view.dense((B, H, N, S), q.device, every, keys)
-        key = k[:, keys].to(dtype)
-        key = key.repeat_interleave(H // max(G, 1), dim=2) if H != G else key
-        s = torch.einsum("bthd,bshd->bhts", queries[:, every].to(dtype), key) * scale
+        s = torch.einsum("bthd,bshd->bhts", queries[:, every].to(dtype), for_heads(k[:, keys], H).to(dtype)) * scale
         hidden = None if visible is None else ~visible
         s = maps.convolved(s if hidden is None else s.masked_fill(hidden, 0.0), maps.pre_kernel, places)[:, :, after:]
         s = s if pre is None else pre(s)
@@ -156,8 +157,7 @@ def multi_token_attention(
             p = p if hidden is None else p.masked_fill(hidden, 0.0)
         return (p if post is None else post(p))[:, :, rows.start - every.start - after :]
 
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
 
         def shown(rows: slice) -> Tensor:
             first, last, _ = rows.indices(T)
@@ -171,8 +171,7 @@ def multi_token_attention(
         keys = view.keys_of(slice(max(0, wanted.start - maps.earlier), wanted.stop), N, S)
         with without_autocast(q):
             p = F.dropout(weights(wanted, keys), dropout).to(v.dtype)
-            value = v[:, keys].repeat_interleave(H // max(G, 1), dim=2) if H != G else v[:, keys]
-            return torch.einsum("bhts,bshd->bthd", p, value)
+            return torch.einsum("bhts,bshd->bthd", p, for_heads(v[:, keys], H))
 
     chunk_size = None if backend == "eager" else chunk_size
     if is_recomputed(T, chunk_size):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.backends import choose, kernel_obstacle
+from attnzoo.ops.qk_norm_rope import epsilon_of
 from attnzoo.ops.submodules import is_plain, normed
 
 
@@ -35,7 +36,7 @@ def norm_and_gate(
     if fused and (weight is not None or gate is not None) and (gate is None or activation == "silu"):
         from attnzoo_kernels.linear_attention import linear_attention_finish
 
-        heads: Tensor = linear_attention_finish(out, weight, gate, eps=eps or 0.0, dtype=dtype)
+        heads: Tensor = linear_attention_finish(out, weight, gate, eps=epsilon_of(norm, out.dtype), dtype=dtype)
         return heads.flatten(2)
     if weight is not None:
         out = F.rms_norm(out, (out.shape[3],), weight.to(out.dtype), eps)

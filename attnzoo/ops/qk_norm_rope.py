@@ -57,7 +57,8 @@ def qk_norm_rope(
     cos, sin, style = (None, None, "half") if table is None else table[:3]
     out: Tensor = kernel(
         z, linear=matrices[0] if len(matrices) == 1 else None, mlp=matrices if len(matrices) == 3 else None,
-        norm_weight=None if norm is None else norm.weight, norm_eps=_eps(norm, z.dtype), cos=cos, sin=sin, style=style,
+        norm_weight=None if norm is None else norm.weight, norm_eps=epsilon_of(norm, z.dtype), cos=cos, sin=sin,
+        style=style,
     )  # fmt: skip
     return out
 
@@ -66,7 +67,7 @@ def _plain_parts(head_map: HeadMap | GatedHeadMap) -> bool:
     return all(is_plain(part, HeadMap) for part in head_map.children())
 
 
-def _eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
+def epsilon_of(norm: nn.Module | None, dtype: torch.dtype) -> float:
     """The norm's epsilon, which PyTorch takes from the dtype where it is None."""
     eps = getattr(norm, "eps", None)
     return torch.finfo(dtype).eps if eps is None else float(eps)

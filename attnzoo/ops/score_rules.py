@@ -47,6 +47,54 @@ class ScoreRules:
     sigmoid_bias: Tensor | float | str | None = None
 
 
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, S, G, ...) of groups, repeated for each of so many query heads: (B, S, H, ...)."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // max(x.shape[2], 1), dim=2)
+
+
+def scores_of(
+    q: Tensor, k: Tensor, view: Visibility, rules: ScoreRules, rows: slice | None = None, keys: slice | None = None
+) -> Tensor:
+    """Scores (B, H, t, s) of these queries and keys (default: all) before masks and sinks, in at least float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    bias = added_to_scores(q.shape[1], k.shape[1], q.device, view, rules, rows, keys)
+    q, k = (q if rows is None else q[:, rows]), (k if keys is None else k[:, keys])
+    s = torch.einsum("bthd,bshd->bhts", q.to(dtype), for_heads(k, q.shape[2]).to(dtype))
+    if rules.q_rope is not None and rules.k_rope is not None:
+        s = s + torch.einsum("bthr,bsr->bhts", rules.q_rope.to(dtype), rules.k_rope[:, :, 0].to(dtype))
+    s = s * rules.scale
+    if rules.softcap is not None:
+        s = rules.softcap * torch.tanh(s / rules.softcap)
+    return s if bias is None else s + bias.to(dtype)
+
+
+def added_to_scores(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    view: Visibility,
+    rules: ScoreRules,
+    at_queries: slice | None = None,
+    at_keys: slice | None = None,
+) -> Tensor | None:
+    """ALiBi's distances, the decay and the bias, broadcastable to (B, H, T, S) or to a tile without decay, or None."""
+    at_queries, at_keys = at_queries or slice(None), at_keys or slice(None)
+    bias = rules.bias
+    if bias is not None:
+        if bias.ndim > 1 and bias.shape[-2] > 1:
+            bias = bias[..., at_queries, :]
+        if bias.ndim and bias.shape[-1] > 1:
+            bias = bias[..., at_keys]
+    if rules.alibi_slopes is not None:
+        i, j = view.indices(queries, keys, device)
+        distance = -rules.alibi_slopes[:, None, None] * (i[at_queries, None] - j[at_keys]).abs()
+        bias = distance if bias is None else distance + bias
+    if rules.decay is not None:
+        decay = decay_of_pairs(rules.decay, view, queries)
+        bias = decay if bias is None else decay + bias
+    return bias
+
+
 def join_rope(q: Tensor, k: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
     """Queries and keys with the shared part as further features, for backends that know one key only."""
     if rules.q_rope is None or rules.k_rope is None:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import Visibility
+from attnzoo.ops.checks import check_states
 from attnzoo.ops.chunks import chunks_of, is_recomputed, recomputed, tensor_now, view_now
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, masked_softmax
+from attnzoo.ops.score_rules import ScoreRules, for_heads, masked_softmax
 
 
 def selective_attention(
@@ -62,19 +63,22 @@ def selective_attention(
         (B, n + 1, S).
 
     Raises:
+        ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
+    check_states(q, k, v, view)
     choose(backend, "selective_attention", {"eager": lambda: None}, q.device)
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    (B, T, H, _), S = q.shape, k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     start = q.new_zeros(B, S, dtype=dtype) if removed is None else removed
+    if start.is_inference():
+        # Gradients could not pass what a cache was given in inference mode.
+        start = start.clone()
     # Keys of packed rows are their queries.
     places = None if view.mask is None else view.mask.positions(B, T)
 
     def scores(rows: slice, keys: slice) -> Tensor:
-        key = k[:, keys].to(dtype)
-        key = key.repeat_interleave(H // max(G, 1), dim=2) if H != G else key
-        return torch.einsum("bthd,bshd->bhts", q[:, rows].to(dtype), key) * scale
+        return torch.einsum("bthd,bshd->bhts", q[:, rows].to(dtype), for_heads(k[:, keys], H).to(dtype)) * scale
 
     def choices(s: Tensor, visible: Tensor | None, rows: slice, keys: slice) -> Tensor:
         """S (B, t, s) of the selection head's scores (B, H, t, s)."""
@@ -107,15 +111,13 @@ def selective_attention(
             chosen = choices(s, visible, rows, keys)
             removed = before(chosen, start[:, keys])
             p = masked_softmax(s - removed[:, None, :-1], left(visible, removed[:, :-1]))
-            value = v[:, keys].repeat_interleave(H // max(G, 1), dim=2) if H != G else v[:, keys]
-            out = torch.einsum("bhts,bshd->bthd", F.dropout(p, dropout).to(v.dtype), value)
+            out = torch.einsum("bhts,bshd->bthd", F.dropout(p, dropout).to(v.dtype), for_heads(v[:, keys], H))
             last = removed[:, -min(kept, removed.shape[1] - 1) - 1 :]
             rest = start[:, None].expand(-1, last.shape[1], -1)
             # A copy, since a slice would keep all rows alive.
             return out, torch.cat([rest[..., : keys.start], last, rest[..., keys.stop :]], -1)
 
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         every, all_keys = slice(0, T), slice(0, S)
         with without_autocast(q):
             chosen = choices(scores(every, all_keys), view.dense((B, H, T, S), q.device), every, all_keys)

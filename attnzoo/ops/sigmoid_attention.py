@@ -10,10 +10,11 @@ from torch import Tensor
 
 from attnzoo.backends import choose
 from attnzoo.masks import Visibility
+from attnzoo.ops.checks import check_rules, check_states
 from attnzoo.ops.chunks import in_chunks, is_recomputed, tensor_now, view_now
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import ScoreRules, sigmoid_weights
+from attnzoo.ops.score_rules import ScoreRules, for_heads, scores_of, sigmoid_weights
 from attnzoo.ops.softmax_attention import softmax_kernel_obstacle
 
 
@@ -58,15 +59,17 @@ def sigmoid_attention(
         backend: "auto" (our kernels on a GPU, else in chunks), "eager" (the definition) or "triton".
 
     Raises:
+        ValueError: for arguments that do not fit each other.
         BackendUnavailable: if a named backend cannot serve the call.
     """
     scale = float(int(q.shape[-1])) ** -0.5 if scale is None else scale
     rules = ScoreRules(scale, softcap, alibi_slopes, bias=bias, dropout=dropout, sigmoid_bias=logit_bias)
+    check_states(q, k, v, view)
+    check_rules(q, k, v, rules)
     if view.shards is not None:
         out: Tensor = view.shards.ops.sharded_sigmoid(q, k, v, view, rules, chunk_size, backend)
         return out
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         observer(Observation("sigmoid_attention", q, k, v, view, rules))
 
     def triton() -> str | None:
@@ -105,25 +108,10 @@ def sigmoid_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules, rows: slice | None = None
 ) -> Tensor:
     """The definition, float64 capable: outputs for the queries `rows` (default: all)."""
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    keys = slice(0, S)
-    if rows is not None:
-        keys = view.keys_of(rows, T, S)
-        q, k, v = q[:, rows], k[:, keys], v[:, keys]
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    keys = None if rows is None else view.keys_of(rows, q.shape[1], k.shape[1])
     with without_autocast(q):
-        if H != G:
-            k, v = (x.repeat_interleave(H // max(G, 1), dim=2) for x in (k, v))
-        s = torch.einsum("bthd,bshd->bhts", q.to(dtype), k.to(dtype)) * rules.scale
-        if rules.softcap is not None:
-            s = rules.softcap * torch.tanh(s / rules.softcap)
-        if rules.alibi_slopes is not None:
-            i, j = view.indices(T, S, q.device)
-            i = i if rows is None else i[rows]
-            s = s - rules.alibi_slopes.to(dtype)[:, None, None] * (i[:, None] - j[keys]).abs()
-        if rules.bias is not None:
-            bias = rules.bias.expand(torch.broadcast_shapes(rules.bias.shape, (T, S)))
-            s = s + bias[..., slice(None) if rows is None else rows, keys].to(dtype)
-        a = sigmoid_weights(s, view.dense((B, H, T, S), q.device, rows, keys), rules.sigmoid_bias)
-        a = F.dropout(a, rules.dropout)
-        return torch.einsum("bhts,bshd->bthd", a.to(v.dtype), v)
+        visible = view.dense(shape, q.device, rows, keys)
+        a = sigmoid_weights(scores_of(q, k, view, rules, rows, keys), visible, rules.sigmoid_bias)
+        v = for_heads(v if keys is None else v[:, keys], q.shape[2])
+        return torch.einsum("bhts,bshd->bthd", F.dropout(a, rules.dropout).to(v.dtype), v)

@@ -17,11 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.backends import choose, kernel_obstacle
-from attnzoo.masks import Visibility, broadcasts
+from attnzoo.masks import Visibility
+from attnzoo.ops.checks import check_rules, check_states
 from attnzoo.ops.flash import flash_attention, flash_obstacle
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
-from attnzoo.ops.score_rules import HALF, ScoreRules, decay_of_pairs, join_decay, join_rope, masked_softmax
+from attnzoo.ops.score_rules import (
+    HALF,
+    ScoreRules,
+    added_to_scores,
+    for_heads,
+    join_decay,
+    join_rope,
+    masked_softmax,
+    scores_of,
+)
 from attnzoo.tracing import in_forward_mode, is_traced
 
 MAX_HEAD_DIM = 256
@@ -91,11 +101,11 @@ def softmax_attention(
     rules = ScoreRules(
         scale, softcap, alibi_slopes, sinks, bias, q_rope, k_rope, head_scale, dropout, decay, output_gate
     )
-    _check(q, k, v, view, rules)
+    check_states(q, k, v, view)
+    check_rules(q, k, v, rules)
     if view.shards is not None:
         return _finished(view.shards.ops.sharded_attention(q, k, v, view, rules, backend), head_scale, output_gate)
-    observer = current_observer()
-    if observer is not None:
+    if (observer := current_observer()) is not None:
         observer(Observation("softmax_attention", q, k, v, view, rules))
     # Asked only where kernels may run: a graph for any length must not be tied to few queries or many.
     kernels = bias is None and (q.is_cuda or backend == "triton")
@@ -137,7 +147,7 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, view: Visibilit
     `head_scale` and `output_gate` are left to `softmax_attention`; everything else is as there.
     """
     with without_autocast(q):
-        s, v = _scores(q, k, v, view, rules)
+        s, v = scores_of(q, k, view, rules), for_heads(v, q.shape[2])
         sinks = rules.sinks.reshape(1, -1, 1, 1) if isinstance(rules.sinks, Tensor) else rules.sinks
         p = masked_softmax(s, view.dense(s.shape, q.device), sinks)  # type: ignore[arg-type]
         p = F.dropout(p, rules.dropout)
@@ -156,7 +166,7 @@ def softmax_attention_lse(
         s = q[..., 0].to(torch.promote_types(q.dtype, torch.float32))
         return s[..., None].new_zeros(*q.shape[:3], v.shape[3]), torch.full_like(s, -math.inf)
     with without_autocast(q):
-        s, v = _scores(q, k, v, view, rules)
+        s, v = scores_of(q, k, view, rules), for_heads(v, q.shape[2])
         visible = view.dense(s.shape, q.device)  # type: ignore[arg-type]
         if visible is None:
             lse = s.logsumexp(-1, keepdim=True)
@@ -170,23 +180,6 @@ def softmax_attention_lse(
         return torch.einsum("bhts,bshd->bthd", p, v.to(p.dtype)), lse[..., 0].transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> tuple[Tensor, Tensor]:
-    """All scores (B, H, T, S) before masks and the sink, in at least float32, and the values of each query head."""
-    compute_dtype = torch.promote_types(q.dtype, torch.float32)
-    T, S, repeats = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
-    k = k.repeat_interleave(repeats, dim=2) if repeats > 1 else k
-    v = v.repeat_interleave(repeats, dim=2) if repeats > 1 else v
-    s = torch.einsum("bthd,bshd->bhts", q.to(compute_dtype), k.to(compute_dtype))
-    if rules.q_rope is not None and rules.k_rope is not None:
-        rotary = rules.q_rope.to(compute_dtype), rules.k_rope[:, :, 0].to(compute_dtype)
-        s = s + torch.einsum("bthr,bsr->bhts", *rotary)
-    s = s * rules.scale
-    if rules.softcap is not None:
-        s = rules.softcap * torch.tanh(s / rules.softcap)
-    bias = _bias(T, S, q.device, view, rules)
-    return (s if bias is None else s + bias.to(compute_dtype)), v
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> Tensor:
     """The same through torch.nn.functional.scaled_dot_product_attention."""
     B, T, H, _ = q.shape
@@ -194,7 +187,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     q, k = join_rope(q, k, rules)
     if rules.decay is not None:
         q, k, rules = *join_decay(q, k, rules.decay, view, rules.scale), replace(rules, decay=None)
-    bias = _bias(T, S, q.device, view, rules)
+    bias = added_to_scores(T, S, q.device, view, rules)
     # PyTorch's own causal rule is aligned to the top left, so it serves only square calls.
     # Decided by a branch: in a graph for any length a comparison is a symbol, which the function does not take.
     is_causal, visible = True, None
@@ -228,19 +221,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) 
     if out.shape[3] != value_width:
         out = out[..., :value_width]
     return out if fully_masked is None else out.masked_fill(fully_masked.transpose(-3, -2), 0.0)
-
-
-def _bias(queries: int, keys: int, device: torch.device, view: Visibility, rules: ScoreRules) -> Tensor | None:
-    """ALiBi's distances, the decay and the bias, broadcastable to (B, H, T, S), or None."""
-    bias = rules.bias
-    if rules.alibi_slopes is not None:
-        i, j = view.indices(queries, keys, device)
-        distance = -rules.alibi_slopes[:, None, None] * (i[:, None] - j).abs()
-        bias = distance if bias is None else distance + bias
-    if rules.decay is not None:
-        decay = decay_of_pairs(rules.decay, view, queries)
-        bias = decay if bias is None else decay + bias
-    return bias
 
 
 def _append_sink(
@@ -361,70 +341,6 @@ def decodes(q: Tensor, k: Tensor, view: Visibility, *tensors: Tensor | float | N
     if not 0 < T <= MAX_DECODED or S <= T or packed:
         return False
     return not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, view: Visibility, rules: ScoreRules) -> None:
-    """Refuse arguments that do not fit each other."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim} and {v.ndim}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k and v must agree in (B, S, G), got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must agree in batch and width, got {tuple(q.shape)} and {tuple(k.shape)}")
-    (B, T, heads, _), S, groups = q.shape, k.shape[1], k.shape[2]
-    if heads and (not groups or heads % groups):
-        raise ValueError(f"num_kv_heads must divide num_heads, got {groups} and {heads}")
-    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.device != k.device or q.device != v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if view.causal and view.query_start is None and view.shards is None and T > S:
-        raise ValueError(f"causal attention needs T <= S, got {T} queries and {S} keys")
-    q_rope, k_rope, head_scale, bias = rules.q_rope, rules.k_rope, rules.head_scale, rules.bias
-    if (q_rope is None) != (k_rope is None):
-        raise ValueError("q_rope and k_rope must be given together")
-    if q_rope is not None and k_rope is not None:
-        queries, keys = (*q.shape[:3], q_rope.shape[-1]), (*k.shape[:2], 1, q_rope.shape[-1])
-        if q_rope.shape != queries or k_rope.shape != keys:
-            raise ValueError(
-                f"q_rope must be (B, T, H, R) and k_rope (B, S, 1, R), got {tuple(q_rope.shape)} "
-                f"and {tuple(k_rope.shape)}"
-            )
-    by_rank = {1: (heads,), 2: (B, heads), 3: (B, T, heads)}
-    if head_scale is not None and tuple(head_scale.shape) != by_rank.get(head_scale.ndim):
-        raise ValueError(
-            f"head_scale must be ({heads},), ({B}, {heads}) or ({B}, {T}, {heads}), got shape {tuple(head_scale.shape)}"
-        )
-    if rules.decay is not None or rules.output_gate is not None:
-        _check_decay_and_gate(v, (B, T, heads, S), rules)
-    if bias is None:
-        return
-    if not bias.is_floating_point():
-        raise ValueError(f"bias must be a floating tensor, got {bias.dtype}")
-    shape = (B, heads, T, S)
-    if not broadcasts(bias, shape):
-        raise ValueError(f"bias must broadcast to (B, H, T, S) = {shape}, got shape {tuple(bias.shape)}")
-
-
-def _check_decay_and_gate(v: Tensor, sizes: tuple[int, int, int, int], rules: ScoreRules) -> None:
-    """Refuse a decay or an output gate that does not fit the call; sizes are (B, T, H, S)."""
-    (B, T, heads, S), decay, gate = sizes, rules.decay, rules.output_gate
-    if gate is not None:
-        shapes = ((B, T, heads, v.shape[3]), (B, T, heads, 1))
-        if gate.shape not in shapes or not gate.is_floating_point():
-            raise ValueError(
-                f"output_gate must be a floating tensor {shapes[0]} or {shapes[1]}, got {gate.dtype} of shape "
-                f"{tuple(gate.shape)}"
-            )
-    if decay is None:
-        return
-    if decay.shape != (B, heads, S) or decay.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"decay must be a float32 or float64 tensor {(B, heads, S)}, got {decay.dtype} of shape "
-            f"{tuple(decay.shape)}"
-        )
-    if rules.sinks is not None:
-        raise ValueError("decay must not be given together with sinks")
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

@@ -157,12 +157,8 @@ class _SoftmaxRing(Travel):
         )  # fmt: skip
         return softmax_attention_lse(queries[0], k, v, tile.view, rules)
 
-    def forward(
-        self,
-        queries: list[Tensor],
-        states: list[Tensor],
-        parameters: list[Tensor],  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: list[Tensor], states: list[Tensor], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        del parameters
         out, lse = None, None
         for _, runs, block in self.blocks(states):
             made = block if self.expand is None else self.expand(*block)
