@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.cache import KeyValueCache
 from attnzoo.masks import AttentionMask, Visibility, as_mask
 from attnzoo.modules.call import Call, Mask, begin
-from attnzoo.modules.checks import check_input
+from attnzoo.modules.checks import check_input, counted_tokens
 from attnzoo.modules.clustered_cache import ClusteredCache, ClusteredLayout
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.modules.heads import attention_pairs
@@ -60,7 +60,7 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
     never all at once, keys stored per cluster. Its arithmetic is plain PyTorch whatever the module's backend.
     Sequences of one call that cluster alike (one sequence always does) also save the projections of the other
     heads. Unlike the official code it uses causal weights for the probe, and does not mix heads with positions in a
-    prompt; dropout is never applied. Heads, circuits and parameters are those of the wrapped module.
+    prompt; dropout is applied with K = H only. Heads, circuits and parameters are those of the wrapped module.
 
     Args:
         attn: a causal MultiHeadAttention, GroupedQueryAttention or MultiQueryAttention; used, not copied.
@@ -82,6 +82,9 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
     factored_circuits = False
     cache_type = ClusteredCache
     input_layer = ""
+    sequence_parallel: Any = None
+    sequence_forms: tuple[str, ...] = ()
+    sequence_reason = "clusters come from a probe of the first tokens"
     depth = _of_wrapped("depth")
     embed_dim = _of_wrapped("embed_dim")
     kdim = _of_wrapped("kdim")
@@ -104,14 +107,9 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
     project_parameters = _of_wrapped("project_parameters")
 
     def __init__(
-        self,
-        attn: GroupedQueryAttention,
-        num_clusters: int,
-        probe_tokens: int = 5,
-        probe_causal: bool = True,
-        *,
+        self, attn: GroupedQueryAttention, num_clusters: int, probe_tokens: int = 5, probe_causal: bool = True, *,
         allow_grad: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if type(attn) not in (GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention):
             raise ValueError(
@@ -136,10 +134,6 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
         self.labels: Tensor | None = None
         self.representatives: Tensor | None = None
         self.train(attn.training)
-
-    sequence_parallel: Any = None
-    sequence_forms: tuple[str, ...] = ()
-    sequence_reason = "clusters come from a probe of the first tokens"
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
@@ -237,7 +231,7 @@ class ClusteredHeadAttention(Recorded, HintedCall, nn.Module):
 
         The probe's other heads and the clustering are left out.
         """
-        return sum(self.flops_by_part(T, S).values())
+        return sum(self.flops_by_part(*counted_tokens(T, S, causal=True)).values())
 
     def flops_by_part(self, T: int, S: int | None = None) -> dict[str, int]:
         """As `flops`: "projections" and "attention"."""

@@ -36,11 +36,6 @@ class ClusteredLayout(NamedTuple):
 class ProbeCache(TokenCache):
     """Queries (B, H, S, D), keys (B, G, S, D) and values (B, G, S, Dv) of the first few tokens."""
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Store all three, each (B, T, heads, width); return those of all tokens."""
-        (q, k, v), _ = self._append(q, k, v)
-        return q, k, v, None
-
     def held(self) -> tuple[Tensor, ...]:
         """Queries, keys and values so far, (B, length, heads, width)."""
         return tuple(buffer[:, :, : self.length].transpose(1, 2) for buffer in self.buffers)

@@ -69,6 +69,7 @@ class DifferentialAttention(Mechanism):
     """
 
     takes_bias = True
+    sequence_forms: tuple[str, ...] = ("gather",)
     shown = ("version", "depth", "rope", "logit_softcap", "sliding_window", "pruned_heads")
 
     def __init__(
@@ -140,8 +141,6 @@ class DifferentialAttention(Mechanism):
         super().reset_parameters(std, out_std)
         for name in LAMBDAS if self.version == 1 else ():
             nn.init.normal_(getattr(self, name), std=0.1)
-
-    sequence_forms: tuple[str, ...] = ("gather",)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask = None, positions: Positions = None,

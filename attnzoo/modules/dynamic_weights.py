@@ -14,8 +14,6 @@ from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import local, own_shapes
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
-
-
 DYNAMIC_SPLITS: dict[str, Any] = {"w1": "rows", "w2": 0, "gate": "rows"}
 
 
@@ -44,17 +42,9 @@ class DynamicWeights(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        stages: int,
-        groups: int,
-        heads: int,
-        rank: int,
-        hidden: int,
-        act: str,
-        eps: float,
+        self, width: int, stages: int, groups: int, heads: int, rank: int, hidden: int, act: str, eps: float,
         **factory_kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.sizes = (groups, stages, hidden, rank, heads)
         self.act = act

@@ -308,9 +308,8 @@ class ForgettingAttention(Mechanism):
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a token takes in a cache of that dtype: its key and value, and 4 for each gate (8 in float64)."""
-        gates = 0 if self.forget_gate is None else self.num_heads
-        numbers = self.num_kv_heads * (self.head_dim + self.v_head_dim)
-        return numbers * dtype.itemsize + gates * torch.promote_types(dtype, torch.float32).itemsize
+        wider = torch.promote_types(dtype, torch.float32).itemsize - dtype.itemsize
+        return super().cache_bytes_per_token(dtype) + self.wide_numbers() * wider
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """As the base's, and the rows before the shift."""

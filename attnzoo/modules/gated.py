@@ -85,14 +85,6 @@ class GatedAttention(GroupedQueryAttention):
         )  # fmt: skip
         self.reset_parameters()
 
-    def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
-        """As the base's; the gate's weights are normal with `std` and its bias 0, so that gates start near 1/2."""
-        super().reset_parameters(std, out_std)
-        if hasattr(self, "g_proj"):
-            nn.init.normal_(self.g_proj.weight, std=self.init_std if std is None else std)
-            if self.g_proj.bias is not None:
-                nn.init.zeros_(self.g_proj.bias)
-
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
         positions: Positions = None, cache: KeyValueCache | None = None,

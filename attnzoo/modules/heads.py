@@ -112,38 +112,33 @@ def head_rows(heads: Iterable[int], width: int) -> Tensor:
 def keep_rows(linear: nn.Linear, heads: Iterable[int], width: int = 1) -> None:
     """Keep the output features of these heads, `width` each."""
     rows = head_rows(heads, width)
-    linear.weight = _sliced(linear.weight, rows, 0)
+    linear.weight = keep_entries(linear.weight, rows)
     if linear.bias is not None:
-        linear.bias = _sliced(linear.bias, rows, 0)
+        linear.bias = keep_entries(linear.bias, rows)
     linear.out_features = rows.numel()
 
 
 def keep_columns(linear: nn.Linear, heads: Iterable[int], width: int = 1) -> None:
     """Keep the input features of these heads, `width` each; the bias stays."""
     columns = head_rows(heads, width)
-    linear.weight = _sliced(linear.weight, columns, 1)
+    linear.weight = keep_entries(linear.weight, columns, 1)
     linear.in_features = columns.numel()
 
 
-def keep_entries(parameter: nn.Parameter, entries: Iterable[int] | Tensor, dim: int = 0) -> nn.Parameter:
+def keep_entries(parameter: Tensor, entries: Iterable[int] | Tensor, dim: int = 0) -> nn.Parameter:
     """A parameter with these entries of one axis."""
-    index = entries if isinstance(entries, Tensor) else torch.tensor(list(entries), dtype=torch.long)
-    return _sliced(parameter, index, dim)
-
-
-def _sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    index = entries if isinstance(entries, Tensor) else torch.tensor(list(entries), dtype=torch.long, device="cpu")
     kept = parameter.detach().index_select(dim, index.to(parameter.device))
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
 def attention_pairs(queries: int, keys: int, *, causal: bool, window: int | None = None, sink_tokens: int = 0) -> int:
     """Number of (query, key) pairs that see each other; query t has index keys - queries + t."""
-    pairs = 0
+    pairs, sinks = 0, min(sink_tokens, keys)
     for i in range(keys - queries, keys):
-        first, last = 0, i if causal else keys - 1
+        first, stop = 0, i + 1 if causal else keys
         if window is not None:
-            first, last = max(0, i - window + 1), last if causal else min(last, i + window - 1)
+            first, stop = max(0, i - window + 1), stop if causal else min(stop, max(0, i + window))
         # Sinks before the window, and without causality those after it.
-        sinks = min(sink_tokens, first) + (0 if causal else max(0, min(sink_tokens, keys) - last - 1))
-        pairs += max(0, last - first + 1) + sinks
+        pairs += max(0, stop - first) + min(sinks, first) + (0 if causal else max(0, sinks - stop))
     return pairs

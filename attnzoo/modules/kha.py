@@ -36,6 +36,7 @@ class KnockingHeads(Mechanism):
     k_knock: Map
     v_knock: Map
     knock_init = "identity"
+    _base_arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """Initialise the base's parameters; the shared maps start as `knock_init` says, whatever std is."""
@@ -55,17 +56,19 @@ class KnockingHeads(Mechanism):
         maps = (self.q_knock, self.k_knock, self.v_knock)
         return [parameter for m in maps if m is not None for parameter in m.parameters()]
 
-    def folded_into(self, base: Base, projections: dict[str, dict[str, Tensor]]) -> Base:
-        """`base`, newly made, with this module's state and these projections in place of its own.
+    def folded_into(self, base_class: type[Base], projections: dict[str, dict[str, Tensor]]) -> Base:
+        """A new module of the base's class with this module's state and these projections in place of its own.
 
         It also runs as this module does now, whatever the constructor was told.
         """
+        (sizes, options), weight = self._base_arguments, self.o_proj.weight
+        # Where the weights are now, which the constructor's device need not be.
+        base = base_class(*sizes, **options | {"device": weight.device, "dtype": weight.dtype})
         base.prune_heads(self.pruned_heads)
         state = {name: value for name, value in self.state_dict().items() if "_knock." not in name}
         for layer, values in projections.items():
             state |= {f"{layer}.{name}": value.detach() for name, value in values.items()}
-        weight = self.o_proj.weight
-        base.to(device=weight.device, dtype=weight.dtype).load_state_dict(state)
+        base.load_state_dict(state)
         for name in {"dropout", "backend", "absorb", "depth"} & vars(self).keys():
             setattr(base, name, getattr(self, name))
         return base.train(self.training)
@@ -164,8 +167,7 @@ class KnockingHeadsAttention(KnockingHeads, GroupedQueryAttention):
         """
         q, k, v = (self.q_proj, self.q_knock), (self.k_proj, self.k_knock), (self.v_proj, self.v_knock)
         projections = {"q_proj": folded(*q), "k_proj": folded(*k), "v_proj": folded(*v)}
-        sizes, options = self._base_arguments
-        return self.folded_into(GroupedQueryAttention(*sizes, **options), projections)
+        return self.folded_into(GroupedQueryAttention, projections)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """As the base's, with linear maps multiplied in; an mlp is left out."""
@@ -238,6 +240,5 @@ def folded(linear: nn.Linear, head_map: Map) -> dict[str, Tensor]:
 
 def map_flops(head_map: Map, width: int) -> int:
     """Forward FLOPs of one head's vector through its map."""
-    if head_map is None:
-        return 0
-    return 2 * width * width * (1 if isinstance(head_map, HeadMap) else 3)
+    matrices = 0 if head_map is None else 1 if isinstance(head_map, HeadMap) else 3
+    return 2 * width * width * matrices

@@ -92,8 +92,7 @@ class KnockingHeadsTiedAttention(KnockingHeads, GroupedTiedAttention):
             blocks = rearrange(self.o_proj.weight, "e (h d) -> e h d", d=self.head_dim)
             weight = (blocks @ self.v_knock.weight).flatten(1)
             projections = {"o_proj": {**self.o_proj.state_dict(), "weight": weight}}
-        sizes, options = self._base_arguments
-        return self.folded_into(GroupedTiedAttention(*sizes, **options), projections)
+        return self.folded_into(GroupedTiedAttention, projections)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """As the base's, with a linear map on the tied state multiplied in; an mlp is left out."""

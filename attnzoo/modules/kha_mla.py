@@ -109,9 +109,7 @@ class KnockingHeadsLatentAttention(KnockingHeads, MultiHeadLatentAttention):
             expansion[name] = torch.cat([key, value], 1).view(rows.shape)
         name = "q_proj" if self.q_lora_rank is None else "q_b_proj"
         queries = {key: self._mapped_rows(rows) for key, rows in self.get_submodule(name).state_dict().items()}
-        sizes, options = self._base_arguments
-        base = MultiHeadLatentAttention(*sizes, **options)
-        return self.folded_into(base, {"kv_b_proj": expansion, name: queries})
+        return self.folded_into(MultiHeadLatentAttention, {"kv_b_proj": expansion, name: queries})
 
     def _mapped_rows(self, rows: Tensor) -> Tensor:
         """Rows (H (dn + dr), ...) of a query projection with the first dn of each head after the map."""

@@ -26,13 +26,7 @@ class LatentSizes:
 
     @classmethod
     def derive(
-        cls,
-        nope: int,
-        mode: str,
-        rope: Rotary | None,
-        rank: int | None,
-        rotary: int | None,
-        value: int | None,
+        cls, nope: int, mode: str, rope: Rotary | None, rank: int | None, rotary: int | None, value: int | None
     ) -> LatentSizes:
         """Check what was given and fill in the rest; see `MultiHeadLatentAttention` for the rules."""
         check("rope_mode", mode, one_of(*ROPE_MODES))
@@ -65,6 +59,8 @@ class LatentSizes:
         """Frequencies of each rotary key as numbers."""
         if given is not None and self.mode != "decoupled":
             raise ValueError(f"rope_inv_freq needs rope_mode 'decoupled', got {self.mode!r}")
+        if given is not None and self.rope is not None and self.rope.scaling is not None:
+            raise ValueError(f"rope_inv_freq needs a rope without scaling, which would have no effect, got {self.rope}")
         return None if given is None else frequency_rows("rope_inv_freq", given, (rope_kv_heads, self.rotary // 2))
 
 
@@ -77,6 +73,8 @@ def check_latent_options(
         raise ValueError(f"q_bias needs q_lora_rank=None: it is that of q_proj, got True and q_lora_rank {q_lora_rank}")
     if rope_kv_heads not in (1, G):
         raise ValueError(f"rope_kv_heads must be 1 or num_kv_heads {G}, got {rope_kv_heads}")
+    if sizes.mode == "none" and rope_kv_heads > 1:
+        raise ValueError(f"rope_kv_heads must be 1 without a rotation, got {rope_kv_heads}")
     if sizes.mode == "pre" and (G < H or rope_kv_heads > 1):
         raise ValueError(
             f"num_kv_heads and rope_kv_heads must be left alone with rope_mode 'pre', got {G} and {rope_kv_heads}"

@@ -12,7 +12,6 @@ from attnzoo.cache_state import StateCache
 from attnzoo.modules.call import Mask, Positions
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.linear_attention import linear_attention, normalised
-from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check_sizes
@@ -123,20 +122,16 @@ class LinearAttention(FeatureAttention):
         plain_q, plain_k, q, k, v = self.features(x, call)
         state, sums = (None, None) if cache is None else cache.current()
         options: dict[str, Any] = {
-            "size": self.chunk_size,
-            "causal": self.causal,
-            "mask": call.view.mask,
-            "shards": call.view.shards,
+            "size": self.chunk_size, "causal": self.causal, "mask": call.view.mask, "shards": call.view.shards,
             "backend": self.backend,
-        }
+        }  # fmt: skip
         with without_autocast(x):
             out, state = linear_attention(q, k, v, state=state, **options)
             if self.normalize:
                 sums = None if sums is None else sums[..., None]
                 bottom, _ = linear_attention(plain_q, plain_k, v.new_ones(*v.shape[:3], 1), state=sums, **options)
                 out = normalised(out, bottom, self.normalizer_eps)
-        gate = None if self.g_proj is None else self.g_proj(x)
-        y = self.project_heads(norm_and_gate(out, self.norm, gate, dtype=v.dtype, backend=self.backend))
+        y = self.project_heads(out, x, v.dtype)
         if cache is not None and state is not None:
             if call.view.shards is None:
                 cache.store(state, plain_k)

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.cache_state import StateCache
-from attnzoo.masks import AttentionMask, as_mask
+from attnzoo.masks import as_mask
 from attnzoo.modules.base import Factors, Mechanism
-from attnzoo.modules.call import Call, Positions, begin
+from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.heads import keep_rows
 from attnzoo.ops.feature_maps import NON_NEGATIVE, FeatureMap
+from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import place_of
 from attnzoo.rotary import Rotary, as_rotary
@@ -27,24 +28,7 @@ class FeatureAttention(Mechanism):
         q^, k^ = rotate(q~), rotate(k~)
         o <- RMS(o) g_norm;   o <- o swish(x Wg);   y = concat_h(o_h) Wo + bo
 
-    Args:
-        embed_dim: width E of input and output.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads G; must divide H. Default: H.
-        head_dim: width D of queries and keys. Default: E / H.
-        bias: whether the q, k and v projections have one.
-        out_bias: whether the output projection has one. Default: bias.
-        feature_map: see `FeatureMap`.
-        feature_eps: added to features.
-        qk_norm: RMS-normalise queries and keys over all heads together, before the features.
-        qk_norm_eps: added to that mean square.
-        output_norm: "none" or "rmsnorm", over each head's output.
-        norm_eps: added to that mean square.
-        gate: multiply heads by swish(x Wg).
-        rope: rotary position embedding of the features.
-        device: of the parameters.
-        dtype: of the parameters.
-        options: those of `Mechanism`.
+    Options are those that the subclasses describe, and those of `Mechanism`.
     """
 
     has_patterns = False
@@ -92,12 +76,7 @@ class FeatureAttention(Mechanism):
             raise ValueError(f"rope must rotate all {self.feature_dim} features, got {rope}")
 
     def begin(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Tensor | AttentionMask | None,
-        positions: Positions,
-        cache: StateCache | None,
+        self, x: Tensor, context: Tensor | None, mask: Mask, positions: Positions, cache: StateCache | None
     ) -> Call:
         """The call, checked; a mask that sums over keys cannot express is refused."""
         mask = as_mask(mask)
@@ -147,9 +126,10 @@ class FeatureAttention(Mechanism):
         """Features q~ and k~ as they are; subclasses may normalise them."""
         return q, k
 
-    def project_heads(self, heads: Tensor) -> Tensor:
-        """Output projection of heads (B, T, H Dv), and dropout."""
-        y: Tensor = self.o_proj(heads)
+    def project_heads(self, heads: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Norm and gate of heads (B, T, H, Dv), their projection in that dtype, and dropout."""
+        gate, norm = None if self.g_proj is None else self.g_proj(x), getattr(self, self.norm_name)
+        y: Tensor = self.o_proj(norm_and_gate(heads, norm, gate, dtype=dtype, backend=self.backend))
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
     # Caches
@@ -169,12 +149,7 @@ class FeatureAttention(Mechanism):
         dtype: torch.dtype | None = None,
     ) -> StateCache:  # fmt: skip
         """States for up to max_length tokens: float32, or float64 for a float64 module or dtype."""
-        check_options(dtype=dtype)
-        own = place_of(self)
-        return self.cache_type(
-            batch_size, max_length, self.cache_layout(), device=own[0] if device is None else device,
-            dtype=torch.promote_types(own[1] if dtype is None else dtype, torch.float32),
-        )  # fmt: skip
+        return state_cache(self, batch_size, max_length, device, dtype)
 
     # Costs, linear forms, pruning
 
@@ -222,6 +197,19 @@ class FeatureAttention(Mechanism):
         self.keep_projections(heads, groups)
         if self.g_proj is not None:
             keep_rows(self.g_proj, heads, self.v_head_dim)
+
+
+def state_cache(
+    module: Any, batch_size: int, max_length: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> StateCache:
+    """The module's cache of states, in at least float32."""
+    check_options(dtype=dtype)
+    own = place_of(module)
+    cache: StateCache = module.cache_type(
+        batch_size, max_length, module.cache_layout(), device=own[0] if device is None else device,
+        dtype=torch.promote_types(own[1] if dtype is None else dtype, torch.float32),
+    )  # fmt: skip
+    return cache
 
 
 def check_normalisable(feature_map: str, argument: str, value: object) -> None:

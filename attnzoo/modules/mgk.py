@@ -12,25 +12,21 @@ from torch import Tensor, nn
 
 from attnzoo.cache import KeyValueCache
 from attnzoo.cache_state import StateCache
+from attnzoo.masks import AttentionMask
 from attnzoo.modules.base import per_head
 from attnzoo.modules.call import Call, Mask, Positions, begin
 from attnzoo.modules.gqa import GroupedQueryAttention
-from attnzoo.modules.heads import attention_pairs, keep_columns, keep_rows
+from attnzoo.modules.heads import attention_pairs, keep_columns, keep_entries, keep_rows
+from attnzoo.modules.linear_base import state_cache
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.mixture_attention import mean_responsibilities, mixture_attention, mixture_features
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.softmax_attention import constant
-from attnzoo.ops.submodules import place_of
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_options, check_sizes, one_of
 from attnzoo.tracing import is_readable
 
 CHUNK = 64  # Tokens of a chunk of the linear form; it changes speed only.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "assignment": ("learned", "soft", "hard"),
-    "prior": ("head", "position", "global"),
-    "attention": ("softmax", "linear"),
-}
 LACKS = ("qk_norm", "scale", "logit_softcap", "alibi", "sliding_window", "sink")
 """Options of grouped-query attention that there are none of here."""
 
@@ -64,9 +60,9 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         precision: a_r, R positive numbers. Default: (1, 3) for R = 2, else all 1.
         eps: see above.
         attention: "softmax" or "linear".
-        feature_norm: divide phi by its sum over D ("linear").
-        output_scale: see above ("linear").
-        scale_w: c_r ("linear"). Default: all 1.
+        feature_norm: divide phi by its sum over D; needs "linear", as the next two do.
+        output_scale: see above.
+        scale_w: c_r. Default: all 1.
         rope: rotary position embedding, or None; not for "linear".
         options: those of `GroupedQueryAttention` but LACKS. dropout is of weights, of "linear" of the output.
 
@@ -108,12 +104,17 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             precision=precision, scale_w=scale_w, eps=eps, shared_key=shared_key, feature_norm=feature_norm,
             output_scale=output_scale,
         )  # fmt: skip
-        for name, choice in (("assignment", assignment), ("prior", prior), ("attention", attention)):
-            check(name, choice, one_of(*CHOICES[name]))
+        check("assignment", assignment, one_of("learned", "soft", "hard"))
+        check("prior", prior, one_of("head", "position", "global"))
+        check("attention", attention, one_of("softmax", "linear"))
         for name, numbers in (("precision", precision), ("scale_w", scale_w)):
             if len(numbers) != num_mixtures:
                 raise ValueError(f"{name} must hold num_mixtures {num_mixtures} positive numbers, got {numbers!r}")
         precision, scale_w = tuple(map(float, precision)), tuple(map(float, scale_w))
+        linear = (("feature_norm", feature_norm, False), ("output_scale", output_scale, 1), ("scale_w", scale_w, ones))
+        for name, value, plain in linear:
+            if attention == "softmax" and value != plain:
+                raise ValueError(f"{name} needs attention 'linear', got {value} and attention 'softmax'")
         if attention == "linear" and (assignment != "learned" or rope is not None):
             raise ValueError(
                 f"attention 'linear' needs assignment 'learned' and no rope, got {assignment!r} and {rope}"
@@ -137,9 +138,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         if not shared_key:
             self.k_proj = nn.Linear(self.kdim, R * G * D, self.k_proj.bias is not None, **factory_kwargs)
         self.key_shift = nn.Parameter(torch.empty(R, G, D, **factory_kwargs)) if shared_key else None
-        pi = torch.empty(
-            {"position": (R, G, max_positions or 0), "head": (R, G), "global": (R,)}[prior], **factory_kwargs
-        )
+        shapes = {"position": (R, G, max_positions or 0), "head": (R, G), "global": (R,)}
+        pi = torch.empty(shapes[prior], **factory_kwargs)
         if assignment == "learned":
             self.pi = nn.Parameter(pi)
         else:
@@ -185,7 +185,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             k = k.unflatten(3, (self.cached_keys, self.head_dim))
             k = self.shifted(k) if self.rope is None else k
             pi = self.weights(call, 0, k.shape[1], x)
-            prior = self.next_prior(q, k, pi, call)
+            prior = self.next_prior(x, q, k, pi, call)
             k, v = self.heads.spread(k, v)
             out = mixture_attention(
                 q, k, v, call.view, precision=constant(self.precision, x.device),
@@ -226,14 +226,19 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
             raise ValueError(f"x must end within max_positions {self.max_positions}, got {longest} tokens")
         return index if packed is None else packed
 
-    def next_prior(self, q: Tensor, k: Tensor, pi: Tensor | None, call: Call) -> Tensor | None:
+    def next_prior(self, x: Tensor, q: Tensor, k: Tensor, pi: Tensor | None, call: Call) -> Tensor | None:
         """What the buffer is after this batch, its mean responsibilities, if it is one of training; or None."""
         if self.assignment != "soft" or not self.training or call.cache is not None or pi is None or self.pi is None:
             return None
+        mask = AttentionMask() if call.view.mask is None else call.view.mask
+        real = mask.real_queries if call.source is x else None
+        if mask.lengths is not None:
+            within = torch.arange(k.shape[1], device=k.device) < mask.lengths[:, None]
+            real = within if real is None else real & within
         return mean_responsibilities(
             q, k, pi, self.pi, constant(self.precision, q.device), reads=self.heads.reads,
             places=self.places(call, 0, k.shape[1], q) if self.prior == "position" else None,
-            real=(call.real_tokens(call.source), call.keys_within_lengths()), group=self.aux_loss_group,
+            real=(call.real_tokens(x), real), group=self.aux_loss_group,
         )  # fmt: skip
 
     def attend_linearly(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -285,10 +290,7 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         """A cache for max_length tokens; of the linear form states in at least float32."""
         if self.has_patterns:
             return super().init_cache(batch_size, max_length, device, dtype)
-        own = place_of(self)
-        dtype = torch.promote_types(own[1] if dtype is None else dtype, torch.float32)
-        device = own[0] if device is None else device
-        return StateCache(batch_size, max_length, self.cache_layout(), device=device, dtype=dtype)
+        return state_cache(self, batch_size, max_length, device, dtype)
 
     def cache_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Of the linear form 0: its state does not grow."""
@@ -340,10 +342,8 @@ class MixtureOfGaussianKeysAttention(GroupedQueryAttention):
         keep_rows(self.k_proj, rows, self.head_dim)
         keep_rows(self.v_proj, groups, self.v_head_dim)
         keep_columns(self.o_proj, heads, self.v_head_dim)
-        index = torch.tensor(groups, dtype=torch.long, device=self.o_proj.weight.device)
         for name in ("key_shift", "pi"):
             value = getattr(self, name)
             if value is not None and value.ndim > 1:
-                kept = value.detach().index_select(1, index)
-                own = isinstance(value, nn.Parameter)
-                setattr(self, name, nn.Parameter(kept, requires_grad=value.requires_grad) if own else kept)
+                kept = keep_entries(value, groups, 1)
+                setattr(self, name, kept if isinstance(value, nn.Parameter) else kept.detach())

@@ -136,6 +136,8 @@ class MultipleHeadEmbeddingAttention(GroupedQueryAttention):
         if self.mode == "mul":
             return softmax_attention(q, k, v, view, **options) * (1 + e)
         hides = view.mask is not None and (view.mask.lengths is not None or view.mask.dense_mask is not None)
+        # A query of cross-attention that lies before all keys may have none in its window.
+        hides = hides or (not view.causal and view.window is not None and q.shape[1] > k.shape[1])
         if not hides and not self.weight_dropout and v.shape[1]:
             return softmax_attention(q, k, v, view, **options) + e
         # Where weights may not add up to 1, one more value counts them.

@@ -16,12 +16,12 @@ from attnzoo.modules.heads import head_rows, keep_entries
 from attnzoo.modules.linear_base import FeatureAttention, check_normalisable
 from attnzoo.ops.linear_attention import linear_attention, normalised, slot_sums
 from attnzoo.ops.mixing_matrix import MIXING_INITS, clipped, extended, initial_mixing, leading
-from attnzoo.ops.norm_and_gate import norm_and_gate
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.submodules import is_plain, local, place_of
 from attnzoo.ops.token_blocks import block_count, block_sizes, check_image, raster_order
 from attnzoo.rotary import Rotary
 from attnzoo.rules import check, check_options, check_sizes, describe, one_of
+from attnzoo.tracing import has_values, is_readable
 
 
 class MultiHeadLinearAttention(FeatureAttention):
@@ -127,8 +127,7 @@ class MultiHeadLinearAttention(FeatureAttention):
             mixing_per_head=mixing_per_head, mixing_trainable=mixing_trainable, normalizer_eps=normalizer_eps,
         )  # fmt: skip
         check("mixing_init", mixing_init, one_of(*MIXING_INITS))
-        if scale is None and normalizer != "none":
-            scale = 1.0
+        scale = 1.0 if scale is None and normalizer != "none" else scale
         super().__init__(
             embed_dim, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, bias=bias, out_bias=out_bias,
             causal=causal, feature_map=feature_map, feature_eps=feature_eps, scale=scale, qk_norm=qk_norm,
@@ -162,7 +161,7 @@ class MultiHeadLinearAttention(FeatureAttention):
         self.mixing_matrix = nn.Parameter(torch.empty(shape, **factory_kwargs), requires_grad=mixing_trainable)
         self.lepe = None
         if lepe_kernel:
-            if lepe_kernel < 0 or lepe_kernel % 2 == 0 or self.grid is None or self.num_kv_heads != num_heads:
+            if lepe_kernel % 2 == 0 or self.grid is None or self.num_kv_heads != num_heads:
                 raise ValueError(
                     f"lepe_kernel must be odd, with a grid and as many key/value heads as heads, got {lepe_kernel}, "
                     f"grid {self.grid} and {self.num_kv_heads} of {num_heads}"
@@ -193,9 +192,7 @@ class MultiHeadLinearAttention(FeatureAttention):
         """The matrix that is used, (blocks, blocks) or (H, blocks, blocks): clipped, triangular, continued."""
         own = local(self.mixing_matrix) if self.mixing_matrix.ndim == 3 else self.read_by_all(self.mixing_matrix)
         matrix = clipped(own.to(dtype), self.mixing_clip)
-        if self.causal:
-            return extended(matrix, blocks, self.extrapolation).tril()
-        return leading(matrix, blocks)
+        return extended(matrix, blocks, self.extrapolation).tril() if self.causal else leading(matrix, blocks)
 
     def forward(
         self, x: Tensor, context: None = None, *, mask: Mask = None, positions: Tensor | None = None,
@@ -214,12 +211,9 @@ class MultiHeadLinearAttention(FeatureAttention):
         if context is not None:
             raise ValueError(f"context must be None: no cross-attention is defined; got {describe(context)}")
         call = self.begin(x, None, mask, positions, cache)
-        shards, tokens = call.view.shards, x.shape[1]
-        if shards is not None:
-            tokens = shards.tokens
-            if call.view.mask is not None and call.view.mask.cu_seqlens is not None:
-                raise ValueError("mask must not be packed on a shard: every document starts a new block")
-        self.check_length(tokens, call)
+        shards = call.view.shards
+        tokens = x.shape[1] if shards is None else shards.tokens
+        self.check_tokens(x, tokens, call)
         plain_q, plain_k, q, k, v = self.features(x, call)
         order = raster_order(self.grid, self.block_grid, x.device)
         state, sums = (None, None) if cache is None else cache.current()
@@ -238,9 +232,8 @@ class MultiHeadLinearAttention(FeatureAttention):
                 below = slot_sums(plain_q, plain_k, options["mixing"], size=self.block_size, order=order)
                 out = normalised(out, below, self.normalizer_eps)
             if self.lepe is not None and self.num_heads:
-                out = out + self.local_values(v.to(out.dtype))
-        gate = None if self.g_proj is None else self.g_proj(x)
-        y = self.project_heads(norm_and_gate(out, self.g_norm, gate, dtype=v.dtype, backend=self.backend))
+                out = out + self.local_values(self.lepe, v.to(out.dtype))
+        y = self.project_heads(out, x, v.dtype)
         if cache is not None and state is not None:
             if shards is None:
                 cache.store(state, plain_k)
@@ -264,34 +257,41 @@ class MultiHeadLinearAttention(FeatureAttention):
             return "a grid and normalizer 'compat' need all tokens of an image"
         return None
 
-    def check_length(self, tokens: int, call: Call) -> None:
-        """Refuse a number of tokens that grid, normalizer or extrapolation exclude."""
+    def check_tokens(self, x: Tensor, tokens: int, call: Call) -> None:
+        """Refuse a number of tokens or a mask that blocks, grid, normalizer or extrapolation exclude."""
         mask, most = call.view.mask, self.num_blocks * self.block_size
-        if self.grid is not None:
-            if tokens != math.prod(self.grid):
-                raise ValueError(f"x must hold the {self.grid[0]} x {self.grid[1]} tokens of grid, got {tokens}")
-            if mask is not None and mask.cu_seqlens is not None:
-                raise ValueError("mask must not be packed with a grid")
-        elif self.extrapolation == "error" and call.past + tokens > most:
-            raise ValueError(
-                f"x must hold at most num_blocks * block_size = {self.num_blocks} * {self.block_size} tokens with "
-                f"extrapolation 'error', got {call.past + tokens}"
-            )
+        ends = None if mask is None else mask.cu_seqlens
+        if self.grid is not None and tokens != most:
+            raise ValueError(f"x must hold the {self.grid[0]} x {self.grid[1]} tokens of grid, got {tokens}")
         if self.normalizer == "compat" and tokens != most:
             raise ValueError(f"normalizer 'compat' needs exactly num_blocks * block_size = {most} tokens, got {tokens}")
+        if ends is not None and call.view.shards is not None:
+            raise ValueError("mask must not be packed on a shard: every document starts a new block")
+        if ends is not None and (self.grid is not None or self.normalizer == "compat"):
+            raise ValueError("mask must not be packed with a grid or normalizer 'compat'")
+        if self.extrapolation == "error" and (longest := call.past + tokens) > most:
+            packed = None if mask is None or ends is None or not has_values(ends) else mask.positions(len(x), tokens)
+            longest = longest if packed is None or not len(x) else int(packed.max()) + 1
+            if longest > most:
+                raise ValueError(
+                    f"x must hold at most num_blocks * block_size = {self.num_blocks} * {self.block_size} tokens with "
+                    f"extrapolation 'error', got {longest}{'' if packed is None else ' in one document'}"
+                )
+        real = None if mask is None or not self.causal or call.past else mask.real_queries
+        if real is not None and is_readable(real) and bool((real.any(1) & ~real[:, :1].all(1)).any()):
+            raise ValueError("mask must not begin with padding, since blocks are counted from the first token")
 
-    def local_values(self, v: Tensor) -> Tensor:
+    def local_values(self, lepe: nn.Conv2d, v: Tensor) -> Tensor:
         """Depthwise convolution of the values (B, T, H, Dv) over the image."""
         assert self.grid is not None
-        assert self.lepe is not None
-        image = v.flatten(2).transpose(1, 2).reshape(v.shape[0], v.shape[2] * v.shape[3], *self.grid)
-        if is_plain(self.lepe, nn.Conv2d):
-            bias = None if self.lepe.bias is None else self.lepe.bias.to(v.dtype)
-            weight, padding = self.lepe.weight.to(v.dtype), self.lepe.kernel_size[0] // 2
-            local = F.conv2d(image, weight, bias, padding=padding, groups=image.shape[1])
+        image: Tensor = v.flatten(2).transpose(1, 2).unflatten(2, self.grid)
+        if is_plain(lepe, nn.Conv2d):
+            bias = None if lepe.bias is None else lepe.bias.to(v.dtype)
+            padding = lepe.kernel_size[0] // 2
+            image = F.conv2d(image, lepe.weight.to(v.dtype), bias, padding=padding, groups=image.shape[1])
         else:
-            local = self.lepe(image.to(place_of(self.lepe)[1])).to(v.dtype)
-        return local.flatten(2).transpose(1, 2).reshape(v.shape)
+            image = lepe(image.to(place_of(lepe)[1])).to(v.dtype)
+        return image.flatten(2).transpose(1, 2).reshape(v.shape)
 
     # Caches, costs, pruning
 
@@ -309,10 +309,10 @@ class MultiHeadLinearAttention(FeatureAttention):
     ) -> StateCache:  # fmt: skip
         """States of all blocks up to max_length: float32, or float64 for a float64 module or dtype."""
         check_options(max_length=max_length)
-        if self.extrapolation == "error" and max_length > self.num_blocks * self.block_size:
+        if (most := self.longest()) is not None and max_length > most:
             raise ValueError(
-                f"max_length must be at most num_blocks * block_size = {self.num_blocks * self.block_size} with "
-                f"extrapolation 'error', got {max_length}"
+                f"max_length must be at most num_blocks * block_size = {most} with extrapolation 'error', got "
+                f"{max_length}"
             )
         return super().init_cache(batch_size, max_length, device, dtype)
 

@@ -44,7 +44,7 @@ class MultiHeadLatentAttention(LatentCircuits):
     Args:
         embed_dim: width E of input and output.
         num_heads: query heads H.
-        kv_lora_rank: width R of the latent. Default: 4 E / H.
+        kv_lora_rank: width R of the latent. Default: 4 dn.
         q_lora_rank: width of the queries' own bottleneck. Default: none.
         qk_nope_head_dim: width dn of the expanded key. Default: E / H.
         qk_rope_head_dim: width dr of the shared rotary key; even. Default: half of dn, rounded down to an even
@@ -54,8 +54,8 @@ class MultiHeadLatentAttention(LatentCircuits):
         rope: rotary position embedding of width dr ("pre": dn). DeepSeek's layout is "interleaved".
         num_kv_heads: heads G that the latent is expanded to; must divide H. Default: H.
         rope_kv_heads: rotary keys, 1 or G.
-        rope_inv_freq: (rope_kv_heads, dr / 2) frequencies of each rotary key in place of rope's, kept as numbers and
-            in the state dict. For converted models.
+        rope_inv_freq: (rope_kv_heads, dr / 2) frequencies of each rotary key in place of rope's, which then has no
+            scaling; kept as numbers and in the state dict. For converted models.
         kv_norm: whether the latent is normalised.
         kv_b_bias: whether the expansion has a bias.
         q_bias: whether q_proj has one; needs q_lora_rank=None.

@@ -50,6 +50,7 @@ class SigmoidAttention(GroupedQueryAttention):
 
     shown = ("logit_bias", "rope", "logit_softcap", "sliding_window", "pruned_heads")
     sequence_forms: tuple[str, ...] = ("gather",)
+    context_length: int | None = None
     logit_bias: nn.Parameter | float | str
     output_norm: nn.RMSNorm | None
 
@@ -78,27 +79,20 @@ class SigmoidAttention(GroupedQueryAttention):
         check("output_norm", output_norm, SWITCH)
         check_options(chunk_size=chunk_size)
         self.chunk_size = chunk_size
-        self.context_length = context_length
         factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         width = self.num_heads * self.v_head_dim
         self.output_norm = nn.RMSNorm(width, 1e-6, **factory_kwargs) if output_norm else None
-        self.logit_bias = logit_bias if isinstance(logit_bias, str) else float(logit_bias)
-        if context_length is not None:
-            check_sizes(context_length=context_length)
-            del self.logit_bias
-            self.logit_bias = nn.Parameter(torch.empty(self.num_heads, **factory_kwargs))
-            self._reset_bias()
+        if context_length is None:
+            self.logit_bias = logit_bias if isinstance(logit_bias, str) else float(logit_bias)
+        else:
+            (self.context_length,) = check_sizes(context_length=context_length)
+            self.logit_bias = nn.Parameter(torch.full((self.num_heads,), -math.log(context_length), **factory_kwargs))
 
     def reset_parameters(self, std: float | None = None, out_std: float | None = None) -> None:
         """As the base's; a learned bias is -log(context_length)."""
         super().reset_parameters(std, out_std)
-        if "logit_bias" in self._parameters:
-            self._reset_bias()
-
-    def _reset_bias(self) -> None:
-        assert isinstance(self.logit_bias, nn.Parameter)
-        assert self.context_length is not None
-        nn.init.constant_(self.logit_bias, -math.log(self.context_length))
+        if self.context_length is not None:
+            nn.init.constant_(self.get_parameter("logit_bias"), -math.log(self.context_length))
 
     def forward(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,

@@ -45,6 +45,7 @@ class TABAttention(GroupedQueryAttention):
     """
 
     takes_bias = False
+    sequence_reason = "its gated rows belong to single tokens of an image"
 
     def __init__(
         self, embed_dim: int,
@@ -67,8 +68,6 @@ class TABAttention(GroupedQueryAttention):
                 raise ValueError(f"{name} must hold token numbers from 0 on, each once, got {indices}")
         self.gate_rows = rows
         self.bottleneck_index = bottleneck_index
-
-    sequence_reason = "its gated rows belong to single tokens of an image"
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Mask = None,
@@ -101,24 +100,19 @@ class TABAttention(GroupedQueryAttention):
             if any(index >= tokens for index in indices):
                 raise ValueError(f"{name} must be below the {tokens} tokens given, got {indices}")
         visible = call.view.dense((B, 1, T, S), x.device)
-        rows = torch.arange(T, device=x.device) if need_weights else self._index(x.device)
-        a = self._weights(
-            q[:, rows, 0], k[:, :, 0], None if visible is None else visible.expand(B, 1, T, S)[:, 0, rows]
-        )
-        at = self._index(x.device) if need_weights else slice(None)
-        own = (
-            a[:, at]
-            if attn_override is None
-            else self._override(attn_override, B, S).to(a)[:, None].expand_as(a[:, at])
-        )
+        gated_rows = constant(self.gate_rows, x.device, torch.long)
+        # Weights of all rows where they are asked for, else of the gated ones.
+        rows, at = (slice(None), gated_rows) if need_weights else (gated_rows, slice(None))
+        seen = None if visible is None else visible.expand(B, 1, T, S)[:, 0, rows]
+        a = self._weights(q[:, rows, 0], k[:, :, 0], seen)
+        own = a[:, at]
+        if attn_override is not None:
+            own = self._override(attn_override, B, S).to(a)[:, None].expand_as(own)
         closed = own * (1 - own[..., self.bottleneck_index : self.bottleneck_index + 1])
         out = softmax_attention(q, k, v, call.view, **self.score_options(q.device))[:, :, 0]
         p = F.dropout(closed, self.weight_dropout) if self.weight_dropout else closed
-        y: Tensor = self.o_proj(out.index_copy(1, self._index(x.device), (p.to(v.dtype) @ v[:, :, 0]).to(out.dtype)))
-        return (y, a.index_copy(1, self._index(x.device), closed if gated else own)) if need_weights else y
-
-    def _index(self, device: torch.device) -> Tensor:
-        return constant(self.gate_rows, device, torch.long)
+        y: Tensor = self.o_proj(out.index_copy(1, gated_rows, (p.to(v.dtype) @ v[:, :, 0]).to(out.dtype)))
+        return (y, a.index_copy(1, gated_rows, closed if gated else own)) if need_weights else y
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         """Weights (B, R, S) of queries (B, R, E) in float32, or float64."""

@@ -12,7 +12,7 @@ from attnzoo.cache import KeyValueCache
 from attnzoo.modules.base import Factors, Mechanism
 from attnzoo.modules.call import Mask, Positions, begin
 from attnzoo.modules.checks import derive_head_dim
-from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_columns, keep_rows
+from attnzoo.modules.heads import HeadLayout, attention_pairs, keep_columns, keep_entries, keep_rows
 from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.qk_norm_rope import qk_norm_rope
 from attnzoo.rotary import Rotary
@@ -186,5 +186,4 @@ class TalkingHeadsAttention(Mechanism):
         """Cut the weights down to these places of value heads."""
         keep_rows(self.v_proj, groups, self.v_head_dim)
         keep_columns(self.o_proj, heads, self.v_head_dim)
-        mix = self.weights_proj
-        self.weights_proj = nn.Parameter(mix.detach()[:, heads], requires_grad=mix.requires_grad)
+        self.weights_proj = keep_entries(self.weights_proj, heads, 1)

@@ -408,6 +408,16 @@ def test_it_fulfils_the_contract_with_the_heads_of_the_wrapped_module():
     assert layer.head_outputs is attn.o_proj
     assert layer.no_weight_decay() == set()
     assert layer.flops(19) == sum(layer.flops_by_part(19).values())
+    for counts in ((5, 3), (-1,), (2.5,)):
+        with pytest.raises(ValueError, match=r"(S must be at least T|T must not be|T must be an integer)"):
+            layer.flops(*counts)
+
+
+@pytest.mark.parametrize("clusters", [3, H])
+def test_dropout_is_applied_only_where_every_head_is_a_cluster(clusters):
+    layer, x = ClusteredHeadAttention(trained(dropout=0.5), clusters).train(), tokens()
+    for T in (3, 19):
+        assert torch.equal(layer(x[:, :T]), layer(x[:, :T])) == (clusters < H)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "sink_tokens": 2}])

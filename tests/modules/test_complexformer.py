@@ -17,9 +17,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "complexformer.safetensors"
 E, H, G, T = 24, 4, 2, 9
 
 
-def make(**options):
+def make(*sizes, **options):
     torch.manual_seed(5)
-    attn = ComplexAttention(E, H, G, dtype=torch.float64, **options)
+    attn = ComplexAttention(*(sizes or (E, H, G)), dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in attn.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -128,7 +128,7 @@ def test_angles_are_computed_in_float32():
 
 
 def test_gradients_are_those_of_finite_differences():
-    attn, x = make(), sample(4).requires_grad_()
+    attn, x = make(8, 2, 1), torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*attn.named_parameters(), strict=True)
 
     def call(x, *values):

@@ -91,6 +91,15 @@ def test_what_folds_runs_as_the_module_does_now():
         assert not folded.training
 
 
+@pytest.mark.parametrize("base", ["gqa", "gta", "mla"])
+def test_what_was_made_without_memory_folds_where_its_weights_are(base):
+    kha = moved(make(base, variant="linear_v"))
+    copy = make(base, variant="linear_v", device="meta").to_empty(device="cpu").bfloat16()
+    copy.load_state_dict(kha.state_dict())
+    x = torch.randn(2, 3, E, dtype=torch.bfloat16)
+    torch.testing.assert_close(copy.fold()(x), copy(x), atol=0.05, rtol=0.05)
+
+
 def moved(kha):
     """Parameters off their start."""
     torch.manual_seed(3)

@@ -187,9 +187,10 @@ def test_the_linear_form_is_linear_attention_with_merged_keys(causal):
     assert torch.equal(blind[0], module.o_proj.bias.expand(5, E))
 
 
-def responsibilities(module, x, pi):
+def responsibilities(module, x, pi, context=None):
     """gamma (B, H, T, S, R) of all pairs under the prior pi (H, S or 1, R)."""
-    q, k = module.q_proj(x).view(2, -1, H, D), module.k_proj(x).view(2, x.shape[1], 2, H, D)
+    context = x if context is None else context
+    q, k = module.q_proj(x).view(2, -1, H, D), module.k_proj(context).view(2, context.shape[1], 2, H, D)
     distance = (q[:, :, None, None] - k[:, None]).square().sum(-1).permute(0, 4, 1, 2, 3)
     e = (-torch.tensor(module.precision).double() / (2 * D**0.5) * distance).exp() * pi[:, None]
     return e / (e.sum(-1, keepdim=True) + 1e-6)
@@ -252,6 +253,29 @@ def test_padding_does_not_count_in_the_soft_prior():
     torch.testing.assert_close(module.pi[0], expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("keys", [9, 7])
+def test_a_padded_context_says_nothing_about_the_queries_of_the_soft_prior(keys):
+    module, x = make(assignment="soft", causal=False), torch.randn(2, 9, E).double()
+    context, real = torch.randn(2, keys, E).double(), torch.arange(keys) < torch.tensor([[keys], [4]])
+    gamma = responsibilities(module, x, module.pi.T[:, None], context)[..., 0]
+    module(x, context, mask=AttentionMask.padding([keys, 4]))
+    expected = (gamma * real[:, None, None]).sum((0, 2, 3)) / (9 * real.sum().double() + 1e-6)
+    torch.testing.assert_close(module.pi[0], expected, atol=1e-12, rtol=0)
+
+
+def test_tokens_that_are_no_queries_are_no_keys_of_the_soft_prior():
+    module, x = make(assignment="soft", causal=False), torch.randn(2, 9, E).double()
+    twin, real = make(assignment="soft", causal=False), torch.arange(9) >= torch.tensor([[0], [3]])
+    module(x, mask=AttentionMask(real_queries=real))
+    twin(torch.cat([x[:1], x[1:].roll(-3, 1)]), mask=AttentionMask.padding([9, 6]))
+    torch.testing.assert_close(module.pi, twin.pi, atol=1e-12, rtol=0)
+
+
+def test_the_linear_forms_cache_has_floating_states():
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got torch\.int64"):
+        make(attention="linear").init_cache(1, 5, dtype=torch.int64)
+
+
 def test_documents_of_a_row_have_positions_of_their_own():
     module, x = make(assignment="soft", prior="position", max_positions=6), torch.randn(1, 9, E).double()
     module(x, mask=AttentionMask.packed([0, 6, 9]))
@@ -305,7 +329,7 @@ def test_the_linear_form_costs_what_its_states_cost():
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_key_circuits_are_means_by_prior_and_precision(attention):
-    module = make(attention=attention, scale_w=(1.0, 2.0))
+    module = make(attention=attention, **({"scale_w": (1.0, 2.0)} if attention == "linear" else {}))
     share = module.pi * torch.tensor(module.precision if attention == "softmax" else (1.0, 2.0))[:, None]
     mean = (share / share.sum(0))[..., None, None] * module.k_proj.weight.view(2, H, D, E)
     for h, (_, k) in enumerate(module.qk_circuit()):
@@ -327,6 +351,9 @@ def test_key_circuits_are_means_by_prior_and_precision(attention):
         ({"attention": "linear", "rope": Rotary()}, "attention 'linear' needs assignment 'learned' and no rope"),
         ({"eps": -1.0}, "eps must not be negative, got -1.0"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
+        ({"feature_norm": True}, "feature_norm needs attention 'linear', got True and attention 'softmax'"),
+        ({"output_scale": 0.5}, "output_scale needs attention 'linear', got 0.5 and attention 'softmax'"),
+        ({"scale_w": (1, 2)}, r"scale_w needs attention 'linear', got \(1.0, 2.0\) and attention 'softmax'"),
     ],
 )
 def test_refusals(options, message):

@@ -89,6 +89,18 @@ def test_dropped_weights_take_their_share_of_the_values_embedding(mode):
     torch.testing.assert_close(attn(x), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["mul", "add"])
+def test_a_query_without_a_key_in_its_window_gets_zeros(mode):
+    attn, x, context = make(mode=mode, causal=False, sliding_window=2), *torch.randn(2, 2, 7, E).double()
+    y = attn(x, context[:, :3])
+    assert not y[:, :3].any()
+    distance = torch.arange(-4, 3)[:, None] - torch.arange(3)
+    attn.sliding_window = None
+    torch.testing.assert_close(attn(x, context[:, :3], mask=distance.abs() < 2), y, atol=1e-12, rtol=0)
+    attn.sliding_window = 2
+    assert attn.flops_by_part(7, 3)["attention"] == 2 * H * 2 * attn.head_dim * int((distance.abs() < 2).sum())
+
+
 def test_without_a_rotation_what_is_added_to_keys_cancels():
     attn, x = make(mode="add"), torch.randn(2, 9, E).double()
     y = attn(x)

@@ -1,5 +1,6 @@
 """Multi-head linear attention: stored figures, its forms, what it reduces to, images, refusals."""
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -337,6 +338,16 @@ def test_local_values_are_a_convolution_over_the_image():
     torch.testing.assert_close(with_local[0], expected, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_only_the_documents_of_a_row_have_to_fit_the_blocks(backend, causal):
+    attn, x = make(backend=backend, causal=causal), sample(2, 40)
+    ends = [0, 24, 31, 40, 63, 80]
+    y = attn(x, mask=AttentionMask.packed(ends)).flatten(0, 1)
+    for a, b in itertools.pairwise(ends):
+        torch.testing.assert_close(attn(x.flatten(0, 1)[None, a:b])[0], y[a:b], atol=1e-12, rtol=0)
+
+
 def test_padding_on_the_right_is_a_shorter_batch():
     for causal in (True, False):
         attn, x = make(causal=causal, normalizer="mixed", feature_map="elu"), sample()
@@ -504,6 +515,11 @@ def test_calls_that_are_refused():
     attn, x = make(), sample(tokens=T)
     with pytest.raises(ValueError, match=r"at most num_blocks \* block_size = 6 \* 4 tokens with .*'error', got 25"):
         attn(sample(tokens=25))
+    with pytest.raises(ValueError, match=r"at most num_blocks \* block_size = 6 \* 4 tokens .*got 25 in one document"):
+        attn(sample(1, 30), mask=AttentionMask.packed([0, 5, 30]))
+    late = AttentionMask(real_queries=torch.arange(T) >= torch.tensor([[0], [3]]))
+    with pytest.raises(ValueError, match="mask must not begin with padding, since blocks are counted from the first"):
+        attn(x, mask=late)
     with pytest.raises(ValueError, match=r"max_length must be at most .* = 24 .*got 25"):
         attn.init_cache(1, 25)
     with pytest.raises(ValueError, match="context must be None"):
@@ -518,6 +534,8 @@ def test_calls_that_are_refused():
     compat = make(normalizer="compat", causal=False, feature_map="elu")
     with pytest.raises(ValueError, match=r"normalizer 'compat' needs exactly .* = 24 tokens, got 19"):
         compat(x)
+    with pytest.raises(ValueError, match="mask must not be packed with a grid or normalizer 'compat'"):
+        compat(sample(1, 24), mask=AttentionMask.packed([0, 12, 24]))
     for backend in ("sdpa", "flash"):
         with pytest.raises(attnzoo.BackendUnavailable, match=f"backend '{backend}' cannot run linear attention: it"):
             make(backend=backend)(x)

@@ -475,6 +475,11 @@ def test_frequencies_of_a_state_dict_are_the_modules():
         ({"v_head_dim": 0}, "v_head_dim must be at least 1, got 0"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
         ({"rope_kv_heads": 2}, "rope_kv_heads must be 1 or num_kv_heads 4, got 2"),
+        ({"num_kv_heads": 2, "rope_kv_heads": 2, "rope": None}, "rope_kv_heads must be 1 without a rotation, got 2"),
+        (
+            {"rope_inv_freq": torch.ones(1, 1), "rope": Rotary(scaling={"rope_type": "linear", "factor": 2.0})},
+            "rope_inv_freq needs a rope without scaling, which would have no effect, got Rotary",
+        ),
         ({"rope_inv_freq": torch.ones(2, 2)}, r"rope_inv_freq must have shape \(1, 1\), got \(2, 2\)"),
         ({"rope_mode": "post"}, "rope_mode must be one of 'decoupled', 'pre', 'none', got 'post'"),
         ({"rope_mode": "pre", "rope": None}, "rope must be given with rope_mode 'pre'"),

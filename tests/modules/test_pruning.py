@@ -1,5 +1,6 @@
 """Removing heads equals silencing them."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_pruned_equals_silenced(name, steps):
     with torch.no_grad():
         decoded = torch.cat([module(part, cache=cache) for part in x.split([4, 1, 4], dim=1)], dim=1)
     torch.testing.assert_close(decoded, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", names("pruning as a mask"))
+def test_the_default_device_means_nothing_to_pruning(name):
+    module = build(name)
+    twin = copy.deepcopy(module)
+    with torch.device("meta"):
+        module.prune_heads([0])
+    twin.prune_heads([0])
+    for (key, found), expected in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), key
 
 
 def test_a_head_named_twice_is_refused():

@@ -1,5 +1,7 @@
 """Selective attention: stored F, what it reduces to, who takes what from whom, its cache, refusals."""
 
+import copy
+
 import pytest
 import torch
 
@@ -131,6 +133,21 @@ def test_decoding_is_the_full_forward(window, chunks):
     rows = cache.ROWS + 1
     assert attn.cache_bytes_per_token(torch.bfloat16) == 2 * 2 * G * 6 + 4 * rows
     assert cache.nbytes == 2 * (T + 3) * attn.cache_bytes_per_token(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda cache: None, lambda cache: cache.reorder(torch.tensor([0, 1])), copy.deepcopy]
+)
+def test_gradients_pass_what_was_cached_in_inference_mode(change):
+    attn, x = make(chunk_size=2), sample()
+    cache = attn.init_cache(2, T)
+    with torch.inference_mode():
+        attn(x[:, :4], cache=cache)
+        cache = change(cache) or cache
+    y = attn(x[:, 4:], cache=cache)
+    assert_close(y, attn(x)[:, 4:])
+    y.sum().backward()
+    assert attn.q_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"prune_threshold": 0.4}])
