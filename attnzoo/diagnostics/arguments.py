@@ -62,3 +62,10 @@ def check_mask(name: str, mask: object, *shapes: str) -> None:
     """Raise ValueError unless a head mask is a floating-point tensor."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor {' or '.join(shapes)}, got {describe(mask)}")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError for a value that is not among the allowed ones."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnzoo.masks import AttentionMask
+from attnzoo.rules import describe
 
 
-def tokens_and_mask(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Token numbers (B, T) and mask (B, T) of the real tokens of a batch, or None where it has none."""
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the context."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def tokens_and_mask(batch: Any, *, labelled: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """Token numbers (B, T) and mask (B, T) of the real tokens of a batch, or None where it has none.
+
+    If labelled, the second of a pair is left out unless it can be a mask of the first.
+    """
     tokens: Any = None
     mask: Any = None
     if isinstance(batch, Mapping):
         tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         tokens, mask = batch
+        if labelled and isinstance(mask, Tensor) and not (mask.shape == tokens.shape[:2] and _is_binary(mask)):
+            mask = None
     elif isinstance(batch, Tensor):
         tokens = batch
     integral = isinstance(tokens, Tensor) and not tokens.is_floating_point()
@@ -72,16 +92,31 @@ def run_batch(
     if forward is not None:
         forward(model, batch)
     elif isinstance(batch, Mapping):
-        model(**{**_positions(model, "position_ids", mask), **batch})
+        model(**{**positions_of(model, "position_ids", mask), **batch})
     elif isinstance(batch, Tensor):
         model(batch)
     elif isinstance(batch, tuple | list) and len(batch) == 2 and mask is not None:
+        if not _is_binary(batch[1]):
+            raise ValueError(f"mask must be True for real tokens and False for others, got {describe(batch[1])}")
         if bool((mask.diff(dim=1).count_nonzero(1) > 1).any()):
             raise ValueError("mask must be of right padding or of left padding in each row, got another one")
         padding = AttentionMask.dense(mask[:, None, None]) if _is_left(mask) else AttentionMask.padding(mask.sum(1))
-        model(batch[0], mask=padding, **_positions(model, "positions", mask))
+        model(batch[0], mask=padding, **positions_of(model, "positions", mask))
     else:
         raise ValueError(f"batches must hold tensors, pairs (tensor, mask) or mappings, got {type(batch).__name__}")
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Runs compiled modules uncompiled inside: a graph made earlier does not call the hooks that come now."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _is_binary(mask: Tensor) -> bool:
+    """Whether a tensor holds nothing but True and False, or 1 and 0."""
+    return torch.equal(mask, mask.bool().to(mask.dtype))
 
 
 def _is_left(mask: Tensor) -> bool:
@@ -89,7 +124,7 @@ def _is_left(mask: Tensor) -> bool:
     return bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
-def _positions(model: nn.Module, name: str, mask: Tensor | None) -> dict[str, Tensor]:
+def positions_of(model: nn.Module, name: str, mask: Tensor | None) -> dict[str, Tensor]:
     """Places of the real tokens under left padding, if the model takes them by this name and does not find its own."""
     if mask is None or not _is_left(mask):
         return {}

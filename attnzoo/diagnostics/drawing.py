@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.rules import check, one_of
+
 THEMES: dict[str, dict[str, Any]] = {
     "light": {"background": "#ffffff", "text": "#1a1a1a", "faint": "#6e6e6e", "fill": "#b8c4d6", "first": "#0072B2"},
     "dark": {"background": "#16181d", "text": "#e8e8e8", "faint": "#9a9a9a", "fill": "#465063", "first": "#56B4E9"},
@@ -41,8 +43,7 @@ FONT = "DejaVu Sans"
 @contextlib.contextmanager
 def themed(theme: str) -> Iterator[dict[str, Any]]:
     """matplotlib's settings of a theme, for the figures created inside."""
-    if theme not in THEMES:
-        raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {theme!r}")
+    check("theme", theme, one_of(*THEMES))
     import matplotlib
 
     look = THEMES[theme]

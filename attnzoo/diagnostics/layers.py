@@ -179,29 +179,27 @@ def _table_width(module: Any, width: int) -> int:
     return int(width * (1.0 if share is None else share))
 
 
+def _plain(
+    name: str, index: int, module: Any, family: str, heads: int, query: Any, key: Any, value: Any, out: Any
+) -> AttentionLayer:  # fmt: skip
+    """A layer with a key/value head for each query head and four projections."""
+    return grouped_layer(name, index, module, family, out, [lambda of: (of(query), of(key), of(value))], heads, heads)
+
+
 def _read_bert(name: str, index: int, module: Any) -> AttentionLayer:
-    inner = module.self
-    heads = _first(inner, name, "num_attention_heads", "num_heads")
-    return grouped_layer(
-        name, index, module, "bert", module.output.dense,
-        [lambda of: (of(inner.query), of(inner.key), of(inner.value))], heads, heads,
-    )  # fmt: skip
+    inner, heads = module.self, _first(module.self, name, "num_attention_heads", "num_heads")
+    return _plain(name, index, module, "bert", heads, inner.query, inner.key, inner.value, module.output.dense)
 
 
 def _read_distilbert(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "n_heads")
-    return grouped_layer(
-        name, index, module, "distilbert", module.out_lin,
-        [lambda of: (of(module.q_lin), of(module.k_lin), of(module.v_lin))], heads, heads,
-    )  # fmt: skip
+    return _plain(name, index, module, "distilbert", heads, module.q_lin, module.k_lin, module.v_lin, module.out_lin)
 
 
 def _read_short(name: str, index: int, module: Any) -> AttentionLayer:
     heads = _first(module, name, "num_attention_heads", "n_heads")
     family = "t5" if hasattr(module, "key_value_proj_dim") else "mpnet"
-    return grouped_layer(
-        name, index, module, family, module.o, [lambda of: (of(module.q), of(module.k), of(module.v))], heads, heads
-    )
+    return _plain(name, index, module, family, heads, module.q, module.k, module.v, module.o)
 
 
 def _read_gpt2(name: str, index: int, module: Any) -> AttentionLayer:

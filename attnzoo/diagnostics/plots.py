@@ -203,9 +203,7 @@ def heatmap(
             axes.set(xlabel="training step", ylabel="layer")
             if name:
                 axes.set_title(wrapped(name, (width - 1.5) / columns))
-        draw_colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(wrapped(title if title is not None else _headline(metric), width))
-        return figure
+        return _explained(figure, image, panels, metric, title, width)
 
 
 def trajectory(
@@ -279,7 +277,7 @@ def head_map(
         theme: "light" or "dark".
 
     Raises:
-        ValueError: for values of another shape, or nothing that is finite.
+        ValueError: for values of another shape, nothing that is finite, or another number of names.
     """
     panels_of = values if isinstance(values, Mapping) else {"": values}
     tables = {name: torch.as_tensor(table).detach().double().cpu() for name, table in panels_of.items()}
@@ -292,6 +290,8 @@ def head_map(
         low, high = center - reach, center + reach
     with themed(theme):
         rows = max(table.shape[0] for table in tables.values())
+        if layers is not None and len(layers) != rows:
+            raise ValueError(f"layers must hold one name a row of the values, got {len(layers)} for {rows}")
         columns = min(len(tables), ACROSS)
         cells = [table.shape[1] + 3 for table in tables.values()]
         cells_across = sum(cells) if len(tables) <= ACROSS else columns * max(cells)
@@ -315,9 +315,7 @@ def head_map(
             axes.set(xlabel="head", ylabel="layer" if first else "")
             if name:
                 axes.set_title(wrapped(name, (width - 1.5) / columns))
-        draw_colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(wrapped(title if title is not None else _headline(metric), width))
-        return figure
+        return _explained(figure, image, panels, metric, title, width)
 
 
 def pruning_curves(
@@ -422,9 +420,7 @@ def similarity_matrix(
             axes.set(xlabel="head", ylabel="head")
             if name:
                 axes.set_title(wrapped(name, 2.7))
-        draw_colour_bar(figure, image, panels, label(metric))
-        figure.suptitle(wrapped(title if title is not None else _headline(metric), 1.4 + 2.7 * columns))
-        return figure
+        return _explained(figure, image, panels, metric, title, 1.4 + 2.7 * columns)
 
 
 def attention_maps(
@@ -441,7 +437,7 @@ def attention_maps(
 
     Args:
         pattern: (H, T, S), or (T, S) of one head.
-        tokens: texts of the S keys, the last T of which are the queries. Default: their numbers.
+        tokens: texts of the S keys, the last T of which are the queries; more queries are numbered. Default: numbers.
         heads: numbers of the heads in `pattern`, for the panels' titles. Default: 0 .. H-1.
         title: of the figure.
         theme: "light" or "dark".
@@ -459,6 +455,7 @@ def attention_maps(
     if heads is not None and len(heads) != H:
         raise ValueError(f"heads must hold one number a head of the pattern, got {len(heads)} for {H}")
     texts = [str(at) for at in range(S)] if tokens is None else [_visible(token) for token in tokens]
+    queries = texts[S - T :] if T <= S else [str(at) for at in range(T)]
     signed = bool((maps < 0).any())
     roots = maps.sign() * maps.abs().sqrt()
     top = max(1.0, float(roots.nan_to_num().abs().max()) if signed else 0.0)
@@ -475,7 +472,7 @@ def attention_maps(
             if table.numel() <= NUMBERED:
                 draw_numbers(axes, image, shown, table.tolist())
             label_cells(axes, "x", texts, 24 if H == 1 else 12, upright=True)
-            label_cells(axes, "y", texts[S - T :], 24 if H == 1 else 12)
+            label_cells(axes, "y", queries, 24 if H == 1 else 12)
             axes.set_title(f"head {number if heads is None else heads[number]}")
             axes.set(xlabel="key", ylabel="query")
         bar = draw_colour_bar(figure, image, panels, "attention weight")
@@ -505,10 +502,12 @@ def _limits(tables: Sequence[Sequence[Sequence[float]]], log: bool) -> tuple[flo
     return (low, high) if low < high else (low - 0.5, high + 0.5) if not log else (low / 2, high * 2)
 
 
-def _headline(metric: str) -> str:
-    """The label of a figure as a title."""
+def _explained(figure: Any, image: Any, panels: Sequence[Any], metric: str, title: str | None, width: float) -> Any:
+    """The figure with its colour bar and its title, by default the metric's label."""
     text = label(metric)
-    return text[:1].upper() + text[1:]
+    draw_colour_bar(figure, image, panels, text)
+    figure.suptitle(wrapped(text[:1].upper() + text[1:] if title is None else title, width))
+    return figure
 
 
 def _shorts(layers: Sequence[Any]) -> list[str]:

@@ -342,6 +342,21 @@ def test_what_a_report_refuses():
         head_report(zoo.build("linear"), [torch.randn(B, T, zoo.E).double()])
 
 
+def test_labels_are_no_mask():
+    model, tokens = _lm(), _tokens()
+    expected = head_report(model, [tokens]).table("entropy")
+    padded = tokens.roll(1, 1)
+    padded[:, 5:], padded[:, :5] = 0, 2
+    for labels in (padded, torch.tensor([1, 0, 1]), padded[:, :4].bool()):
+        report = head_report(model, [(tokens, labels)], forward=lambda m, batch: m(batch[0]))
+        assert torch.equal(report.table("entropy"), expected)
+    with pytest.raises(ValueError, match="mask must be True for real tokens and False for others, got a"):
+        head_report(model, [(tokens, padded)])
+    of_numbers, of_switches = (head_report(model, [(tokens, mask)]) for mask in (padded // 2, padded > 0))
+    assert of_numbers.to_dict() == of_switches.to_dict()
+    assert of_numbers.queries == 15
+
+
 def test_composition_of_all_layers():
     model = _lm(3)
     weights = [(layer.qk_factors(), layer.ov_factors()) for layer in attention_layers(model)]

@@ -183,6 +183,8 @@ def test_attention_maps_show_tokens_of_any_script():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.to_png(figure, dpi=40)
+    longer = plots.attention_maps(torch.full((5, 3), 1 / 3), ["a", "b", "c"]).axes[0]
+    assert [text.get_text() for text in longer.get_yticklabels()] == ["0", "1", "2", "3", "4"]
     assert figure.axes[1].images[0].get_array()[6, 2] == pytest.approx(pattern()[1, 6, 2].sqrt().item())
 
 
@@ -245,6 +247,7 @@ def test_saving_is_in_one_piece(tmp_path):
         (lambda: plots.heatmap(rows(), "mp_gap"), "records must hold the figure 'mp_gap', got 18 rows without it"),
         (lambda: plots.heatmap({}, "mp_gap"), "records must hold at least one model, got none"),
         (lambda: plots.head_map(noise(3)), r"values must have shape \(L, H\), got \(3,\)"),
+        (lambda: plots.head_map(noise(3, 2), layers=["a"]), "layers must hold one name a row of the values, got 1 for"),
         (lambda: plots.head_map(torch.full((2, 2), math.nan)), "values must hold at least one finite number, got none"),
         (lambda: plots.similarity_matrix(noise(3, 4)), r"matrices must have shape \(H, H\), got \(3, 4\)"),
         (lambda: plots.similarity_matrix(noise(1, 1)), "matrices must hold at least one finite entry off their diagon"),

@@ -294,8 +294,9 @@ def test_examples_that_see_each_other_need_coupled(decoder, batch):
         means = model(inputs[0]).mean(1)
         return F.cross_entropy(means @ means.T / 10, torch.arange(len(means)), reduction="none")
 
-    with pytest.raises(ValueError, match="coupled must be True where a loss depends on other examples"):
-        head_importance(decoder, [batch], contrast)
+    for batches in ([batch], split(batch, 1, 3)):
+        with pytest.raises(ValueError, match="coupled must be True where a loss depends on other examples"):
+            head_importance(decoder, batches, contrast)
     found = head_gradients(decoder, [batch], contrast, coupled=True)
     xi = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
     with masked_heads(decoder, xi):
@@ -570,6 +571,33 @@ def test_a_mask_for_another_batch_is_refused(decoder, batch):
         pytest.raises(ValueError, match="xi must have one mask for each of the 4 sequences, got 3"),
     ):
         next_token_losses(decoder, batch)
+
+
+def test_tokens_of_an_encoder_and_its_decoder_are_not_averaged_together():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=31, d_model=16, d_kv=4, d_ff=20, num_layers=1, num_heads=4)
+    model = transformers.T5Model(config).eval()
+    tokens = torch.randint(3, 31, (2, 5))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": tokens}
+    with pytest.raises(ValueError, match="granularity 'token' needs layers that all run over the same tokens"):
+        head_importance(
+            model, [inputs], lambda m, b: m(**b).last_hidden_state.square().mean((1, 2)), granularity="token"
+        )
+
+
+def test_a_compiled_model_is_masked_too():
+    attn = build("gqa").eval()
+    compiled, x = torch.compile(attn, backend="eager"), torch.randn(2, 5, E, dtype=torch.float64)
+    whole = compiled(x)
+    xi = torch.ones(1, attention_layers(attn)[0].num_heads, requires_grad=True)
+    with masked_heads(compiled, xi.detach() * torch.arange(xi.numel())):
+        found = compiled(x)
+    with masked_heads(attn, xi.detach() * torch.arange(xi.numel())):
+        assert torch.equal(found, attn(x))
+    assert not torch.equal(found, whole)
+    with masked_heads(compiled, xi):
+        assert torch.autograd.grad(compiled(x).sum(), xi)[0].all()
+    assert torch.equal(compiled(x), whole)
 
 
 def test_torch_attention_is_refused():

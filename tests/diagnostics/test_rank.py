@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import attnzoo
 from attnzoo.diagnostics.capacity.low_rank import (
@@ -188,6 +189,9 @@ def test_report_of_a_model_and_of_latent_attention():
     rows = attention_rank_report(model, (tokens,))
     assert [(row.layer, row.head) for row in rows] == [(layer, h) for layer in range(2) for h in range(4)]
     assert all(row.logits.rank <= 8 for row in rows)
+    dropping = nn.Sequential(nn.Embedding(50, 32), nn.Dropout(), attnzoo.MultiHeadAttention(32, 4)).train()
+    assert attention_rank_report(dropping, tokens) == attention_rank_report(dropping, tokens)
+    assert all(part.training for part in dropping.modules())
     latent = attnzoo.MultiHeadLatentAttention(32, 4, 20, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=5).double()
     for row in attention_rank_report(latent, draw(2, 16, 32)):
         assert row.logits.rank <= 5

@@ -18,7 +18,7 @@ BELOW = {
     "layers": {"attention_layer", "layer_probe", "projections"},
     "batches": set(),
     "training_records": set(),
-    "heads": {"layers", "batches", "arguments", "configs"},
+    "heads": {"layers", "batches", "arguments", "configs", "training_records"},
     "pruning": {"layers", "batches", "layer_probe", "projections", "arguments", "configs"},
     "spectra": {"layers", "arguments"},
     "capacity": {"heads", "batches", "arguments"},

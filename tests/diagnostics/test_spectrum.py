@@ -221,6 +221,16 @@ def test_random_attention_shows_nothing_and_a_planted_form_shows(name):
     assert gram.lambda_max == pytest.approx(torch.linalg.svdvals(grams)[0].square().item(), rel=1e-9)
 
 
+def test_blocks_of_uneven_groups():
+    module = MECHANISMS["gqa"](dtype=torch.float64)
+    module.prune_heads([0])
+    queries, keys = (torch.cat(factors) for factors in zip(*module.qk_circuit(), strict=True))
+    (gram,) = analyze_attention(module, per="layer", form="gram")
+    singular = torch.linalg.svdvals(queries @ keys.T)
+    assert gram.lambda_max == pytest.approx(float(singular[0].square()), rel=1e-9)
+    assert gram.stable_rank == pytest.approx(float((singular / singular[0]).square().sum()), rel=1e-9)
+
+
 @pytest.mark.parametrize("mode", ["decoupled", "pre", "none"])
 @pytest.mark.parametrize("per", ["head", "layer"])
 def test_random_latent_attention_shows_nothing(mode, per):

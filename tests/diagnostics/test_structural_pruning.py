@@ -268,6 +268,9 @@ def test_speed_counts_and_compares():
     assert pruned_heads(model) == {}
     even = pruning_speed(model, lambda m: m(TOKENS), fractions=[0.5], rounds=1)
     assert even.removed == (4,)
+    wide = nn.Sequential(*(attnzoo.MultiHeadAttention(10, 10, rope=None) for _ in range(9)))
+    found = pruning_speed(wide, lambda m: m(torch.ones(1, 2, 10)), fractions=[0.7], rounds=1, warmup=0)
+    assert found.removed == (63,)
 
 
 # Refusals

@@ -145,8 +145,6 @@ def test_left_padding_moves_no_figure_of_a_wrapped_model(wrap):
         }[wrap]()  # fmt: skip
     assert innermost(wrapped) is model
     ids, padded = left_padded()
-    if wrap == "compiled":  # Compiled modules have to be observed uncompiled.
-        return
     alone, left = (head_report(wrapped, [batch]).table("entropy") for batch in ({"input_ids": ids}, padded))
     torch.testing.assert_close(left, alone, atol=1e-5, rtol=0)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.arguments import TOLERANCE, check_tensor
-from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
+from attnzoo.diagnostics.batches import in_eval_mode, run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.observe import observe
 from attnzoo.rules import NUMBER, Rule, check, is_number, numbers_of
@@ -147,7 +147,7 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
     """Ranks of logits and patterns of every head of a model, averaged over the batch.
 
     Args:
-        model: any model that `attention_layers` understands; run once, without gradients.
+        model: any model that `attention_layers` understands; run once, in eval mode and without gradients.
         batch: what the model takes: a tensor, a tuple of arguments or a mapping of them, whose "attention_mask" (B, T)
             says which tokens are real; the others count neither as queries nor as keys. T <= 512 is advisable.
         rtol: as in `attention_rank`.
@@ -194,7 +194,7 @@ def attention_rank_report(model: nn.Module, batch: Any, rtol: float | None = Non
                 )
             )  # fmt: skip
 
-    with torch.no_grad(), observe(model, visit):
+    with in_eval_mode(model), torch.no_grad(), observe(model, visit):
         if isinstance(batch, tuple):
             model(*batch)
         else:

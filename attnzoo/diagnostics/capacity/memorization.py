@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.diagnostics.arguments import TOLERANCE, check_tensor
+from attnzoo.diagnostics.arguments import TOLERANCE, check_choice, check_tensor
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.observe import observe
 from attnzoo.rules import INTEGER, POSITIVE, SIZE, SWITCH, Rule, check, check_sizes, describe
@@ -67,8 +67,7 @@ class MemorizationTask:
         )  # fmt: skip
         check("classification", self.classification, SWITCH)
         check("seed", self.seed, _NUMPY_SEED)
-        if self.context not in CONTEXTS:
-            raise ValueError(f"context must be one of {', '.join(map(repr, CONTEXTS))}, got {self.context!r}")
+        check_choice("context", self.context, CONTEXTS)
         if self.context == "perm" and self.context_size > _BAG:
             raise ValueError(f"context_size must be at most {_BAG} for context 'perm', got {self.context_size}")
 

@@ -94,9 +94,9 @@ class RunningMeasures:
         tokens = None if call.cross else tokens
         device = call.outputs.device
         real = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-        real_keys = torch.ones(B, S, dtype=torch.bool, device=device) if key_mask is None else key_mask.to(device)
+        real_keys = None if key_mask is None else key_mask.to(device)
         for given, expected in ((real, (B, T)), (real_keys, (B, S))):
-            if given.shape != expected:
+            if given is not None and given.shape != expected:
                 raise ValueError(f"mask must have shape {expected}, got {tuple(given.shape)}")
         if tokens is not None and tokens.shape != (B, T):
             raise ValueError(f"tokens must have shape {(B, T)}, that of the queries, got {tuple(tokens.shape)}")
@@ -106,23 +106,21 @@ class RunningMeasures:
             return
         tokens = None if tokens is None else tokens.to(device)
         self.queries += int(real.sum())
-        order = None if key_mask is None else similarity.real_first(real_keys)
-        keys = tokens if tokens is None or order is None else tokens.gather(1, order)
+        keys = tokens
+        if tokens is not None and real_keys is not None:
+            keys = tokens.gather(1, similarity.real_first(real_keys))
         gram = torch.zeros(B, H, H, dtype=torch.float64, device=device)
         kinds = torch.zeros(len(similarity.DETECTABLE), B, H, dtype=torch.float64, device=device)
         weight = torch.zeros(B, H, dtype=torch.float64, device=device)
         for rows, pattern in call.pattern_blocks(self.block):
-            p, m = pattern.double(), real[:, rows]
-            i = (real.cumsum(1) - 1)[:, rows]
-            if order is not None:
-                p = p.gather(-1, order[:, None, None].expand_as(p))
-                p = p.masked_fill(~(m[:, None, :, None] & real_keys.gather(1, order)[:, None, None]), 0.0)
-            elif mask is not None:
+            m, i = real[:, rows], (real.cumsum(1) - 1)[:, rows]
+            p = similarity.real_tokens_first(pattern.double(), None, real_keys)
+            if mask is not None:
                 p = p.masked_fill(~m[:, None, :, None], 0.0)
             flat = p.flatten(2)
             gram += flat @ flat.mT
             self._check(call, p, m)
-            self._single(p, m, i, call.visible_counts(rows, None if key_mask is None else real_keys), call.cross)
+            self._single(p, m, i, call.visible_counts(rows, real_keys), call.cross)
             if tokens is not None and keys is not None:
                 self._kinds(p, tokens[:, rows], keys, i, kinds, weight)
         # A head without weights in an example has no cosine there.

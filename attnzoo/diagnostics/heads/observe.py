@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.arguments import layers_of
+from attnzoo.diagnostics.batches import uncompiled
 from attnzoo.diagnostics.configs import RAGGED
 from attnzoo.diagnostics.heads.attention_call import AttentionCall, pattern_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
@@ -40,7 +41,7 @@ def observe(
 
     Only one layer's tensors are alive at a time unless the visitor keeps them. Yields the observed layers. Whatever
     implementation a Hugging Face model is set to, inside the block it uses scaled_dot_product_attention, or patterns
-    where that lacks an option. Compiled modules have to be observed uncompiled.
+    where that lacks an option, and compiled modules run uncompiled.
 
     Args:
         model: any model that `attention_layers` understands.
@@ -57,7 +58,7 @@ def observe(
         for layer in chosen:
             observer.attach(layer, undo)
         _set_implementation(model, chosen, undo)
-        with observing(observer.show):
+        with observing(observer.show), uncompiled():
             yield chosen
     finally:
         for step in reversed(undo):
@@ -229,14 +230,8 @@ class _Observer:
     def finish(self, layer: AttentionLayer, heads: Tensor) -> None:
         outputs = heads.detach().transpose(1, 2)
         if not self.running or self.running[-1].layer is not layer:
-            call = AttentionCall(
-                layer,
-                None,
-                None,
-                None,
-                outputs,
-                obstacle=f"the forward of {type(layer.module).__name__} was not called",
-            )
+            obstacle = f"the forward of {type(layer.module).__name__} was not called"
+            call = AttentionCall(layer, None, None, None, outputs, obstacle=obstacle)
         else:
             top = self.running[-1]
             self.running[-1] = _Running(layer, top.cross)

@@ -6,6 +6,7 @@ need no more memory than one block of one layer.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -15,12 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.batches import decoder_modules, decoder_tokens_and_mask, run_batch, tokens_and_mask
+from attnzoo.diagnostics.arguments import check_choice
+from attnzoo.diagnostics.batches import (
+    decoder_modules,
+    decoder_tokens_and_mask,
+    in_eval_mode,
+    run_batch,
+    tokens_and_mask,
+)
 from attnzoo.diagnostics.heads import similarity
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.measures import LayerReport, RunningGates, RunningMeasures
 from attnzoo.diagnostics.heads.observe import Captured, observe
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
+from attnzoo.diagnostics.training_records import finite
 from attnzoo.rules import INTEGER, SIZE, check, describe, is_number
 
 KINDS = ("previous_token_head", "duplicate_token_head", "induction_head", "sink_head")
@@ -50,9 +59,7 @@ class HeadReport:
         Raises:
             ValueError: for a measure that the report does not hold.
         """
-        names = self.measures
-        if measure not in names:
-            raise ValueError(f"measure must be one of {', '.join(map(repr, names))}, got {measure!r}")
+        check_choice("measure", measure, self.measures)
         width = max(layer.num_heads for layer in self.layers)
         table = torch.full((len(self.layers), width), math.nan, dtype=torch.float64)
         for row, layer in zip(table, self.layers, strict=True):
@@ -87,22 +94,17 @@ class HeadReport:
         return kinds
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON; NaN becomes None."""
-        return {
-            "queries": self.queries,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "index": layer.index,
-                    "measures": {name: _plain(values) for name, values in layer.measures.items()},
-                    "pair_cosine": _plain(layer.pair_cosine),
-                    "output_cosine": _plain(layer.output_cosine),
-                    "sink_rate": None if math.isnan(layer.sink_rate) else layer.sink_rate,
-                    "note": layer.note,
-                }
-                for layer in self.layers
-            ],
-        }
+        """Plain types, for JSON; what is not finite becomes None."""
+        layers = [
+            {
+                "name": layer.name, "index": layer.index,
+                "measures": {name: values.tolist() for name, values in layer.measures.items()},
+                "pair_cosine": layer.pair_cosine.tolist(), "output_cosine": layer.output_cosine.tolist(),
+                "sink_rate": layer.sink_rate, "note": layer.note,
+            }
+            for layer in self.layers
+        ]  # fmt: skip
+        return {"queries": self.queries, "layers": finite(layers)}
 
     def to_dataframe(self) -> Any:
         """One row per head in a pandas.DataFrame: layer, head, label, name of the layer, and every measure."""
@@ -162,7 +164,7 @@ def head_report(
         layers: indices of the layers to report. Default: all.
         period: of batches [first token] + r + r with r of that many random tokens: adds "induction_stripe".
         block: queries at once.
-        forward: calls the model on a batch in another way.
+        forward: calls the model on a batch in another way; the second of a pair may then be labels.
 
     Raises:
         ValueError: if there are no batches or no real tokens, for a batch or mask of another form, if a call has a
@@ -172,28 +174,23 @@ def head_report(
     if period is not None:
         check("period", period, INTEGER)
     sums: dict[int, RunningMeasures] = {}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        current: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 2
-        of_decoder = decoder_modules(model)
+    current: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 2
+    of_decoder = decoder_modules(model)
 
-        def visit(call: AttentionCall) -> None:
-            if call.layer.index not in sums:
-                sums[call.layer.index] = RunningMeasures(call.layer, period, block)
-            own = current[call.layer.module in of_decoder]
-            sums[call.layer.index].add(call, *own, current[0][1] if call.cross else own[1])
+    def visit(call: AttentionCall) -> None:
+        if call.layer.index not in sums:
+            sums[call.layer.index] = RunningMeasures(call.layer, period, block)
+        own = current[call.layer.module in of_decoder]
+        sums[call.layer.index].add(call, *own, current[0][1] if call.cross else own[1])
 
-        with ExitStack() as stack, torch.no_grad():
-            gates = _watched_gates(
-                stack.enter_context(observe(model, visit, layers)), stack, lambda own: current[own in of_decoder][1]
-            )
-            for batch in batches:
-                current[:] = [tokens_and_mask(batch), decoder_tokens_and_mask(batch)]
-                run_batch(model, batch, current[0][1], forward)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with in_eval_mode(model), ExitStack() as stack, torch.no_grad():
+        gates = _watched_gates(
+            stack.enter_context(observe(model, visit, layers)), stack, lambda own: current[own in of_decoder][1]
+        )
+        for batch in batches:
+            tokens, mask = tokens_and_mask(batch, labelled=forward is not None)
+            current[:] = [(tokens, mask), decoder_tokens_and_mask(batch)]
+            run_batch(model, batch, mask, forward)
     if not sums:
         raise ValueError("batches must hold at least one batch that runs the model's attention, got none")
     if not any(layer.queries for layer in sums.values()):
@@ -216,14 +213,13 @@ def _watched_gates(
         for name, (module, reads) in named.items():
             gates = RunningGates(name, tuple(reads))
             watched.setdefault(layer.index, []).append(gates)
-
-            def note(
-                _: nn.Module, __: Any, logits: Tensor, gates: RunningGates = gates, own: Any = layer.module
-            ) -> None:
-                gates.add(logits, real_tokens(own))
-
+            note = functools.partial(_note, gates, functools.partial(real_tokens, layer.module))
             stack.callback(module.register_forward_hook(note).remove)
     return watched
+
+
+def _note(gates: RunningGates, real: Callable[[], Tensor | None], _: nn.Module, __: Any, logits: Tensor) -> None:
+    gates.add(logits, real())
 
 
 def composition_table(model: nn.Module, mode: str) -> Tensor:
@@ -287,10 +283,3 @@ def to_bertviz(captured: Captured, tokens: Sequence[str], example: int = 0) -> t
     if len(tokens) != T:
         raise ValueError(f"tokens must be as many as the patterns' {T}, got {len(tokens)}")
     return tuple(p[example : example + 1].float().cpu() for p in patterns), [str(token) for token in tokens]
-
-
-def _plain(values: Tensor) -> Any:
-    """Nested lists with None for NaN."""
-    if values.ndim > 1:
-        return [_plain(row) for row in values]
-    return [None if math.isnan(value) else value for value in values.tolist()]

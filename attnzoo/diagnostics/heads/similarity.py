@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnzoo.diagnostics.arguments import check_tensor
+from attnzoo.diagnostics.arguments import check_choice, check_tensor
 from attnzoo.rules import COUNT, INTEGER, NUMBER, SWITCH, Rule, check, check_sizes, describe, is_number
 
 _SHARE: Rule = ((lambda value: is_number(value) and 0 < value <= 1, "lie in (0, 1]"),)
@@ -116,8 +116,7 @@ def detect_head(
         exclude_current_token: leave the diagonal out.
         round: decimals of "abs", which the original rounds to 3; None for all.
     """
-    if name not in DETECTABLE:
-        raise ValueError(f"name must be one of {', '.join(map(repr, DETECTABLE))}, got {name!r}")
+    check_choice("name", name, DETECTABLE)
     if error_measure not in ("mul", "abs"):
         raise ValueError(f"error_measure must be 'mul' or 'abs', got {error_measure!r}")
     for option, value in (("exclude_bos", exclude_bos), ("exclude_current_token", exclude_current_token)):
@@ -399,10 +398,8 @@ def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> t
         raise ValueError(f"pattern must have as many keys as queries, got {tuple(pattern.shape)}")
     m = _query_mask(p, mask)
     if mask is not None:
-        order = real_first(mask)
-        p = p.gather(-2, order[:, None, :, None].expand_as(p)).gather(-1, order[:, None, None].expand_as(p))
-        m = m.gather(-1, order[:, None])
-        p = p.masked_fill(~(m[..., None] & m[:, :, None]), 0.0)
+        p = real_tokens_first(p, mask, mask)
+        m = m.gather(-1, real_first(mask)[:, None])
     if not bool(p.isfinite().all()):
         raise ValueError("pattern must be finite where tokens are real, got NaN or infinite entries")
     if probabilities:
@@ -410,6 +407,16 @@ def _rows(pattern: Tensor, mask: Tensor | None, probabilities: bool = True) -> t
         if bool(((rows - 1).abs() > _TOLERANCE).any()) or bool((p < -_TOLERANCE).any()):
             raise ValueError("pattern must hold distributions: rows of this one do not sum to 1, or are negative")
     return p, m
+
+
+def real_tokens_first(pattern: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """Pattern (B, H, T, S) with real queries (B, T) and keys (B, S) first, and 0 elsewhere."""
+    for dim, real in ((-2, mask), (-1, key_mask)):
+        if real is not None:
+            order, shape = real_first(real), (len(real), 1, -1, 1) if dim == -2 else (len(real), 1, 1, -1)
+            there = real.gather(1, order).view(shape)
+            pattern = pattern.gather(dim, order.view(shape).expand_as(pattern)).masked_fill(~there, 0.0)
+    return pattern
 
 
 def real_first(mask: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import check_wanted, layers_of
+from attnzoo.diagnostics.arguments import check_choice, check_wanted, layers_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
-from attnzoo.diagnostics.pruning.masks import check_choice, head_mask, head_slots
+from attnzoo.diagnostics.pruning.masks import head_mask, head_slots
 from attnzoo.rules import SWITCH, check
 
 ABLATIONS = ("one", "all_but_one", "kv_group", "layer")

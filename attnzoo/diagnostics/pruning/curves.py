@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import SEED, check_wanted, pairs_of
+from attnzoo.diagnostics.arguments import SEED, check_choice, check_wanted, pairs_of
 from attnzoo.diagnostics.pruning.evaluate import LossFn, evaluate, progress_bar
 from attnzoo.diagnostics.pruning.importance import GRANULARITIES, NORMALIZATIONS, head_importance
-from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice, head_mask, head_slots
+from attnzoo.diagnostics.pruning.masks import UNITS, Head, head_mask, head_slots
 from attnzoo.rules import COUNT, SWITCH, check, describe, is_number, numbers_of
 
 MODES = ("greedy", "iterative")

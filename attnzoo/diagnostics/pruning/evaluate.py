@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.batches import in_eval_mode
 from attnzoo.diagnostics.pruning.masks import HeadSlots, check_seen, hooked, layer_scale
 
 LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
@@ -21,15 +22,10 @@ LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the context; warns if the model was in training mode with dropout."""
-    before = [(module, module.training) for module in model.modules()]
-    if any(training and _drops(module) for module, training in before):
+    if any(module.training and _drops(module) for module in model.modules()):
         warnings.warn("the model is in training mode with dropout; heads are measured in eval mode", stacklevel=4)
-    model.eval()
-    try:
+    with in_eval_mode(model):
         yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _drops(module: nn.Module) -> bool:

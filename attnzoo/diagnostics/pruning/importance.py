@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import check_mask, check_wanted
-from attnzoo.diagnostics.batches import tokens_and_mask
+from attnzoo.diagnostics.arguments import check_choice, check_mask, check_wanted
+from attnzoo.diagnostics.batches import decoder_modules, tokens_and_mask
 from attnzoo.diagnostics.pruning.evaluate import LossFn, check_count, evaluating, losses_of, progress_bar
 from attnzoo.diagnostics.pruning.masks import (
     UNITS,
     HeadSlots,
-    check_choice,
     check_seen,
     head_slots,
     hooked,
@@ -79,6 +78,8 @@ def head_importance(
     if coupled and granularity == "token":
         raise ValueError("granularity 'token' needs examples that are not coupled, got coupled=True")
     slots = head_slots(model)
+    of_decoder = decoder_modules(model)
+    has_both = len({layer.module in of_decoder for layer in slots.layers}) > 1
     size = slots.group_size() if unit == "kv_group" else 1
     summed = torch.zeros(slots.total // size * len(slots.layers), dtype=torch.float64).view(len(slots.layers), -1)
     largest, weight = 0.0, 0.0
@@ -89,7 +90,7 @@ def head_importance(
             # (B, T, L, H); of "batch" B = T = 1.
             s = s.view(*s.shape[:-1], -1, size).sum(-1)
             if granularity == "token":
-                if measured.lengths > 1:
+                if has_both or measured.lengths > 1:
                     raise ValueError(
                         "granularity 'token' needs layers that all run over the same tokens, got one with an encoder "
                         "and a decoder"
@@ -121,7 +122,7 @@ def _real_tokens(batch: Any, shape: tuple[int, ...]) -> Tensor:
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if isinstance(batch, Mapping) or (pair and batch[1].dtype == torch.bool):
         mask = tokens_and_mask(batch)[1]
-        # Heads of a decoder do not run over the tokens of its encoder.
+        # Heads may run over other tokens than a batch names, such as those of its images.
         if mask is not None and mask.shape[1] == shape[1]:
             return mask[: shape[0]]
     return torch.ones(shape)
@@ -158,8 +159,8 @@ class _Gradients:
                  together: bool = False) -> None:  # fmt: skip
         if mask is not None:
             check_mask("head_mask", mask, "(L, H)")
-        if mask is not None and tuple(mask.shape) != slots.shape:
-            raise ValueError(f"head_mask must have shape {slots.shape}, got {tuple(mask.shape)}")
+            if tuple(mask.shape) != slots.shape:
+                raise ValueError(f"head_mask must have shape {slots.shape}, got {tuple(mask.shape)}")
         self.model, self.slots, self.loss_fn = model, slots, loss_fn
         self.mask, self.coupled, self.together = mask, coupled, together
         self.first: Any = None
@@ -168,7 +169,7 @@ class _Gradients:
 
     def over(self, batches: Iterable[Any], wanted: int | None, progress: bool) -> Iterator[tuple[Any, Tensor, int]]:
         """Batch, its s, and how many of its examples count."""
-        done = 0
+        done, unchecked = 0, True
         check_wanted(wanted)
         for number, batch in enumerate(progress_bar(batches, "head importance", progress)):
             if wanted is not None and done >= wanted:
@@ -180,8 +181,7 @@ class _Gradients:
             if self.coupled or self.together:
                 s = self._summed(leaves, losses[:left], progress)
             else:
-                if number == 0:
-                    self._check_uncoupled(leaves, losses)
+                unchecked = unchecked and not self._uncoupled(leaves, losses)
                 s = self._by_token(leaves, losses)[:left]
             self.mean_loss = float(losses.detach().mean())
             done += left
@@ -237,15 +237,16 @@ class _Gradients:
                 table[:, :, index, list(self.slots.kept[index])] += grad if self.lengths == 1 else grad.sum(1, True)
         return table
 
-    def _check_uncoupled(self, leaves: list[list[Tensor]], losses: Tensor) -> None:
-        """Whether the first loss depends on the first sequence alone."""
+    def _uncoupled(self, leaves: list[list[Tensor]], losses: Tensor) -> bool:
+        """Whether the first of several losses depends on the first sequence alone; raises ValueError if not."""
         if losses.numel() < 2:
-            return
+            return False
         for grads in self._grad(losses[0], leaves, again=True):
             if any(bool(grad[1:].any()) for grad in grads):
                 raise ValueError(
                     "coupled must be True where a loss depends on other examples of its batch, got coupled=False"
                 )
+        return True
 
     def check_slope(self, largest: float) -> None:
         """Raise ValueError for an objective that is stationary at the full model, exactly or up to rounding."""

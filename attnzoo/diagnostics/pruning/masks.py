@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.diagnostics.arguments import check_mask, pairs_of
+from attnzoo.diagnostics.batches import uncompiled
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.rules import SIZES, SWITCH, check
 
@@ -89,7 +89,8 @@ def head_slots(model: nn.Module) -> HeadSlots:
 def masked_heads(model: nn.Module, xi: Tensor) -> Iterator[None]:
     """Within the context every head's output is multiplied by its entry of xi, which may need a gradient.
 
-    Masks compose: a context within another multiplies both. All ones change nothing, bit for bit.
+    Masks compose: a context within another multiplies both. All ones change nothing, bit for bit. A compiled model
+    runs uncompiled meanwhile.
 
     Args:
         model: any model that `attention_layers` knows.
@@ -144,6 +145,7 @@ def hooked(slots: HeadSlots, change: Callable[[int, Tensor], Tensor]) -> Iterato
         return changed
 
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for index, layer in enumerate(slots.layers):
             if slots.kept[index]:
                 stack.callback(layer.hook_heads(function(index)).remove)
@@ -155,9 +157,3 @@ def check_seen(slots: HeadSlots, seen: set[int]) -> None:
     for index, layer in enumerate(slots.layers):
         if index not in seen:
             raise ValueError(f"loss_fn must run every attention layer of the model, but {layer.name!r} never ran")
-
-
-def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise ValueError for a value that is not among the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -94,7 +94,7 @@ def pruning_speed(
     if order is None:
         # The same number in each layer, the last ones first.
         order = [(layer, h) for h, layer in present.T.nonzero().flip(0).tolist()]
-    counts = [int(int(present.sum()) * share) for share in fractions]
+    counts = [int(int(present.sum()) * share + 1e-9) for share in fractions]  # 0.7 of 90 is 63
     if max(counts) > len(order):
         raise ValueError(f"order must name at least {max(counts)} heads, got {len(order)}")
     copies, masks, errors = [], [], []

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo.diagnostics.arguments import pairs_of
+from attnzoo.diagnostics.arguments import check_choice, pairs_of
 from attnzoo.diagnostics.layers import AttentionLayer, attention_layers
 from attnzoo.diagnostics.pruning.evaluate import evaluating
 from attnzoo.diagnostics.pruning.hugging_face import PRUNABLE, check_prunable, prune_module
-from attnzoo.diagnostics.pruning.masks import UNITS, Head, check_choice
+from attnzoo.diagnostics.pruning.masks import UNITS, Head
 from attnzoo.diagnostics.pruning.trial import Trial, rehearse
 from attnzoo.rules import SWITCH, check
 

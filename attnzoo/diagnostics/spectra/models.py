@@ -69,14 +69,14 @@ def analyze_model(
     settings = settings_of(options)
     layers = attention_layers(model)
     batch = _HeadBatch(settings)
-    entries: list[SpectrumRecord | tuple[int, SpectrumRecord]] = []
+    # Records, or their numbers in the batch, with what they are of.
+    entries: list[tuple[SpectrumRecord | int, dict[str, Any]]] = []
     refusals: list[NoPartError] = []
     for layer in layers if progress is None else progress(layers):
         for name in kinds:
             if name == "weights":
                 for _, named, weight in weight_matrices(layer.module, 2):
-                    record = analyze_matrix(weight, **options)
-                    entries.append(dataclasses.replace(record, layer=layer.name, matrix=named))
+                    entries.append((analyze_matrix(weight, **options), {"layer": layer.name, "matrix": named}))
                 continue
             try:
                 factors = layer.qk_factors(part) if name == "qk" else [(out.T, wv) for wv, out in layer.ov_factors()]
@@ -85,25 +85,16 @@ def analyze_model(
                 continue
             chosen = form if name == "qk" else "circuit"
             law = default_null(layer.module) if null is None else null
-            named = name if part == "full" or name != "qk" else f"{name} {part}"
+            of = {"layer": layer.name, "matrix": name if part == "full" or name != "qk" else f"{name} {part}"}
             if law == "product" and per == "head":
-                blank = SpectrumRecord(0, 0.0, layer=layer.name, matrix=named)
-                numbers = batch.add(factors, chosen)
-                entries += [(number, dataclasses.replace(blank, head=head)) for head, number in enumerate(numbers)]
+                entries += [(number, {**of, "head": head}) for head, number in enumerate(batch.add(factors, chosen))]
                 continue
             noise = functools.partial(redrawn_factors, layer.module, name, part) if law == "simulate" else None
-            for record in factor_records(factors, noise, chosen, per, law, options):
-                entries.append(dataclasses.replace(record, layer=layer.name, matrix=named))
+            entries += [(record, of) for record in factor_records(factors, noise, chosen, per, law, options)]
     if len(refusals) == len(layers):
         raise refusals[0]
     done = batch.records()
-    records = []
-    for entry in entries:
-        if isinstance(entry, tuple):
-            number, names = entry
-            entry = dataclasses.replace(done[number], layer=names.layer, head=names.head, matrix=names.matrix)
-        records.append(entry)
-    return records
+    return [dataclasses.replace(done[one] if isinstance(one, int) else one, **of) for one, of in entries]
 
 
 class _HeadBatch:
@@ -141,23 +132,24 @@ class _HeadBatch:
     def records(self) -> list[SpectrumRecord]:
         """In the order in which heads were added."""
         singular = _stacked_svdvals([head[0] for head in self._heads])
-        variances: dict[tuple[int, int], float] = {}
-        wanted: dict[tuple[int, int], Tensor] = {}
+        # Heads of a group have one key: variances are of each triangle once, of all of one size together.
+        triangles: dict[tuple[int, int], Tensor] = {}
         for _, left, right, dims, _ in self._heads:
-            wanted[id(left), max(dims[:2])] = left
-            wanted[id(right), max(dims[1:])] = right
-        spectra = _stacked_svdvals(list(wanted.values()))
-        stacks: dict[tuple[int, int], list[tuple[tuple[int, int], Tensor]]] = {}
-        for key, values in zip(wanted, spectra, strict=True):
-            stacks.setdefault((values.numel(), key[1]), []).append((key, values))
-        for (_, n_big), entries in stacks.items():
-            stacked = torch.stack([values for _, values in entries])
-            sigma2 = stacked_variances(stacked, n_big, self._settings.estimator, self._settings.q)
-            variances.update(zip((key for key, _ in entries), sigma2, strict=True))
+            triangles[id(left), max(dims[:2])] = left
+            triangles[id(right), max(dims[1:])] = right
+        spectra = dict(zip(triangles, _stacked_svdvals(list(triangles.values())), strict=True))
+        stacks: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for key, values in spectra.items():
+            stacks.setdefault((values.numel(), key[1]), []).append(key)
+        variances: dict[tuple[int, int], float] = {}
+        for (_, n_big), keys in stacks.items():
+            stacked = torch.stack([spectra[key] for key in keys])
+            found = stacked_variances(stacked, n_big, self._settings.estimator, self._settings.q)
+            variances.update(zip(keys, found, strict=True))
         records = []
         for values, (_, left, right, dims, exact) in zip(singular, self._heads, strict=True):
-            both = (variances[id(left), max(dims[:2])], variances[id(right), max(dims[1:])])
-            records.append(record_of(values, dims, exact, "product", self._settings, both, list))
+            both = [variances[id(left), max(dims[:2])], variances[id(right), max(dims[1:])]]
+            records.append(record_of(values, dims, exact, "product", self._settings, both.copy, list))
         return records
 
 

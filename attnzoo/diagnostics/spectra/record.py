@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from attnzoo.diagnostics.arguments import check_choice
 from attnzoo.diagnostics.spectra.marchenko_pastur import QUANTILES
 from attnzoo.rules import NOT_NEGATIVE, NUMBER, SWITCH, check, describe, is_number
 
@@ -98,10 +99,8 @@ class Settings:
     effective_rank_of: str = "eigenvalues"
 
     def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {self.estimator!r}")
-        if self.edge not in EDGES:
-            raise ValueError(f"edge must be one of {', '.join(map(repr, EDGES))}, got {self.edge!r}")
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("edge", self.edge, EDGES)
         if self.effective_rank_of not in ("eigenvalues", "sv"):
             raise ValueError(f"effective_rank_of must be 'eigenvalues' or 'sv', got {self.effective_rank_of!r}")
         if self.quantile is None and (not is_number(self.level) or self.level not in QUANTILES):

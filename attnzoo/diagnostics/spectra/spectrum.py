@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.diagnostics.arguments import check_tensor
+from attnzoo.diagnostics.arguments import check_choice, check_tensor
 from attnzoo.diagnostics.layers import Factors, attention_layers
 from attnzoo.diagnostics.spectra.marchenko_pastur import (
     QUANTILES,
@@ -88,8 +88,7 @@ def analyze_matrix(
     factors = [matrix] if isinstance(matrix, Tensor) else list(matrix)
     check_factors(factors)
     null = ("mp" if len(factors) == 1 else "product") if null is None else null
-    if null not in NULLS:
-        raise ValueError(f"null must be one of {', '.join(map(repr, NULLS))}, got {null!r}")
+    check_choice("null", null, NULLS)
     settings = Settings(estimator, edge, level, quantile, rank_rtol, keep_eigenvalues, effective_rank_of)
     if null == "product" and len(factors) == 1:
         raise ValueError("null 'product' needs the factors, got one matrix")
@@ -124,7 +123,7 @@ def record_of(
     exact: bool,
     null: str,
     settings: Settings,
-    sigma2: Callable[[], Sequence[float]] | Sequence[float],
+    sigma2: Callable[[], Sequence[float]],
     draws: Callable[[], Sequence[float]],
 ) -> SpectrumRecord:
     """Singular values, descending, of a product of factors of these sizes against a null.
@@ -154,8 +153,7 @@ def record_of(
         high = float(drawn.mean())
         threshold = high + 3 * float(drawn.std()) if settings.edge == "tw" else high
     else:
-        variances = sigma2() if callable(sigma2) else sigma2
-        scale = math.prod(s2 * size for s2, size in zip(variances, dims[1:], strict=True))
+        scale = math.prod(s2 * size for s2, size in zip(sigma2(), dims[1:], strict=True))
         edge, spread = _product_edge(tuple(dims))
         high = scale * edge
         threshold = scale * (edge + settings.q * spread) if settings.edge == "tw" else high
@@ -413,8 +411,8 @@ def pair_of(query: Tensor, key: Tensor, form: str) -> tuple[Tensor, Tensor]:
 def _layer(factors: Sequence[tuple[Tensor, Tensor]], form: str) -> tuple[Tensor, Tensor]:
     """All heads' factors as one pair, with each key of a group once, so that independent entries stay independent.
 
-    The sum over heads of "circuit" adds the queries of a group; the blocks of "gram" with a repeated key have the
-    singular values of those with it once, times the root of the group's size.
+    The sum over heads of "circuit" adds the queries of a group; the blocks of "gram" with a key n times have the
+    singular values of those with it once, times the root of n.
     """
     groups: list[tuple[list[Tensor], Tensor]] = []
     for query, key in factors:
@@ -424,7 +422,7 @@ def _layer(factors: Sequence[tuple[Tensor, Tensor]], form: str) -> tuple[Tensor,
                 break
         else:
             groups.append(([query], key))
-    keys = torch.cat([key for _, key in groups])
     if form == "circuit":
-        return torch.cat([torch.stack(queries).sum(0) for queries, _ in groups]), keys
-    return torch.cat([query for query, _ in factors]), keys * math.sqrt(len(factors) / len(groups))
+        return torch.cat([torch.stack(queries).sum(0) for queries, _ in groups]), torch.cat([key for _, key in groups])
+    keys = torch.cat([key * math.sqrt(len(queries)) for queries, key in groups])
+    return torch.cat([query for query, _ in factors]), keys

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attnzoo.diagnostics import plots
-from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
+from attnzoo.diagnostics.batches import decoder_modules, decoder_tokens_and_mask, run_batch, tokens_and_mask
 from attnzoo.diagnostics.heads.attention_call import AttentionCall
 from attnzoo.diagnostics.heads.clusters import chai_cluster_error, elbow
 from attnzoo.diagnostics.heads.observe import observe
 from attnzoo.diagnostics.heads.report import KINDS, HeadReport, head_report
-from attnzoo.diagnostics.heads.similarity import DETECTABLE
+from attnzoo.diagnostics.heads.similarity import DETECTABLE, real_tokens_first
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.training_records import label
 from attnzoo_recipes.diagnose.glossary import HEADS
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
-from attnzoo_recipes.diagnose.options import Options, parser_of, shared
+from attnzoo_recipes.diagnose.options import Options, options_of, parser_of
 from attnzoo_recipes.diagnose.results import Results, finite_mean, text_table
 from attnzoo_recipes.diagnose.tensors import SUFFIXES, batches_of, inputs_of, read_tensors
 from attnzoo_recipes.diagnose.texts import reader, sequences
@@ -111,11 +111,7 @@ def parse(words: Sequence[str]) -> HeadsOptions:
             raise ValueError(f"{name} must be at least {least}, got {getattr(parsed, name)}")
     if not 0 <= parsed.threshold <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {parsed.threshold}")
-    return HeadsOptions(
-        **shared("heads", given, parsed, allowed), text=Path(parsed.text), length=parsed.length,
-        sequences=parsed.sequences, batch_size=parsed.batch_size, threshold=parsed.threshold,
-        probe_tokens=parsed.probe_tokens, drawn=parsed.drawn,
-    )  # fmt: skip
+    return options_of(HeadsOptions, "heads", given, parsed, allowed, text=Path(parsed.text))
 
 
 def heads(options: HeadsOptions) -> None:
@@ -151,12 +147,16 @@ def layer_clusters(model: nn.Module, batches: Iterable[Any], probe_tokens: int) 
     """Clusters of the heads of every layer by their patterns, per sequence, with errors summed over sequences.
 
     Causal patterns are compared on the first `probe_tokens` tokens, as in CHAI; patterns that are not causal, on all.
+    Padding does not count, on either side.
     """
     errors: dict[int, Tensor] = {}
     probes: dict[int, int] = {}
+    masks: list[Tensor | None] = [None, None]
+    of_decoder = decoder_modules(model)
 
     def visit(call: AttentionCall) -> None:
-        pattern = call.pattern()
+        own = masks[call.layer.module in of_decoder]
+        pattern = real_tokens_first(call.pattern(), own, masks[0] if call.cross else own)
         if not bool(pattern.isfinite().all()):
             raise ValueError(f"layer {call.layer.name!r} must have finite attention weights, got NaN or infinite ones")
         T, S = pattern.shape[-2:]
@@ -171,7 +171,8 @@ def layer_clusters(model: nn.Module, batches: Iterable[Any], probe_tokens: int) 
 
     with observe(model, visit):
         for batch in batches:
-            run_batch(model, batch, tokens_and_mask(batch)[1])
+            masks[:] = [tokens_and_mask(batch)[1], decoder_tokens_and_mask(batch)[1]]
+            run_batch(model, batch, masks[0])
     return [Clusters(errors[index], elbow(errors[index]), probes[index]) for index in sorted(errors)]
 
 

@@ -64,7 +64,8 @@ def label_losses(model: nn.Module, batch: Mapping[str, Tensor], shifted: bool) -
     if labels is None and shifted:
         labels = batch["input_ids" if "input_ids" in batch else "tokens"]
         if (mask := batch.get("attention_mask")) is not None:
-            labels = labels.masked_fill(mask == 0, _IGNORED)
+            # The first token after left padding follows nothing.
+            labels = labels.masked_fill((mask == 0) | (mask == 0).roll(1, 1), _IGNORED)
     if labels is None or not isinstance(logits, Tensor):
         raise ValueError(f"data must hold labels, and {type(model).__name__} give logits, to measure a loss")
     classes = logits.shape[-1]

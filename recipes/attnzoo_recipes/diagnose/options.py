@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
@@ -42,6 +42,9 @@ class Options:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
 
 
+Kind = TypeVar("Kind", bound=Options)
+
+
 def parser_of(command: str, description: str, models: str) -> ArgumentParser:
     """A parser with MODEL and the options that all commands have.
 
@@ -62,19 +65,27 @@ def parser_of(command: str, description: str, models: str) -> ArgumentParser:
     return parser
 
 
-def shared(command: str, words: Sequence[str], parsed: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of `Options` from the command line and what such a parser makes of it."""
+def options_of(
+    kind: type[Kind], command: str, words: Sequence[str], parsed: Any, allowed: tuple[str, ...], **made: Any
+) -> Kind:
+    """Options of this kind from the command line and what such a parser makes of it.
+
+    Args:
+        kind: the command's own options.
+        command: name of the command.
+        words: of the command line.
+        parsed: what the parser gives.
+        allowed: packages that a checkpoint may name.
+        made: fields that are not as they were parsed.
+    """
     path = Path(parsed.model)
     folder = parsed.name or path.stem or path.resolve().name
-    return {
-        "model": parsed.model,
-        "name": parsed.name,
-        "out": Path(parsed.out) if parsed.out else Path("runs") / command / folder,
-        "device": parsed.device,
-        "allowed": allowed,
-        "command": shlex.join([f"attnzoo-{command}", *words]),
-        "formats": formats_named(parsed.format),
-    }
+    made |= {
+        "out": Path(parsed.out) if parsed.out else Path("runs") / command / folder, "allowed": allowed,
+        "command": shlex.join([f"attnzoo-{command}", *words]), "formats": formats_named(parsed.format),
+    }  # fmt: skip
+    others = {field.name for field in dataclasses.fields(kind)} - made.keys()
+    return kind(**made, **{name: getattr(parsed, name) for name in others})
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from attnzoo.diagnostics import plots
+from attnzoo.diagnostics.arguments import check_choice
 from attnzoo.diagnostics.layers import attention_layers
 from attnzoo.diagnostics.pruning.ablation import ABLATIONS, HeadAblation
 from attnzoo.diagnostics.pruning.curves import MODES
 from attnzoo.diagnostics.pruning.importance import GRANULARITIES
-from attnzoo.diagnostics.pruning.masks import UNITS, check_choice
+from attnzoo.diagnostics.pruning.masks import UNITS
 from attnzoo.diagnostics.pruning.paired_tests import ablation_tests
 from attnzoo_recipes.diagnose.glossary import PRUNE
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
-from attnzoo_recipes.diagnose.options import Options, comma_separated, comma_separated_numbers, parser_of, shared
+from attnzoo_recipes.diagnose.options import Options, comma_separated, comma_separated_numbers, options_of, parser_of
 from attnzoo_recipes.diagnose.prune_study import Study, drawn, study, task_of
 from attnzoo_recipes.diagnose.results import Results, finite_mean, text_table
 from attnzoo_recipes.diagnose.tensors import SUFFIXES
@@ -145,12 +146,9 @@ def _checked(given: list[str], parsed: Any, allowed: tuple[str, ...]) -> PruneOp
         raise ValueError(f"rounds must be at least 1, got {parsed.rounds}")
     if parsed.min_heads_per_layer < 0:
         raise ValueError(f"min_heads_per_layer must not be negative, got {parsed.min_heads_per_layer}")
-    return PruneOptions(
-        **shared("prune", given, parsed, allowed), data=Path(parsed.data), percents=percents, modes=parsed.modes,
-        normalize=parsed.normalize, granularity=parsed.granularity, unit=parsed.unit, ablate=parsed.ablate,
-        min_heads_per_layer=parsed.min_heads_per_layer, rescale=parsed.rescale,
-        seeds=tuple(dict.fromkeys(int(seed) for seed in seeds)), speed=speed, rounds=parsed.rounds,
-        decoded=parsed.decoded, examples=parsed.examples, length=parsed.length, batch_size=parsed.batch_size,
+    return options_of(
+        PruneOptions, "prune", given, parsed, allowed, data=Path(parsed.data), percents=percents, speed=speed,
+        seeds=tuple(dict.fromkeys(map(int, seeds))),
     )  # fmt: skip
 
 

@@ -250,6 +250,8 @@ def measure_speed(
     size = head_slots(model).group_size() if curve.unit == "kv_group" else 1
     order = [(layer, unit * size + i) for layer, unit in curve.order for i in range(size)]
     fractions = [percent / 100 for percent in percents if int(curve.total * size * percent / 100) <= len(order)]
+    if not fractions:
+        raise ValueError(f"at most {len(order)} heads may go, fewer than each of {list(percents)} percent")
     speeds = {}
     for name, (call, tokens) in task.calls.items():
         total = 2 * len(fractions) * (WARMUP + rounds)

@@ -18,7 +18,7 @@ from attnzoo.diagnostics.training_records import label
 from attnzoo_recipes.diagnose.glossary import SPECTRUM
 from attnzoo_recipes.diagnose.html import Picture, Section, Table, Text
 from attnzoo_recipes.diagnose.load_model import LoadedModel, describe, load_model
-from attnzoo_recipes.diagnose.options import Options, comma_separated, parser_of, shared
+from attnzoo_recipes.diagnose.options import Options, comma_separated, options_of, parser_of
 from attnzoo_recipes.diagnose.results import Results, finite_mean, text_table
 from attnzoo_recipes.options import command_line, device_named, mistakes_in_one_sentence, take_allowed_imports
 
@@ -82,12 +82,8 @@ def parse(words: Sequence[str]) -> SpectrumOptions:
     parsed = parser.parse_args(words)
     if parsed.drawn < 0:
         raise ValueError(f"drawn must not be negative, got {parsed.drawn}")
-    return SpectrumOptions(
-        **shared("spectrum", given, parsed, allowed), matrices=comma_separated(parsed.matrices), form=parsed.form,
-        per=parsed.per, part=parsed.part, null=parsed.null, estimator=parsed.estimator, level=parsed.level,
-        num_heads=parsed.num_heads, num_kv_heads=parsed.num_kv_heads, drawn=parsed.drawn,
-        save_eigenvalues=parsed.save_eigenvalues,
-    )  # fmt: skip
+    matrices = comma_separated(parsed.matrices)
+    return options_of(SpectrumOptions, "spectrum", given, parsed, allowed, matrices=matrices)
 
 
 def spectrum(options: SpectrumOptions) -> None:

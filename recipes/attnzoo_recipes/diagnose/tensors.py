@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.diagnostics.batches import positions_of, tokens_and_mask
+
 SUFFIXES = (".safetensors", ".npz", ".pt")
 """Of files that hold tensors; anything else is text."""
 
@@ -61,9 +63,13 @@ def batches_of(tensors: Mapping[str, Tensor], batch_size: int, device: torch.dev
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model is called with: labels only if it may derive its decoder's tokens from them."""
+    """What the model is called with: labels only if it may derive its decoder's tokens from them.
+
+    Where padding comes first, a model that takes "position_ids" gets those of the real tokens, as in `head_report`.
+    """
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {name: tensor for name, tensor in batch.items() if name != "labels" or decodes}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels" or decodes}
+    return {**positions_of(model, "position_ids", tokens_and_mask(batch)[1]), **inputs}
 
 
 def _read(path: Path) -> Any:
