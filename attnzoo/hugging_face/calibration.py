@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.conversion.calibration import InputStatistics
-from attnzoo.diagnostics.batches import run_batch, tokens_and_mask
+from attnzoo.diagnostics.batches import in_eval_mode, run_batch, tokens_and_mask
 from attnzoo.modules.gqa import GroupedQueryAttention
 from attnzoo.rules import describe
 
@@ -52,7 +52,7 @@ def calibrate(
 
     kept, tokens = [], 0
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        stack.enter_context(in_eval_mode(model))
         for name in sources:
             handle = model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -76,7 +76,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
         ValueError: if the model returns no logits.
     """
     total, count = 0.0, 0
-    with evaluating(model):
+    with in_eval_mode(model):
         for batch in batches:
             ids, mask = tokens_and_mask(batch)
             logits = getattr(model(**batch), "logits", None)
@@ -88,18 +88,6 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     if not count:
         raise ValueError("batches must hold a token to predict, got none")
     return total / count
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the context."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _paired(attn: nn.Module) -> GroupedQueryAttention | None:

@@ -24,12 +24,10 @@ from attnzoo.conversion import (
     to_talking_heads,
 )
 from attnzoo.conversion.heads import CALIBRATED
-from attnzoo.diagnostics.configs import own_configs
 from attnzoo.hugging_face.calibration import Batch, calibrate, known_ids, mean_loss
-from attnzoo.hugging_face.layer import AttentionLayer, every_module
-from attnzoo.hugging_face.replacement import attention_names, install, read_layers
+from attnzoo.hugging_face.layer import AttentionLayer
+from attnzoo.hugging_face.replacement import attention_names, put_in, read_layers
 from attnzoo.hugging_face.report import LayerReport, ModelReport
-from attnzoo.hugging_face.saving import adopt, described
 from attnzoo.modules.dcmha import DynamicallyComposableAttention
 from attnzoo.modules.protocol import is_mechanism
 from attnzoo.modules.talking_heads import TalkingHeadsAttention
@@ -124,12 +122,7 @@ def convert(
         LayerReport.of(index, name, attn, *built[name])
         for index, (name, attn) in zip(plan.indices, plan.attns.items(), strict=True)
     ]
-    for name, (attn, _) in built.items():
-        described(name, attn)
-    own_configs(every_module(model))
-    for name, (attn, _) in built.items():
-        install(model, name, attn)
-    adopt(model)
+    put_in(model, {name: attn for name, (attn, _) in built.items()})
     return ModelReport("custom" if callable(mechanism) else mechanism, tuple(reports), chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -99,12 +100,20 @@ def outside(model: nn.Module, name: str) -> nn.Module | None:
     return model.get_submodule(name.rpartition(".")[0]).get_submodule(family.projection)
 
 
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The model, or those around it if it is the base of others or a layer: who saves them saves its attention too."""
+    if getattr(model, "base_model", model) is not model:
+        return [model]
+    # A module does not know its holder.
+    others = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and one is not model]
+    return [other for other in others if any(part is model for part in other.modules())] or [model]
+
+
 def unguard(model: nn.Module) -> None:
-    """Take back that models refuse `output_attentions`."""
+    """Take back that models refuse `output_attentions`, but for those whose attention is still replaced."""
     for module in model.modules():
-        guard = module.__dict__.pop("_attnzoo_guard", None)
-        if guard is not None:
-            guard.remove()
+        if "_attnzoo_guard" in vars(module) and not modules(module):
+            vars(module).pop("_attnzoo_guard").remove()
 
 
 def _refuse_attentions(module: Any, _: Any, kwargs: dict[str, Any]) -> None:
@@ -158,11 +167,17 @@ def _asks_the_interface(model: Any) -> bool:
     return model is not None and bool(model._can_set_attn_implementation())
 
 
-def check_weights(name: str, module: nn.Module) -> None:
-    """Refuse weights that cannot be taken over."""
+def check_merged(name: str, module: nn.Module) -> None:
+    """Refuse adapters beside the weights."""
     for part in module.modules():
         if hasattr(part, "base_layer") or hasattr(part, "lora_A"):
             raise ValueError(f"layer {name!r}: merge adapters first, got a {type(part).__name__} inside")
+
+
+def check_weights(name: str, module: nn.Module) -> None:
+    """Refuse weights that cannot be taken over."""
+    check_merged(name, module)
+    for part in module.modules():
         if getattr(part, "_hf_hook", None) is not None and getattr(part._hf_hook, "offload", False):
             raise ValueError(f"layer {name!r}: weights must not be offloaded; replace before dispatching the model")
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from attnzoo.backends import check_name
 from attnzoo.diagnostics.configs import configs_in, own_configs
 from attnzoo.hugging_face.families import FAMILIES, family_of, heads_left
-from attnzoo.hugging_face.installation import attention_names, check_weights, install, modules, outside, unguard
+from attnzoo.hugging_face.installation import (
+    attention_names,
+    check_merged,
+    check_weights,
+    holders,
+    install,
+    modules,
+    outside,
+    unguard,
+)
 from attnzoo.hugging_face.layer import HOOKS, AttentionLayer, every_module
 from attnzoo.hugging_face.saving import adopt, described, release
 from attnzoo.hugging_face.verification import verify as check_equal
@@ -49,14 +58,24 @@ def replace(
     """
     names = attention_names(model, layers)
     new = [name for name in names if not isinstance(model.get_submodule(name), AttentionLayer)]
-    read = read_layers(model, new, backend=backend, verify=verify)
-    for name, attn in read.items():
-        described(name, attn)
-    own_configs(every_module(model))
-    for name, attn in read.items():
-        install(model, name, attn)
-    adopt(model)
+    put_in(model, read_layers(model, new, backend=backend, verify=verify))
     return model
+
+
+def put_in(model: Any, attns: Mapping[str, nn.Module]) -> None:
+    """Install modules at the places of these names, and let the models around them describe them when they are saved.
+
+    Raises:
+        ValueError: for a module that cannot be described; the model is left as it is.
+    """
+    for name, attn in attns.items():
+        described(name, attn)
+    whole = holders(model)
+    own_configs(module for each in whole for module in every_module(each))
+    for name, attn in attns.items():
+        install(model, name, attn)
+    for each in whole:
+        adopt(each)
 
 
 def read_layers(
@@ -121,7 +140,10 @@ def restore(model: Any) -> Any:
     attns = dict(modules(model))
     if not attns:
         raise ValueError(f"model must have attention of attnzoo to be restored, got {type(model).__name__}")
-    with _groups_in_config(model, attns):
+    for name, attn in attns.items():
+        check_merged(name, attn)
+    whole = holders(model)
+    with _groups_in_config(model, attns, whole):
         built = {
             name: _written(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
             for name in attns
@@ -132,15 +154,16 @@ def restore(model: Any) -> Any:
         if path is not None and projection is not None:
             holder.set_submodule(path, projection)
         holder.set_submodule(name.rpartition(".")[2], module)
-    unguard(model)
-    release(model)
+    for each in whole:
+        unguard(each)
+        release(each)
     return model
 
 
 @contextmanager
-def _groups_in_config(model: Any, attns: Mapping[str, Any]) -> Iterator[None]:
+def _groups_in_config(model: Any, attns: Mapping[str, Any], whole: Sequence[nn.Module]) -> Iterator[None]:
     """The number of key/value heads as the layers have it now in the model's configurations, unless the block fails."""
-    undo, key = own_configs(every_module(model)), "num_key_value_heads"
+    undo, key = own_configs(module for each in whole for module in every_module(each)), "num_key_value_heads"
     try:
         # Classes that do not share key/value heads may have a configuration that says otherwise.
         layers = [layer for layer in map(model.get_submodule, attns) if hasattr(layer.skeleton, "num_key_value_groups")]

@@ -44,6 +44,8 @@ def adopt(model: nn.Module) -> None:
             each.__class__ = _listed(model_class_of(cls, type(config)), config)
         config.attnzoo_version = attnzoo.__version__
         config.attnzoo_layers = {name: described(name, attn) for name, attn in modules(each.base_model)}
+        known = {name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}
+        config.attnzoo_settings = copy.deepcopy(known)
         if getattr(each, "hf_quantizer", None) is not None:
             each.hf_quantizer = None
         if hasattr(config, "quantization_config"):
@@ -70,7 +72,7 @@ def release(model: nn.Module) -> None:
             each.__class__ = each.base_class
             config: Any = each.config
             if isinstance(config, SavedConfig):
-                for name in ("base_model_type", "base_architecture", "attnzoo_layers", "attnzoo_version"):
+                for name in SavedConfig.__annotations__:
                     config.__dict__.pop(name, None)
                 config.__class__ = config.base_class
     adopt(model)
@@ -127,6 +129,12 @@ REFUSED = "attnzoo: import attnzoo.hugging_face, and load this folder with an Au
 """In place of a number in the file of a configuration: transformers' own classes refuse it, and ignore no attention."""
 NUMBER = "initializer_range"
 """That number, which every family has and only new weights need; the file has it under another name."""
+SETTINGS = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "layer_types", "sliding_window",
+    "attention_bias", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_dropout", "attn_pdrop",
+    "attention_probs_dropout_prob",
+)  # fmt: skip
+"""Attributes of configurations that describe attention, as the descriptions of the layers do in their place."""
 
 
 class SavedConfig(_Made):
@@ -137,12 +145,14 @@ class SavedConfig(_Made):
         base_architecture: name of the class of the model that was replaced.
         attnzoo_layers: from the name of an attention module, below the model without its head, to what
             `attnzoo.describe` says.
+        attnzoo_settings: what the configuration said of attention then, which nothing reads any more.
         attnzoo_version: of the package that wrote it.
     """
 
     base_model_type: str
     base_architecture: str
     attnzoo_layers: dict[str, Any]
+    attnzoo_settings: dict[str, Any]
     attnzoo_version: str
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
@@ -179,6 +189,7 @@ class SavedModel(_Made):
     base_model: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _check_settings(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Some heads have a base model that an Auto class made, with these layers in it.
         if not modules(self.base_model):
@@ -239,7 +250,7 @@ class SavedPart(_Made):
 
 
 def _once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`functools.cache` for functions of classes."""
+    """`functools.cache` for functions of classes, which mypy does not take for hashable."""
     return cache(make)
 
 
@@ -316,6 +327,19 @@ def _check_version(version: Any) -> None:
             f"attnzoo_version must be at most that of the package, {attnzoo.__version__}, got {version!r:.80}: install "
             "a newer attnzoo"
         )
+
+
+def _check_settings(config: Any) -> None:
+    """Refuse settings of attention that were changed after its layers were described, since they would do nothing."""
+    saved = getattr(config, "attnzoo_settings", {})
+    if not isinstance(saved, dict):
+        raise ValueError(f"attnzoo_settings must map names of settings to values, got {saved!r:.80}")
+    for name in SETTINGS:
+        if name in saved and getattr(config, name, None) != saved[name]:
+            raise ValueError(
+                f"{name} must be {saved[name]!r:.80} as it was saved, got {getattr(config, name, None)!r:.80}: "
+                "attnzoo_layers describes the attention; attnzoo.hugging_face.modules lists what can be changed instead"
+            )
 
 
 def _prune(model: nn.Module, heads: Any) -> None:

@@ -7,14 +7,15 @@ rounding. Masks and positions are those that transformers makes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from attnzoo.diagnostics.batches import in_eval_mode
 from attnzoo.hugging_face.layer import AttentionLayer, without_hooks
 
 TOLERANCE = 1e-4
@@ -110,7 +111,7 @@ def _recorded(model: Any, built: Mapping[str, nn.Module], inputs: Inputs) -> tup
     def keep_table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         tables.append((module, args, kwargs, out))
 
-    with _evaluating(model), ExitStack() as hooks, torch.no_grad():
+    with in_eval_mode(model), ExitStack() as hooks, torch.no_grad():
         for name in built:
             handle = model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -124,17 +125,6 @@ def _recorded(model: Any, built: Mapping[str, nn.Module], inputs: Inputs) -> tup
 def _has_nan(call: Call) -> bool:
     args, kwargs = call
     return any(isinstance(x, Tensor) and bool(x.isnan().any()) for x in (*args, *kwargs.values()))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _single(module: nn.Module) -> nn.Module:

@@ -221,6 +221,30 @@ def test_a_model_without_its_head_is_saved(whole, tmp_path):
     assert torch.equal(read(IDS).last_hidden_state, inner(IDS).last_hidden_state)
 
 
+@pytest.mark.parametrize("part", ["model", "model.layers.0"])
+def test_a_model_is_saved_with_attention_that_was_replaced_in_a_part_of_it(part, tmp_path):
+    model, other = small("llama", dtype=torch.float32), small("llama", dtype=torch.float32)
+    other.config = model.config
+    hf.convert(model.get_submodule(part), "kha", layers=[0], verify=False)
+    hf.modules(model)[0][1].o_proj.weight.data.mul_(2)
+    assert model.config is model.model.config
+    model.save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read(IDS).logits, model(IDS).logits)
+    assert type(other) is transformers.LlamaForCausalLM
+    assert other.config.model_type == "llama"
+
+
+def test_a_model_whose_base_is_restored_is_a_plain_one():
+    model = hf.replace(small("llama", dtype=torch.float32), verify=False)
+    hf.restore(model.model)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert model.config is model.model.config
+    assert model.config.model_type == "llama"
+    assert not any("attnzoo" in name for name in model.config.to_dict())
+    model(IDS, output_attentions=True)
+
+
 def test_changes_after_the_replacement_are_saved(tmp_path):
     model = hf.replace(small("llama", dtype=torch.float32), verify=False)
     for _, attn in hf.modules(model):
@@ -338,14 +362,13 @@ def test_without_attnzoo_transformers_says_that_it_does_not_know_the_type(folder
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "llama, kha"])
-@pytest.mark.parametrize("known", [True, False])
-def test_the_plain_class_refuses_the_folder(folders, name, known):
+def test_the_plain_class_refuses_the_folder(folders, name):
     plain = {"gemma3": "Gemma3ForCausalLM", "gpt2": "GPT2LMHeadModel"}.get(name, "LlamaForCausalLM")
     words = "attnzoo: import attnzoo.hugging_face, and load this folder with an Auto class"
-    if known:
-        for cls in (plain, "BertModel"):
-            with pytest.raises(Exception, match=words):
-                getattr(transformers, cls).from_pretrained(folders / name)
+    for cls in (plain, "BertModel"):
+        with pytest.raises(Exception, match=words):
+            getattr(transformers, cls).from_pretrained(folders / name)
+    if name != "llama":  # in a process that knows nothing of attnzoo, once
         return
     child = f"import sys, transformers; transformers.{plain}.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", child, folders / name], capture_output=True, text=True, check=False)
@@ -370,6 +393,25 @@ def test_the_settings_of_the_model_are_read_as_they_were(tmp_path):
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert read.config.initializer_range == 0.25
     assert torch.equal(read(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5.0}),
+        ("llama", "attention_dropout", 0.5),
+        ("gpt2", "attn_pdrop", 0.5),
+        ("qwen3", "sliding_window", 3),
+    ],
+)
+def test_settings_of_attention_that_would_do_nothing_are_refused(folders, name, setting, value):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = transformers.AutoConfig.from_pretrained(folders / name, use_cache=False)
+    assert not load(folders / name, config=config).config.use_cache
+    setattr(config, setting, value)
+    for given in ({setting: value}, {"config": config}):
+        with pytest.raises(ValueError, match=f"^{setting} must be .* as it was saved, got"):
+            load(folders / name, **given)
 
 
 # Models inside others

@@ -231,7 +231,11 @@ def test_adapters_have_to_be_merged():
     model = small("llama", dtype=torch.float32)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     refusal(model, r"layer 'model\.layers\.0\.self_attn': merge adapters first")
-    assert len(hf.modules(hf.replace(wrapped.merge_and_unload()))) == 2
+    model = hf.replace(wrapped.merge_and_unload())
+    assert len(hf.modules(model)) == 2
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.0\.self_attn': merge adapters first"):
+        hf.restore(model)
 
 
 def test_sharded_weights_are_refused():
