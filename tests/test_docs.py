@@ -21,12 +21,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def examples(page: Path) -> list[str]:
-    """The page's Python blocks; one that shows a signature only imports nothing and is left out.
-
-    Those that belong to commands run with them (`test_docs_commands`).
-    """
+    """The page's Python blocks but those that belong to commands, which run with them (`test_docs_commands`)."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [block for block in blocks if "import" in block and not uses_runs(block)]
+    return [block for block in blocks if not uses_runs(block)]
 
 
 def anchors(page: Path) -> set[str]:

@@ -274,7 +274,7 @@ def carry_out(command, trained, variables):
         in_this_process(shlex.join(words))
         return
     if words[0] in SCRIPTS:
-        line = shlex.join([sys.executable, "-m", SCRIPTS[words[0]].partition(":")[0], *words[1:]])
+        line = shlex.join([sys.executable, "-m", words[0].replace("attnzoo-", "attnzoo_recipes."), *words[1:]])
     elif words[0].startswith(".venv/bin/"):
         os.chdir(ROOT)
         line = shlex.join([sys.executable, "-m", words[0].rpartition("/")[2], *words[1:]])

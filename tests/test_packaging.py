@@ -20,6 +20,7 @@ import yaml
 from hatchling.builders.wheel import WheelBuilder
 
 import attnzoo
+from attnzoo_recipes import commands
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -117,6 +118,7 @@ import json, sys
 import torch, einops
 before = {name.split(".")[0] for name in sys.modules}
 import attnzoo
+from attnzoo_recipes import commands
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
 """
     new = set(json.loads(run(code, ROOT, ROOT / "kernels", ROOT / "recipes")))
@@ -220,7 +222,7 @@ FLOORS = {
         {"attention_layer"}, {"layers"}, {"heads"}, {"pruning", "spectra", "capacity"}, {"plots"}, {"__init__"},
     ],
     "attnzoo_recipes": [
-        {"__init__", "allowlist", "files", "losses", "optimisers", "random_states",
+        {"__init__", "allowlist", "commands", "files", "losses", "optimisers", "random_states",
          "sharded_checkpoints", "signals", "tables"},
         {"data", "feed_forward", "lm", "model_config", "options"},
         {"checkpointing", "initial_weights", "sampling", "sharding", "trainer"}, {"training"}, {"callbacks"},
@@ -492,14 +494,29 @@ def test_console_scripts_resolve():
     )  # fmt: skip
     assert set(scripts) == {f"attnzoo-{name}" for name in names}
     for name, target in scripts.items():
-        entry = importlib.metadata.EntryPoint(name, target, "console_scripts")
-        path = ROOT / "recipes" / f"{entry.module.replace('.', '/')}.py"
-        functions = {node.name: node for node in parsed(path).body if isinstance(node, ast.FunctionDef)}
-        assert entry.attr in functions, f"{name}: no {entry.attr} in {path.relative_to(ROOT)}"
+        command = importlib.metadata.EntryPoint(name, target, "console_scripts").load()
         # A console script calls it without arguments.
-        arguments = functions[entry.attr].args
-        required = len(arguments.args) - len(arguments.defaults) + arguments.kw_defaults.count(None)
-        assert required == 0, name
+        inspect.signature(command).bind()
+
+
+@pytest.mark.parametrize("name", PYPROJECT["project"]["scripts"])
+def test_a_command_without_its_packages_says_which_extra_brings_them(name, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == "lightning" else package)
+    command = importlib.metadata.EntryPoint(name, PYPROJECT["project"]["scripts"][name], "console_scripts").load()
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{name}: error: the command needs lightning: pip install 'attnzoo[train]'\n"
+
+
+def test_a_command_that_is_stopped_while_it_imports_says_so(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        commands.generate([])
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "attnzoo-generate: stopped\n")
 
 
 def test_constraints_are_exact_pins_from_a_registry():

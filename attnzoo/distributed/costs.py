@@ -12,18 +12,8 @@ from attnzoo.distributed.sequence import ring_hops
 def bytes_sent(module: Any, form: str, tokens: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
     """Bytes that one rank sends for one sequence in an attention layer, forward and backward, in contiguous layout.
 
-    With P ranks, T tokens, n numbers of a token that travel (what a cache keeps of it), b bytes a number and w those of
-    a gradient or a state, at least 4:
-
-        gather   (P-1)/P T n b, of forget gates w in place of b                 the same
-        ring     (P-1)/P T n b                                                  the same + T n w
-                 in two sweeps (P-1)/P T (n1 + n) b, n1 what scores need         2 (P-1)/P T n b + T n w
-                 where a window W ends before: p = ceil((W-1) P/T) in place of P-1, and (p+1)/P in the last term
-        heads    (P-1)/P^2 T (H D + H Dv + max(G, P) (D + Dv)) b                the same
-                 of expanded keys (P-1)/P T n b + (P-1)/P^2 T H (D + Dv) b       the same
-        state    (P-1) G Df (Dv + 1) w; of blocks of C tokens T/(P C) times that the same
-
-    without the 1 where there is no normaliser.
+    The table "Bytes" of docs/scaling.md has the formulas. What travels is what a cache keeps of a token; gradients and
+    states have at least 4 bytes a number.
 
     Args:
         module: a mechanism.

@@ -55,7 +55,11 @@ class LocalHeads(ParallelStyle):
         if mechanism.tensor_group is not None:
             ranks = mechanism.tensor_group.size
             raise ValueError(f"{type(module).__name__} must not be split over ranks yet, it is over {ranks}")
-        if (obstacle := mechanism.tensor_obstacle(device_mesh.size())) is not None:
+        obstacle = mechanism.tensor_obstacle(device_mesh.size())
+        # Ranks draw alike, and would drop the same weights of different heads; linear attention drops outputs.
+        if obstacle is None and mechanism.dropout and mechanism.sequence_forms != ("state",):
+            obstacle = f"dropout of attention weights must be 0, got {mechanism.dropout}"
+        if obstacle is not None:
             raise ValueError(f"{type(module).__name__} cannot be split over {device_mesh.size()} ranks: {obstacle}")
         for name, dim in self.split.items():
             owner, _, own = name.rpartition(".")

@@ -118,19 +118,10 @@ class AtomicCheckpointIO(CheckpointIO):
         if weights_only is False:
             raise ValueError("weights_only must not be False: loading a checkpoint must not run code")
         target = _local(path)
-        if sharded_checkpoints.is_sharded(target):
-            wrong = sharded_checkpoints.wrong(target)
-            if wrong is None:
-                return sharded_checkpoints.read(target, functools.partial(load_file, map_location=map_location))
-        elif target.is_dir():
+        if target.is_dir() and not sharded_checkpoints.is_sharded(target):
             return read_checkpoint(target, map_location)
-        else:
-            _refuse_special(target)
-            with target.open("rb") as file:
-                wrong = _wrong(target, file)
-                if wrong is None:
-                    return _load(target, file, map_location)
-        return read_checkpoint(instead_of(target, wrong), map_location)
+        found = _verified(target, map_location)
+        return read_checkpoint(instead_of(target, found), map_location) if isinstance(found, str) else found
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and its sidecar, but only from a folder that this object has saved into.
@@ -211,21 +202,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", unverified: boo
         if newest is None:
             raise ValueError(f"there is no valid checkpoint in {target}")
         target = newest
-    if sharded_checkpoints.is_sharded(target):
-        wrong = sharded_checkpoints.wrong(target)
-        if wrong is not None:
-            raise ValueError(wrong)
-        return sharded_checkpoints.read(target, functools.partial(load_file, map_location=map_location))
-    _refuse_special(target)
-    with target.open("rb") as file:
-        wrong = _wrong(target, file)
-        if wrong is not None and unverified and not _sidecar(target.resolve()).exists():
-            rank_zero_warn(
-                f"{target} has no sidecar {_sidecar(target).name}, so nothing says whether it is what was saved."
-            )
-        elif wrong is not None:
-            raise ValueError(wrong)
-        return _load(target, file, map_location)
+    found = _verified(target, map_location, unverified)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 # saving
@@ -383,6 +363,23 @@ def _wrong(target: Path, file: BufferedReader) -> str | None:
     if digest not in {record["sha256"] for record in records}:
         return f"{target} is damaged: its SHA-256 is not the one that its sidecar lists"
     return None
+
+
+def _verified(target: Path, map_location: Any, unverified: bool = False) -> dict[str, Any] | str:
+    """The content of a checkpoint, or one sentence that says why it is not what was saved."""
+    if sharded_checkpoints.is_sharded(target):
+        wrong = sharded_checkpoints.wrong(target)
+        read = functools.partial(load_file, map_location=map_location)
+        return sharded_checkpoints.read(target, read) if wrong is None else wrong
+    _refuse_special(target)
+    with target.open("rb") as file:
+        wrong = _wrong(target, file)
+        if wrong is not None and unverified and not _sidecar(target.resolve()).exists():
+            rank_zero_warn(
+                f"{target} has no sidecar {_sidecar(target).name}, so nothing says whether it is what was saved."
+            )
+            wrong = None
+        return _load(target, file, map_location) if wrong is None else wrong
 
 
 def load_file(target: Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -147,7 +148,12 @@ class PretrainCLI(LightningCLI):
         if isinstance(trainer["val_check_interval"], int):
             # Lightning counts batches; this recipe counts optimiser steps.
             kwargs["val_check_interval"] = trainer["val_check_interval"] * batches
-        plugins = _listed(trainer["plugins"])
+        callbacks, plugins = _listed(trainer["callbacks"]), _listed(trainer["plugins"])
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            raise ValueError(
+                "trainer.callbacks must not hold LearningRateFinder: the schedule goes back to model.lr after a step; "
+                "in Python, Tuner(trainer).lr_find(...) before fit sets model.lr"
+            )
         if isinstance(trainer["strategy"], ModelParallelStrategy):
             kwargs["strategy"] = ShardedStrategy.of(trainer["strategy"])
             if trainer["precision"] == "64-true":
@@ -156,7 +162,7 @@ class PretrainCLI(LightningCLI):
         made = super().instantiate_trainer(
             logger=[outlive_failing_disks(logger) for logger in loggers],
             plugins=[AtomicCheckpointIO(), *plugins],
-            callbacks=[*always, *_listed(trainer["callbacks"])],
+            callbacks=[*always, *callbacks],
             enable_progress_bar=progress == "bar",
             enable_model_summary=False,
             **kwargs,
@@ -338,6 +344,8 @@ def check_end(trainer: Mapping[str, Any]) -> None:
     if trainer["fast_dev_run"]:
         return
     check_endless(trainer["limit_train_batches"], trainer["overfit_batches"])
+    if trainer["max_epochs"] == 0:
+        raise ValueError("trainer.max_epochs must be left out, since the training data have no epochs, got 0")
     if trainer["max_steps"] < 1:
         raise ValueError(
             "trainer.max_steps must be given and be at least 1, since the training data have no end and the learning "

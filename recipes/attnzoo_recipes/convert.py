@@ -100,6 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.stdout.write(f"written to {given.out}: import attnzoo.hugging_face before loading it\n")
 
 
+_LENGTH = "tokens of each, if the model reads so many (default "
 _OWN_WORDS = {
     "model": "it is the first word", "mechanism": "use --to", "layers": "use --layers", "calib": "use --calib",
 }  # fmt: skip
@@ -216,22 +217,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", metavar="N,...", help="attention layers to convert, from 0 (default: all)")
     add("--calib", type=Path, metavar="FILE", help="text on whose inputs of every layer the conversion is calibrated")
     add("--calib-sequences", type=int, default=30, metavar="N", help="at most this many sequences of it (default 30)")
-    add(
-        "--calib-length",
-        type=int,
-        default=256,
-        metavar="T",
-        help="tokens of each, if the model reads so many (default 256)",
-    )
+    add("--calib-length", type=int, default=256, metavar="T", help=_LENGTH + "256)")
     add("--eval", type=Path, metavar="FILE", help="text for the perplexity before and after")
     add("--eval-sequences", type=int, default=16, metavar="N", help="at most this many sequences of it (default 16)")
-    add(
-        "--eval-length",
-        type=int,
-        default=512,
-        metavar="T",
-        help="tokens of each, if the model reads so many (default 512)",
-    )
+    add("--eval-length", type=int, default=512, metavar="T", help=_LENGTH + "512)")
     add("--dtype", default="float32", help=f"dtype of the written weights: {', '.join(_DTYPES)} (default float32)")
     add_device(parser, "the model is read, converted and compared")
     add_allow_import(parser)

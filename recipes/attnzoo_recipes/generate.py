@@ -22,6 +22,9 @@ from attnzoo_recipes.options import (
 )
 from attnzoo_recipes.sampling import Sampling, TextStream, check_sampling, continuations
 
+MAX_SAMPLES = 65_536
+"""Samples drawn together: each has a random generator and a text stream of its own."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +45,8 @@ def generate_text(options: argparse.Namespace, allowed: tuple[str, ...]) -> None
     for name, value in (("max-new-tokens", options.max_new_tokens), ("num-samples", options.num_samples)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    if options.num_samples > MAX_SAMPLES:
+        raise ValueError(f"--num-samples must be at most {MAX_SAMPLES:,}, got {options.num_samples}")
     if not -(2**63) <= options.seed <= 2**64 - options.num_samples:
         raise ValueError(
             f"--seed must lie between -2^63 and 2^64 less the number of samples, got {options.seed} and "

@@ -46,6 +46,7 @@ _FILE = re.compile(r"[\w-]+(\.[\w-]+)*")
 _LARGEST_MANIFEST = 10_000_000
 _WEIGHTS = "state_dict."
 _STATES = "optimizer_states."
+_SHAPES = "tensor_shapes"
 _dcp: Any = torch.distributed.checkpoint
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             tensors |= {f"{_STATES}{i}.{number}.{name}": value for name, value in large.items()}
             states[number] = {name: value for name, value in values.items() if name not in large}
         rest["optimizer_states"].append({**saved, "state": states})
+    rest[_SHAPES] = {name: list(value.shape) for name, value in tensors.items()}
     return tensors, rest
 
 
@@ -253,6 +255,11 @@ def read(target: Path, load_rest: Callable[[Path], dict[str, Any]], tensors: boo
     folder = _folder(target)
     checkpoint = load_rest(folder / _REST)
     sizes = _sizes(folder)
+    found = {name: list(size) for name, (size, _) in sizes.items()}
+    # Checkpoints of 0.2.0 do not say.
+    if (shapes := checkpoint.pop(_SHAPES, found)) != found:
+        lost = sorted(name for name in shapes.keys() | found if shapes.get(name) != found.get(name))
+        raise ValueError(f"{folder} does not hold all of {', '.join(lost[:3])}{' and others' * (len(lost) > 3)}")
     made = {name: torch.empty(size, dtype=kind) if tensors else torch.zeros((), dtype=kind).expand(size)
             for name, (size, kind) in sizes.items()}  # fmt: skip
     if tensors:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
 
 from attnzoo_recipes.data.module import TextDataModule
 from attnzoo_recipes.sharding import ShardedStrategy
@@ -72,6 +73,11 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """The callbacks, in the order in which they are called."""
     untyped: Any = trainer
     return list(untyped.callbacks)
+
+
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether no parameter is NaN or infinite, as in runs whose `LossGuard` is switched off."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def log_interval(trainer: L.Trainer) -> int:

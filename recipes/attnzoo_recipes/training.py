@@ -310,9 +310,7 @@ class Pretraining(L.LightningModule):
         """Read the weights to start from, if no training has."""
         self._start()
 
-    def on_test_start(self) -> None:
-        """Read the weights to start from, if no training has."""
-        self._start()
+    on_test_start = on_validation_start
 
     def _start(self) -> None:
         """Once, read the weights of init_from, unless those of a checkpoint have been restored."""

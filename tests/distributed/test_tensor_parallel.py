@@ -144,6 +144,23 @@ def test_refusals(name, two):
     assert all(REFUSED[name] in text for text in two.run(refusal, name))
 
 
+def check_dropout() -> None:
+    module = made("gqa", dropout=0.25)
+    with pytest.raises(ValueError, match="dropout of attention weights must be 0, got"):
+        parallelize_module(module, mesh(), module.tensor_parallel_plan())
+    linear = made("linear", dropout=0.25)
+    own = parallelize_module(copy.deepcopy(linear), mesh(), linear.tensor_parallel_plan())
+    drawn = []
+    for one in (linear, own):
+        torch.manual_seed(2)
+        drawn.append(one.train()(inputs(12)[0]))
+    torch.testing.assert_close(*drawn, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_of_different_heads_are_not_dropped_alike(two):
+    two.run(check_dropout)
+
+
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_every_mechanism_has_a_plan_or_a_reason(name):
     module = MECHANISMS[name]()

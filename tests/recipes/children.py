@@ -16,12 +16,15 @@ def _child(words, output, prepare, arguments):
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     from attnzoo_recipes import pretrain
 
-    prepare(*arguments)
+    # What a command begins with; processes that read data would otherwise start a server of their own.
+    multiprocessing.set_start_method("fork", force=True)
+    if prepare is not None:
+        prepare(*arguments)
     sys.argv = ["attnzoo-pretrain", *words]
     pretrain.main()
 
 
-def command(words, prepare, *arguments, timeout=150):
+def command(words, prepare=None, *arguments, timeout=150):
     """attnzoo-pretrain as a process, after a preparation in it; returns the exit code and all that it said."""
     reader, writer = processes.Pipe(duplex=False)
     process = processes.Process(target=_child, args=(words, writer, prepare, arguments))

@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny_hugging_face
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import attnzoo
@@ -160,6 +161,19 @@ def test_clusters_of_a_model_that_sees_later_tokens_are_of_all_tokens(tiny_encod
         expected = chai_cluster_error(pattern, 9)
         torch.testing.assert_close(own.error, expected, atol=1e-5, rtol=1e-4)
         assert own.elbow == elbow(own.error)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_cluster(request, kind, side):
+    _, model, _ = request.getfixturevalue("tiny_llama" if kind == "llama" else "tiny_encoder")
+    rows = [torch.randint(5, 60, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 6)]
+    alone = [layer_clusters(model.eval(), [{"input_ids": row}], 5) for row in rows]
+    ends = (3, 0) if side == "left" else (0, 3)
+    ids, mask = (torch.cat([long, F.pad(short, ends)]) for long, short in (rows, map(torch.ones_like, rows)))
+    found = layer_clusters(model, [{"input_ids": ids, "attention_mask": mask}], 5)
+    for both, first, second in zip(found, *alone, strict=True):
+        torch.testing.assert_close(both.error, first.error + second.error, atol=1e-5, rtol=1e-4)
 
 
 def test_a_planted_head_is_found_beside_its_sink():

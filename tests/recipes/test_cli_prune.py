@@ -7,15 +7,16 @@ import re
 import pytest
 import tiny_hugging_face
 import torch
+import torch.nn.functional as F
 
 from attnzoo.diagnostics.pruning.ablation import ablate_heads
 from attnzoo.diagnostics.pruning.curves import head_pruning_curve
 from attnzoo.diagnostics.pruning.importance import head_importance
 from attnzoo.diagnostics.pruning.masks import head_mask, masked_heads
 from attnzoo_recipes.diagnose.load_model import load_model
-from attnzoo_recipes.diagnose.losses import decode, logits_of, next_token_losses, retrieval_losses
+from attnzoo_recipes.diagnose.losses import decode, label_losses, logits_of, next_token_losses, retrieval_losses
 from attnzoo_recipes.diagnose.prune import main, parse
-from attnzoo_recipes.diagnose.prune_study import Point, Task, drawn, greedy_curves
+from attnzoo_recipes.diagnose.prune_study import Point, Task, drawn, greedy_curves, measure_speed
 from attnzoo_recipes.diagnose.texts import pair_batches, reader
 
 
@@ -186,6 +187,30 @@ def test_curves_of_one_measurement_are_the_librarys(tiny_llama, unit):
             torch.testing.assert_close(baseline.losses, expected.baselines[name].losses)
     assert set(found["greedy, l2"].baselines) == {"random3", "reverse"}
     assert not found["greedy, none"].baselines
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_padding_on_the_left_moves_no_loss(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=30, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, bos_token_id=1, eos_token_id=1,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM"))(config).eval()
+    ids = torch.randint(2, 30, (1, 6))
+    padded = {name: F.pad(x, (3, 0)) for name, x in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
+    for found, expected in zip(*(label_losses(model, b, True) for b in (padded, {"input_ids": ids})), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_percent_that_the_order_reaches(tiny_llama):
+    task = Task([], None, 0, False, "loss", None, 0.0, {})
+    curve = head_pruning_curve(
+        tiny_llama[1], [torch.randint(64, (2, 6))], next_token_losses, percents=[10], min_heads_per_layer=3, seeds=[]
+    )
+    with pytest.raises(ValueError, match=r"at most 2 heads may go, fewer than each of \[50\] percent"):
+        measure_speed(tiny_llama[1], task, curve, [50], 1)
 
 
 def test_random_orders_are_drawn_as_one_range():

@@ -213,7 +213,7 @@ def test_a_folder_that_says_its_heads_is_told_none(llama, tmp_path, capsys):
 
 def test_files_are_written_before_anything_is_said(weights, tmp_path, monkeypatch):
     path, _ = weights
-    options = parse([str(path), "--num-heads", "6", "--out", str(tmp_path / "out"), "--drawn", "0"])
+    options = parse([str(path), "--num-heads", "6", "--out", str(tmp_path / "out"), "--drawn", "0", "--per", "layer"])
     written = []
 
     def leave(text):

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import statistics
@@ -12,6 +11,7 @@ import string
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from scipy.stats import t, ttest_rel
 
 import attnzoo
+from attnzoo_recipes.compare import cli
 from attnzoo_recipes.compare.cli import checked, finished_run, main, parse
 from attnzoo_recipes.compare.pictures import draw_losses, draw_quality, label_points, spread
 from attnzoo_recipes.compare.plan import (
@@ -454,6 +455,23 @@ def test_a_record_that_is_not_the_plan_is_an_error_row():
 
 
 @pytest.fixture
+def in_this_process(run, monkeypatch):
+    """Runs of a comparison import nothing again."""
+
+    def watched(command, log, advance, steps):
+        words = command[command.index("attnzoo_recipes.pretrain") + 1 :]
+        with log.open("w") as out, redirect_stdout(out), redirect_stderr(out):
+            try:
+                run(words)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+        return code, log.read_text().splitlines()[-1]
+
+    monkeypatch.setattr(cli, "watched", watched)
+
+
+@pytest.fixture
 def changing(tmp_path, monkeypatch):
     """A mechanism that has one more parameter in a run than in the plan, which is made without memory."""
     (tmp_path / "changing.py").write_text(
@@ -465,12 +483,12 @@ def changing(tmp_path, monkeypatch):
     )
     path = tmp_path / "changing.yaml"
     path.write_text("model: {attention: {class_path: changing.Changing, init_args: {num_heads: 4}}}\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
     yield str(path)
     sys.modules.pop("changing", None)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_that_is_not_as_planned_is_an_error_row(small, changing, tmp_path):
     main(["--allow-import", "changing", small[0], f"mha,{changing}", *small[2:]])
     mha, other = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -481,6 +499,7 @@ def test_a_run_that_is_not_as_planned_is_an_error_row(small, changing, tmp_path)
     assert f"seed 0 differs: the run had parameters {planned + 1} instead of {planned}" in other["note"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_arguments_of_the_runs_are_in_the_plan(small, tmp_path):
     """The rows are those of the runs, also where an argument changes every mechanism."""
     more = ["--model.attention.init_args.num_heads=2", "--model.attention.init_args.head_dim=8"]
@@ -558,6 +577,8 @@ def test_the_table_says_what_it_can_decide():
     assert "Different from mha by this measure: kha; undecided: gta." in text
 
 
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.filterwarnings("ignore:Step . is skipped")
 def test_a_run_that_diverges_is_a_row_that_says_so(small, tmp_path):
     main([*small[:1], "gta", *small[2:], "--", "--model.lr=1e30", "--loss_guard.patience=1", "--trainer.max_steps=4"])
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from math import log2
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -154,6 +155,47 @@ def test_batches_are_blocks_with_the_boundaries_of_documents(corpus_file, tmp_pa
     expected = [b * 64 + t for b in range(3) for t in range(64) if t == 0 or batch["tokens"][b, t] == 256]
     assert batch["cu_seqlens"].tolist() == [*expected, 192]
     assert batch["cu_seqlens"].dtype == torch.int32
+
+
+class Reader(L.LightningModule):
+    """Notes which blocks it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.read = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.read.append(batch["index"].tolist())
+        return self.weight.square()
+
+    def validation_step(self, batch, batch_idx):
+        """Training alone is looked at."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+def test_a_trainer_continues_its_data_and_another_begins_them(corpus_file, tmp_path):
+    def trainer(steps):
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        return L.Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, **quiet)
+
+    data = TextDataModule(
+        source="text", files=[str(corpus_file)], unit="line", block_size=16, batch_size=3, cache_dir=str(tmp_path)
+    )
+    expected = take(EndlessBatches(len(data.blocks("train")), 3, seed=0), 6)
+    reader, first = Reader(), trainer(2)
+    first.fit(reader, data)
+    first.fit_loop.epoch_loop.max_steps = 4
+    first.fit(reader, data)
+    assert reader.read == expected[:4]
+    assert data.state_dict()["samples"] == 12
+    first.save_checkpoint(tmp_path / "twice.ckpt")
+    for path, steps, read in ((tmp_path / "twice.ckpt", 6, expected[4:]), (None, 2, expected[:2])):
+        reader = Reader()
+        trainer(steps).fit(reader, data, ckpt_path=path)
+        assert reader.read == read
 
 
 def test_a_row_that_only_fills_a_batch_is_not_predicted(corpus_file, tmp_path):

@@ -118,6 +118,17 @@ class Taker:
         self.metrics.append((step, metrics))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_a_run_that_may_diverge_ends_with_nothing_recorded(arguments, run, tmp_path):
+    diverging = ["--model.lr=1e38", "--trainer.gradient_clip_val=null", "--loss_guard.enabled=false"]
+    with pytest.warns(UserWarning, match="Callback records nothing at step .: weights are not finite"):
+        run(arguments("gqa", *with_callbacks(), *diverging, "--trainer.val_check_interval=4", steps=4))
+    folder = tmp_path / "run" / "version_0"
+    assert {row["step"] for row in read_records(folder / "spectrum.jsonl")} == {0}
+    assert read_checkpoint(folder)["global_step"] == 4
+    assert not (folder / "samples.txt").exists()
+
+
 @pytest.mark.parametrize("way", ["log_image", "add_image"])
 def test_loggers_that_take_pictures_get_them(way, tmp_path):
     import attnzoo

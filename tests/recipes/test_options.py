@@ -1,7 +1,6 @@
 """Spelling of options, packages that may be imported, devices, and files that are whole or not there."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from attnzoo_recipes import files
 from attnzoo_recipes.allowlist import ALLOWED
+from attnzoo_recipes.compare.cli import long_running
 from attnzoo_recipes.options import (
     command_line,
     device_named,
@@ -16,18 +16,6 @@ from attnzoo_recipes.options import (
     mistakes_in_one_sentence,
     take_allowed_imports,
 )
-
-WRITES = """
-import sys
-from attnzoo_recipes.compare.cli import long_running
-from attnzoo_recipes.options import mistakes_in_one_sentence
-with mistakes_in_one_sentence("attnzoo-x"), long_running("attnzoo-x"):
-    for _ in range(int(sys.argv[1])):
-        sys.stdout.write("x" * 1000)
-    sys.stderr.write("done\\n")
-    if len(sys.argv) > 2:
-        raise ValueError(sys.argv[2])
-"""
 
 
 def test_underscores_are_dashes_in_names_of_options_only():
@@ -62,28 +50,39 @@ def test_packages_are_taken_off_the_command_line(words, monkeypatch):
     assert take_allowed_imports(join_allowed(allowed)) == ([], allowed)
 
 
+def write_into(descriptor, monkeypatch, count, mistake=None):
+    """Exit code of a command that writes into a descriptor; what Python does when it ends must not fail then."""
+    with open(descriptor, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        try:
+            with mistakes_in_one_sentence("attnzoo-x"), long_running("attnzoo-x"):
+                for _ in range(count):
+                    sys.stdout.write("x" * 1000)
+                sys.stderr.write("done\n")
+                if mistake:
+                    raise ValueError(mistake)
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            output.flush()
+    return 0
+
+
 @pytest.mark.parametrize(
-    ("words", "code", "said"), [(["1"], 0, "done\n"), (["1000", "wrong"], 2, "done\nattnzoo-x: error: wrong\n")]
+    ("count", "mistake", "code", "said"),
+    [(1, None, 0, "done\n"), (1000, "wrong", 2, "done\nattnzoo-x: error: wrong\n")],
 )
-def test_a_reader_that_leaves_changes_nothing(words, code, said):
+def test_a_reader_that_leaves_changes_nothing(count, mistake, code, said, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    run = [sys.executable, "-W", "ignore", "-c", WRITES, *words]
-    done = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, env=environment, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (code, said)
+    assert write_into(writer, monkeypatch, count, mistake) == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no device that is always full")
-def test_output_that_is_lost_is_said():
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with open("/dev/full", "w") as full:
-        run = [sys.executable, "-W", "ignore", "-c", WRITES, "1"]
-        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
-    assert done.returncode == 2
-    assert "attnzoo-x: error: standard output could not be written: [Errno 28]" in done.stderr
-    assert "Exception ignored" not in done.stderr
+def test_output_that_is_lost_is_said(monkeypatch, capsys):
+    assert write_into("/dev/full", monkeypatch, 1) == 2
+    assert "attnzoo-x: error: standard output could not be written: [Errno 28]" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_sentence(capsys):

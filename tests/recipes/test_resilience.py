@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from attnzoo_recipes.callbacks.resilience import GracefulStop, LossGuard, RandomStates, RunStoppedError
 from attnzoo_recipes.checkpointing import AtomicCheckpointIO, newest_valid, read_checkpoint, verify
+from attnzoo_recipes.random_states import random_states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers"),
@@ -177,7 +178,7 @@ def test_another_seed_has_no_effect_and_is_said_to_have_none(tmp_path, monkeypat
     assert seeds == ["5"] * 3
 
 
-@pytest.mark.parametrize("saved", [4, 3], ids=["the same processes", "other processes"])
+@pytest.mark.parametrize("saved", [4, 3, 0], ids=["the same processes", "other processes", "a new run"])
 @pytest.mark.filterwarnings("ignore:The checkpoint holds the random states of")
 def test_processes_that_share_heads_draw_alike(saved):
     states = []
@@ -187,11 +188,20 @@ def test_processes_that_share_heads_draw_alike(saved):
     drawn = []
     for rank in range(4):
         callback = RandomStates()
-        callback.load_state_dict({"ranks": states})
+        if saved:
+            callback.load_state_dict({"ranks": states})
+        seed(9)
         strategy = SimpleNamespace(tensor_parallel_size=2)
         callback.on_train_batch_start(SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy))
         drawn.append(float(torch.rand(())))
+        # Later batches are not seeded again.
+        after = random_states()["torch"]
+        callback.on_train_batch_start(SimpleNamespace(global_rank=rank, world_size=4, strategy=strategy))
+        assert torch.equal(random_states()["torch"], after)
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+    if not saved:
+        seed(9)
+        assert drawn[0] == float(torch.rand(())), "the first process draws as one alone"
 
 
 def test_another_number_of_processes_is_seeded_alike_every_time(tmp_path):

@@ -3,57 +3,53 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
 import torch
+from children import command, together
 
+from attnzoo_recipes import files
 from attnzoo_recipes.checkpointing import newest_valid, read_checkpoint
 
 STEPS = 14
 # Dropout, so that the random states matter; a checkpoint every 3 steps, validation every 5.
 OPTIONS = ["--model.dropout=0.1", "--checkpoints.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
 
-KILLED_IN_A_SAVE = """
-import os, signal, sys
-from attnzoo_recipes import files, pretrain
-synced, sync = [], files.sync
-def killing(file):
-    sync(file)
-    if ".ckpt" in file.name:
-        synced.append(file)
-    if len(synced) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-files.sync = killing
-pretrain.main(sys.argv[2:])
-"""
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def command(words):
-    return [sys.executable, "-W", "ignore", "-m", "attnzoo_recipes.pretrain", *words]
+def killed_once_saved(folder, name):
+    """Kill this process, whatever it is doing, once there is a checkpoint of that name."""
+
+    def wait():
+        while not any(name in path.name for path in folder.rglob("*.ckpt.json")):
+            time.sleep(0.01)
+        kill()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def killed_in_a_save(number):
+    """Kill this process after so many files of checkpoints have reached the disk."""
+    synced, sync = [], files.sync
+
+    def killing(file):
+        sync(file)
+        if ".ckpt" in file.name:
+            synced.append(file)
+        if len(synced) == number:
+            kill()
+
+    files.sync = killing
 
 
 def finish(words):
-    subprocess.run(command(words), env=environment(), check=True, capture_output=True, timeout=120)
-
-
-def kill_when(condition, words):
-    """Start a run, kill it as soon as the condition holds."""
-    with subprocess.Popen(command(words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        try:
-            for _ in range(6000):
-                if condition() or run.poll() is not None:
-                    break
-                time.sleep(0.01)
-        finally:
-            run.send_signal(signal.SIGKILL)
-        return run.wait()
+    code, said = command(words)
+    assert code == 0, said
 
 
 def losses(folder):
@@ -104,8 +100,7 @@ def test_killed_in_the_middle_of_a_run(mechanism, more, arguments, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish([*words, f"--trainer.default_root_dir={whole}"])
     words = [*words, f"--trainer.default_root_dir={killed}"]
-    code = kill_when(lambda: any("step=6" in path.name for path in killed.rglob("*.ckpt.json")), words)
-    assert code == -signal.SIGKILL
+    assert command(words, killed_once_saved, killed, "step=6")[0] == -signal.SIGKILL
     path = newest_valid(killed)
     assert read_checkpoint(path)["global_step"] < STEPS
     finish([*words, f"--ckpt_path={path}"])
@@ -118,13 +113,7 @@ def test_killed_in_the_middle_of_a_save(sync, arguments, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish([*words, f"--trainer.default_root_dir={whole}"])
     words = [*words, f"--trainer.default_root_dir={killed}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED_IN_A_SAVE, str(sync), *words],
-        env=environment(),
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL
+    assert command(words, killed_in_a_save, sync)[0] == -signal.SIGKILL
     path = newest_valid(killed)
     assert read_checkpoint(path)["global_step"] in (3, 6)
     finish([*words, f"--ckpt_path={path}"])
@@ -155,13 +144,12 @@ def test_two_processes_equal_one(mechanism, arguments, tmp_path):
         "--model.aux_loss_weight=20",  # so that routers show which batch they balance
         steps=4,
     )
-    for devices in (1, 2):
-        strategy = "ddp" if devices == 2 else "auto"
-        folder = f"--trainer.default_root_dir={tmp_path / str(devices)}"
-        finish([*words, folder, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"])
-    alone, together = (read_checkpoint(tmp_path / str(devices))["state_dict"] for devices in (1, 2))
+    finish([*words, f"--trainer.default_root_dir={tmp_path / '1'}"])
+    for code, said in together([*words, f"--trainer.default_root_dir={tmp_path / '2'}", "--trainer.strategy=ddp"]):
+        assert code == 0, said
+    alone, shared = (read_checkpoint(tmp_path / str(devices))["state_dict"] for devices in (1, 2))
     for name, value in alone.items():
-        torch.testing.assert_close(value, together[name], atol=2e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(value, shared[name], atol=2e-6, rtol=1e-5, msg=name)
     expected, found = (losses(tmp_path / str(devices)) for devices in (1, 2))
     assert len(expected) == 4
     assert {step: float(loss) for step, loss in found.items()} == pytest.approx(

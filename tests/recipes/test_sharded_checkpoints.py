@@ -180,6 +180,15 @@ def test_damage_is_found(damage, saved):
         read_checkpoint(saved)
 
 
+def test_a_manifest_without_the_last_shard_does_not_shorten_the_weights(saved):
+    path = next(saved.glob("*/shard-00002*"))
+    path.unlink()
+    manifest(saved, lambda listed: listed["files"].pop(path.name))
+    assert verify(saved) is None, "the files are those that the manifest lists"
+    with pytest.raises(ValueError, match=r"does not hold all of .*state_dict\.matrix"):
+        read_checkpoint(saved)
+
+
 def test_a_checkpoint_is_removed_by_who_has_saved_it(saved):
     writer = AtomicCheckpointIO()
     with pytest.warns(UserWarning, match="is not removed"):

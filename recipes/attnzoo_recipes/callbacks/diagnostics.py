@@ -29,7 +29,7 @@ from attnzoo.diagnostics.spectra.spectrum import analyze_attention
 from attnzoo.diagnostics.training_records import read_records, to_line
 from attnzoo.rules import SIZE, check, numbers_of
 from attnzoo_recipes.files import Appender, training_goes_on, write_atomically
-from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data
+from attnzoo_recipes.trainer import is_dry_run, run_folder, text_data, weights_are_finite
 
 PRESETS = ("jha_reagen",)
 
@@ -38,7 +38,8 @@ class Recorder(L.Callback, ABC):
     """Base of both callbacks: when a record is due, the file of JSON lines, loggers, pictures, resuming.
 
     Checkpoints contain the path of the file. A resumed run copies the lines up to its step from there, so that its own
-    file has the whole training exactly once; if the file is missing, it warns.
+    file has the whole training exactly once; if the file is missing, it warns. Weights that are not finite are not
+    recorded, which a warning says.
 
     Args:
         every_n_steps: optimiser steps between two records.
@@ -161,6 +162,9 @@ class Recorder(L.Callback, ABC):
         assert self._file is not None
         began = time.perf_counter()
         step = trainer.global_step
+        if not weights_are_finite(pl_module):
+            rank_zero_warn(f"{type(self).__name__} records nothing at step {step}: weights are not finite.")
+            return
         rows = [{"step": step, **row} for row in self.rows(trainer, pl_module)]
         self._lines.append(self._file, "".join(to_line(row) for row in rows))
         self._rows += [{key: value for key, value in row.items() if key != "eigenvalues"} for row in rows]

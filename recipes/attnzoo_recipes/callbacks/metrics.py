@@ -105,13 +105,7 @@ class NothingLeft(L.Callback):
         """Keep the folder."""
         self._began = True
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the folder."""
-        self._began = True
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the folder."""
-        self._began = True
+    on_validation_start = on_test_start = on_train_start
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove the folder if nothing has begun."""

@@ -323,7 +323,7 @@ def bytes_per_token(data: TextDataModule) -> float:
 
 
 class Samples(L.Callback):
-    """Append a text written by the model to samples.txt in the run's folder, at each validation.
+    """Append a text written by the model to samples.txt in the run's folder, at each validation with a finite loss.
 
     Args:
         prompt: the text to continue.
@@ -346,6 +346,8 @@ class Samples(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write one sample; sampling has its own random state, and needs all processes that hold parameters."""
         if trainer.state.fn != "fit" or is_dry_run(trainer) or not (trainer.is_global_zero or is_sharded(trainer)):
+            return
+        if not math.isfinite(trainer.callback_metrics.get("val_loss", 0.0)):
             return
         with whole_sequences(pl_module.model):
             text = continue_text(

@@ -26,6 +26,7 @@ from attnzoo_recipes.files import training_goes_on, write_atomically
 from attnzoo_recipes.random_states import random_states, set_random_states
 from attnzoo_recipes.sharding import gradient_norm
 from attnzoo_recipes.signals import EXIT_CODES, Stop
+from attnzoo_recipes.trainer import ends_step
 
 NOT_FINITE = 3
 """Exit code of a run whose loss is no longer finite."""
@@ -57,9 +58,13 @@ class RandomStates(L.Callback):
     not advance the states of training: they are restored after it, since a resumed run does not repeat it. Another
     seed (Lightning's `seed_everything`) than that of the checkpoint has no effect, which a warning says. Exact
     resuming also needs batches that are a function of their number, like those of `data.module.TextDataModule`.
+
+    A new run of several processes begins with the same seed in all. Those with tokens of their own draw their own
+    numbers from the first batch on, so that dropout is independent.
     """
 
     def __init__(self) -> None:
+        self._begun = False
         self._loaded: dict[str, Any] | None = None
         self._after_batch: dict[str, Any] | None = None
         self._validating = False
@@ -87,7 +92,14 @@ class RandomStates(L.Callback):
         if self._validating and self._after_batch is not None:
             set_random_states(self._after_batch)
         self._validating = False
+        if self._begun:
+            return
+        self._begun = True
+        # Processes that share heads drop the same activations: all draw as the first of them.
+        own = trainer.global_rank - trainer.global_rank % getattr(trainer.strategy, "tensor_parallel_size", 1)
         if self._loaded is None:
+            if own:
+                _seed_process(random_states(), own, trainer.world_size)
             return
         ranks, self._loaded = self._loaded["ranks"], None
         if self._seed is not None and os.environ.get(_SEED, self._seed) != self._seed:
@@ -95,8 +107,6 @@ class RandomStates(L.Callback):
                 f"seed_everything {os.environ[_SEED]} has no effect: the run continues the random numbers of its "
                 f"checkpoint, whose seed was {self._seed}."
             )
-        # Processes that share heads drop the same activations: all draw as the first of them.
-        own = trainer.global_rank - trainer.global_rank % getattr(trainer.strategy, "tensor_parallel_size", 1)
         if len(ranks) == trainer.world_size:
             set_random_states(ranks[own])
             return
@@ -104,16 +114,11 @@ class RandomStates(L.Callback):
             f"The checkpoint holds the random states of {len(ranks)} processes, but {trainer.world_size} are running: "
             "they are seeded from those, and draw other numbers than the checkpoint's run would have drawn."
         )
-        material = ranks[0]["torch"].numpy().tobytes() + f"{own} of {trainer.world_size}".encode()
-        seed = int.from_bytes(hashlib.sha256(material).digest()[:4], "little")
-        random.seed(seed)
-        torch.manual_seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
+        _seed_process(ranks[0], own, trainer.world_size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier run of the same trainer."""
-        self._after_batch, self._validating = None, False
+        self._after_batch, self._validating, self._begun = None, False, False
 
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Remember the states of training, in case validation follows."""
@@ -122,6 +127,16 @@ class RandomStates(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Until the next batch, checkpoints save the states with which training continues."""
         self._validating = True
+
+
+def _seed_process(states: dict[str, Any], own: int, processes: int) -> None:
+    """Seed this process from the random states of another one and its own place."""
+    material = states["torch"].numpy().tobytes() + f"{own} of {processes}".encode()
+    seed = int.from_bytes(hashlib.sha256(material).digest()[:4], "little")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 class LossGuard(L.Callback):
@@ -351,7 +366,7 @@ class GracefulStop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop here if this was an optimiser step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+        if ends_step(trainer, batch_idx):
             self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *arguments: Any, **keywords: Any) -> None:

@@ -17,7 +17,7 @@ from attnzoo_recipes.checkpointing import read_checkpoint
 from attnzoo_recipes.data.module import MAIN
 from attnzoo_recipes.model_config import model_from_checkpoint
 from attnzoo_recipes.sampling import continue_text
-from attnzoo_recipes.trainer import callbacks_of, is_dry_run, is_sharded, run_folder, text_data
+from attnzoo_recipes.trainer import callbacks_of, is_dry_run, is_sharded, run_folder, text_data, weights_are_finite
 
 WRITTEN = 200  # characters
 
@@ -127,6 +127,8 @@ class Report(L.Callback):
         if path is None or not path.exists() or is_sharded(trainer):  # one process may not have room for the model
             return []
         model = model_from_checkpoint(read_checkpoint(path), self.allowed)
+        if not weights_are_finite(model):
+            return []
         # Every token is at least one character, except the last ones, which may be part of one.
         text = continue_text(
             model, text_data(trainer).tokenizer, self.prompt, WRITTEN + 4, temperature=self.temperature

@@ -287,6 +287,7 @@ class TextDataModule(L.LightningDataModule):
         self._evaluated: dict[str, PackedCorpus] = {}
         self._mixed_order: MixedBatches | None = None
         self._restored: dict[str, Any] | None = None
+        self._drawn_by: Any = None
         self._drawn_before = 0
         self._batches_before = 0
 
@@ -421,7 +422,7 @@ class TextDataModule(L.LightningDataModule):
     # loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Endless batches, continuing where a restored checkpoint stopped.
+        """Endless batches, continuing where a restored checkpoint, or an earlier fit of the same trainer, stopped.
 
         Raises:
             ValueError: if the trainer limits them, which would make every epoch begin with the same ones.
@@ -430,8 +431,10 @@ class TextDataModule(L.LightningDataModule):
         if trainer is not None and not trainer.fast_dev_run:
             check_endless(trainer.limit_train_batches, trainer.overfit_batches)
         if self._restored is not None:
-            self._drawn_before = self._restored["samples"]
-        self._batches_before = self._batches_seen()
+            self._drawn_before, self._restored = self._restored["samples"], None
+        else:  # another fit of the same trainer continues
+            self._drawn_before = self.samples_drawn if trainer is self._drawn_by else 0
+        self._batches_before, self._drawn_by = self._batches_seen(), trainer
         blocks = self.blocks("train")
         return self._loader(blocks, self._order(blocks))
 
