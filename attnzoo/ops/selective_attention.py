@@ -13,6 +13,7 @@ from attnzoo.ops.chunks import chunks_of, is_recomputed, recomputed, tensor_now,
 from attnzoo.ops.observation import Observation, current_observer
 from attnzoo.ops.precision import without_autocast
 from attnzoo.ops.score_rules import ScoreRules, for_heads, masked_softmax
+from attnzoo.tracing import is_traced
 
 
 def selective_attention(
@@ -71,7 +72,7 @@ def selective_attention(
     (B, T, H, _), S = q.shape, k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     start = q.new_zeros(B, S, dtype=dtype) if removed is None else removed
-    if start.is_inference():
+    if not is_traced() and start.is_inference():
         # Gradients could not pass what a cache was given in inference mode.
         start = start.clone()
     # Keys of packed rows are their queries.

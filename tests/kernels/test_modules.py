@@ -47,8 +47,18 @@ def outcome(module: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], 
     return [torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,), call)]
 
 
+# Its kernels take the options as those of gqa do.
+ALSO_OF_GTA = ("window-sinks", "learned-sink")
+
+
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("name", "option"), CASES)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == "gta" and case[1] not in ALSO_OF_GTA else ())
+        for case in CASES
+    ],
+)
 def test_outputs_and_gradients(name: str, option: str, causal: bool) -> None:
     if not causal and "bidirectional" in LACKS.get(name, ()):
         pytest.skip("it is causal alone")

@@ -528,11 +528,17 @@ INDUCTOR = (
 # Other forms of mechanisms that are compiled anyway.
 VARIANTS = {name for name in MECHANISMS if "-" in name}
 COMPILED = [(name, "plain") for name in MECHANISMS] + [("gqa", option) for option in OPTIONS if option != "plain"]
+QUICK_OPTIONS = ("plain", "window-sinks")
 
 
 @pytest.mark.parametrize(
     ("name", "option", "compiler"),
-    [pytest.param(*case, "aot_eager", marks=pytest.mark.slow if case[0] in VARIANTS else ()) for case in COMPILED]
+    [
+        pytest.param(
+            name, option, "aot_eager", marks=pytest.mark.slow if name in VARIANTS or option not in QUICK_OPTIONS else ()
+        )
+        for name, option in COMPILED
+    ]
     + [pytest.param(name, "plain", "inductor", marks=INDUCTOR) for name in ("gqa", "kha-gta")],
 )
 def test_compiles_without_a_graph_break(name: str, option: str, compiler: str) -> None:
