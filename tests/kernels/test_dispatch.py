@@ -383,6 +383,8 @@ def test_a_compiled_kernel_is_launched_only_for_what_it_was_compiled_for(name: s
     """Lengths, windows, places, strides of masks and numbers that are integers change between calls of one layout."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    if torch.cuda.is_available():
+        pytest.skip("stands in for the compiler where kernels are interpreted")
     wrong: list[Any] = []
 
     class Compiled:

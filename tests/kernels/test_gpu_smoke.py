@@ -7,6 +7,9 @@ faults in a form that is right, the kernels themselves in the interpreter, and w
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.masks import AttentionMask, Visibility
+from attnzoo.ops.composed_attention import Composition, composed_attention
 from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.sigmoid_attention import sigmoid_attention
 from attnzoo.ops.softmax_attention import softmax_attention
 from tests import zoo
 from tests.kernels import smoke
@@ -69,6 +74,9 @@ class TestOnAGPU:
         if inputs[0].shape[0] == 2:
             assert_same_results(case, inputs, smoke.far_apart(inputs, FAR), exactly=True)
 
+    def test_calls_of_one_layout_follow_each_other(self) -> None:
+        assert_calls_follow_each_other(DEVICE)
+
     @pytest.mark.parametrize("family", ["softmax"])
     def test_answers_beyond_2_to_the_31_elements(self, family: str) -> None:
         """With a window of one key the answer is the value."""
@@ -107,6 +115,24 @@ class TestOnAGPU:
             expected = module(x[:, 9:], cache=copy.deepcopy(cache))
             copies = iter([copy.deepcopy(cache) for _ in range(2)])
             assert torch.equal(smoke.captured(lambda: module(x[:, 9:], cache=next(copies)))(), expected)
+
+
+def assert_calls_follow_each_other(device: str) -> None:
+    """Lengths, windows and masks that kernels are compiled anew for, while the plan of their launches stays."""
+    mixes = [Composition(torch.randn(1, 4, 4, device=device)) for _ in range(2)]
+    forms: list[Callable[..., Tensor]] = [
+        softmax_attention,
+        functools.partial(sigmoid_attention, logit_bias=-1.0),
+        lambda q, k, v, view, **options: composed_attention(q, k, v, *mixes, view, scale=0.3, **options),
+    ]
+    for window, keys in itertools.product((None, 1, 9, 16), (1, 2, 16, 17, 33, 48)):
+        q, k, v = (torch.randn(2, tokens, 4, 16, device=device) for tokens in (1, keys, keys))
+        dense = torch.rand(2, 4, 1, keys, device=device) < 0.8
+        for mask in (None, AttentionMask.dense(dense), AttentionMask.dense(dense[:, :1])):
+            view = Visibility(window=window, query_start=keys - 1, mask=mask)
+            for form in forms:
+                fused, plain = (form(q, k, v, view, backend=name) for name in ("triton", "eager"))
+                torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
 
 
 def projected(x: Tensor, weight: Tensor, routes: Any, backend: str = "triton") -> list[Tensor]:
