@@ -157,7 +157,13 @@ class FeedForward(nn.Module):
         return y
 
     def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Hidden units split over ranks, for `parallelize_module`; x, y and a third layer are whole."""
+        """Hidden units split over ranks, for `parallelize_module`; x, y and a third layer are whole.
+
+        Raises:
+            ValueError: with dropout of units that are split: ranks draw alike, and would drop the same of theirs.
+        """
+        if self.dropout and self.depth == 2:
+            raise ValueError(f"dropout must be 0 to split hidden units over ranks, got {self.dropout}")
         last = "mid_proj" if self.depth == 3 else "down_proj"
         plan: dict[str, ParallelStyle] = dict.fromkeys(("gate_proj", "up_proj"), ColwiseParallel())
         plan[last] = RowwiseParallel()

@@ -610,3 +610,13 @@ def test_a_checkpoint_cannot_ask_for_more_memory_than_its_weights():
 def test_a_lambda_cannot_be_described():
     with pytest.raises(ValueError, match="feed_forward must be a class or "):
         describe_feed_forward(lambda width: SwiGLU(width))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_units_that_are_split_are_not_dropped(depth):
+    ffn = FeedForward(E, depth=depth, dropout=0.1)
+    if depth == 2:
+        with pytest.raises(ValueError, match=r"dropout must be 0 to split hidden units over ranks, got 0\.1"):
+            ffn.tensor_parallel_plan()
+    else:
+        assert set(ffn.tensor_parallel_plan()) == {1: set(), 3: {"gate_proj", "up_proj", "mid_proj"}}[depth]
