@@ -118,7 +118,6 @@ import json, sys
 import torch, einops
 before = {name.split(".")[0] for name in sys.modules}
 import attnzoo
-from attnzoo_recipes import commands
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} - before)))
 """
     new = set(json.loads(run(code, ROOT, ROOT / "kernels", ROOT / "recipes")))
